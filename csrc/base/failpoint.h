@@ -1,0 +1,36 @@
+// Named points in every transition of shared memory and before every system call that can fail.
+//
+// A build with TORCHSHM_FAILPOINTS can be told, per process: "die here", "stop here" or "fail here with this errno" at the n-th
+// point that is reached. Release builds contain none of it. When a process dies here: that is what the points are for.
+#pragma once
+
+#include <cstdint>
+
+namespace torchshm::failpoint {
+
+enum class Action : uint8_t { kNone, kKill, kStop, kFail };
+
+struct Plan {
+  Action action = Action::kNone;
+  uint64_t at = 1;             // act at the at-th matching point, counted from 1
+  bool persistent = false;     // and at every later one
+  int error = 0;               // kFail: the errno that the system call seems to return
+  const char* only = nullptr;  // match this name only; a static string
+};
+
+// Counts from zero again. Not for use while other threads pass points.
+void arm(const Plan& plan);
+void disarm();
+uint64_t reached();            // matching points passed since arm()
+const char* last();            // name of the point that acted or was passed last
+int pass(const char* name);    // 0, or the errno to fail with
+
+}  // namespace torchshm::failpoint
+
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+#define TORCHSHM_POINT(name) ((void)::torchshm::failpoint::pass(name))
+#define TORCHSHM_INJECT(name) (::torchshm::failpoint::pass(name))
+#else
+#define TORCHSHM_POINT(name) ((void)0)
+#define TORCHSHM_INJECT(name) 0
+#endif

@@ -1,0 +1,167 @@
+#include "os/mapping.h"
+
+#include <fcntl.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <utility>
+
+#include "base/failpoint.h"
+#include "os/fd.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+namespace torchshm::os {
+namespace {
+
+constexpr uint64_t kAlign = uint64_t{2} << 20;
+
+// linux/fs.h of kernel 6.7, which older headers lack.
+struct PageRegion {
+  uint64_t start, end, categories;
+};
+struct ScanArg {
+  uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+  uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+constexpr uint64_t kIsFile = 1u << 2;
+constexpr uint64_t kIsPresent = 1u << 3;
+constexpr uint64_t kIsSwapped = 1u << 4;
+const unsigned long kPagemapScan = _IOWR('f', 16, ScanArg);
+
+enum class Answer { kNo, kYes, kUnknown };
+
+Answer scan(int pagemap, uint64_t start, uint64_t end) {
+  // Asked for: pages that are not the file's (so: written here), and present or swapped out.
+  PageRegion region{};
+  ScanArg arg{};
+  arg.size = sizeof arg;
+  arg.start = start;
+  arg.end = end;
+  arg.vec = reinterpret_cast<uint64_t>(&region);
+  arg.vec_len = 1;
+  arg.max_pages = 1;
+  arg.category_inverted = kIsFile;
+  arg.category_mask = kIsFile;
+  arg.category_anyof_mask = kIsPresent | kIsSwapped;
+  arg.return_mask = kIsFile;
+  const int found = ::ioctl(pagemap, kPagemapScan, &arg);
+  if (found < 0) return Answer::kUnknown;
+  return found > 0 ? Answer::kYes : Answer::kNo;
+}
+
+Answer read_entries(int pagemap, uint64_t start, uint64_t end) {
+  constexpr uint64_t kPresentBit = uint64_t{1} << 63, kSwappedBit = uint64_t{1} << 62, kFileBit = uint64_t{1} << 61;
+  std::array<uint64_t, 512> entries{};
+  for (uint64_t page = start / kPageBytes; page < end / kPageBytes;) {
+    const uint64_t want = std::min<uint64_t>(entries.size(), end / kPageBytes - page);
+    const ssize_t got = ::pread(pagemap, entries.data(), want * sizeof(uint64_t), static_cast<off_t>(page * sizeof(uint64_t)));
+    if (got <= 0) return Answer::kUnknown;
+    const uint64_t n = static_cast<uint64_t>(got) / sizeof(uint64_t);
+    for (uint64_t i = 0; i < n; ++i) {
+      if ((entries[i] & (kPresentBit | kSwappedBit)) != 0 && (entries[i] & kFileBit) == 0) return Answer::kYes;
+    }
+    page += n;
+  }
+  return Answer::kNo;
+}
+
+}  // namespace
+
+Mapping::Mapping(Mapping&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)),
+      reserved_(std::exchange(other.reserved_, nullptr)),
+      reserved_size_(std::exchange(other.reserved_size_, 0)) {}
+
+Mapping& Mapping::operator=(Mapping&& other) noexcept {
+  if (this != &other) {
+    unmap();
+    data_ = std::exchange(other.data_, nullptr);
+    size_ = std::exchange(other.size_, 0);
+    reserved_ = std::exchange(other.reserved_, nullptr);
+    reserved_size_ = std::exchange(other.reserved_size_, 0);
+  }
+  return *this;
+}
+
+Mapping::~Mapping() { unmap(); }
+
+void Mapping::unmap() {
+  if (reserved_ != nullptr) ::munmap(reserved_, reserved_size_);
+  data_ = reserved_ = nullptr;
+}
+
+Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size) {
+  int error = TORCHSHM_INJECT("os.mmap");
+  void* reserved = MAP_FAILED;
+  const uint64_t reserved_size = size + kAlign;
+  if (error == 0) {
+    reserved = ::mmap(nullptr, reserved_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    error = errno;
+  }
+  if (reserved == MAP_FAILED) return Status(Code::kUnsupported, "mmap: no address space for " + std::to_string(size) + " bytes", error);
+  auto address = (reinterpret_cast<uintptr_t>(reserved) + kAlign - 1) & ~(kAlign - 1);
+  int prot = PROT_READ | PROT_WRITE;
+  int flags = MAP_FIXED | MAP_NORESERVE;
+  switch (kind) {
+    case Kind::kShared: flags |= MAP_SHARED; break;
+    case Kind::kReadOnly: flags |= MAP_SHARED; prot = PROT_READ; break;
+    case Kind::kPrivate: flags |= MAP_PRIVATE; break;
+    case Kind::kAnonymous: flags |= MAP_PRIVATE | MAP_ANONYMOUS; fd = -1; break;
+  }
+  void* at = ::mmap(reinterpret_cast<void*>(address), size, prot, flags, fd, 0);
+  if (at == MAP_FAILED) {
+    error = errno;
+    ::munmap(reserved, reserved_size);
+    return Status(Code::kUnsupported, "mmap: " + std::to_string(size) + " bytes of a memory file refused", error);
+  }
+  ::madvise(at, size, MADV_DONTDUMP);
+  if (kind != Kind::kAnonymous) ::madvise(at, size, MADV_HUGEPAGE);
+  Mapping mapping;
+  mapping.data_ = static_cast<std::byte*>(at);
+  mapping.size_ = size;
+  mapping.reserved_ = static_cast<std::byte*>(reserved);
+  mapping.reserved_size_ = reserved_size;
+  return mapping;
+}
+
+void populate(std::byte* at, uint64_t length) { (void)::madvise(at, length, MADV_POPULATE_WRITE); }
+
+Status drop_private(std::byte* at, uint64_t length) {
+  int error = TORCHSHM_INJECT("os.drop_private");
+  if (error == 0 && ::madvise(at, length, MADV_DONTNEED) != 0) error = errno;
+  if (error != 0) return Status::system("madvise DONTNEED", std::to_string(length), error);
+  return {};
+}
+
+bool privately_modified(const std::byte* at, uint64_t length) {
+  const uint64_t start = reinterpret_cast<uint64_t>(at) & ~(kPageBytes - 1);
+  const uint64_t end = (reinterpret_cast<uint64_t>(at) + length + kPageBytes - 1) & ~(kPageBytes - 1);
+  // Opened each time: a descriptor kept over fork would show the parent's pages.
+  Fd pagemap(::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+  if (!pagemap.valid()) return true;
+  Answer answer = scan(pagemap.get(), start, end);
+  if (answer == Answer::kUnknown) answer = read_entries(pagemap.get(), start, end);
+  return answer != Answer::kNo;
+}
+
+uint64_t* fork_detector() {
+  void* page = ::mmap(nullptr, kPageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (page == MAP_FAILED) return nullptr;
+  if (::madvise(page, kPageBytes, MADV_WIPEONFORK) != 0) {
+    ::munmap(page, kPageBytes);
+    return nullptr;
+  }
+  auto* word = static_cast<uint64_t*>(page);
+  *word = 1;
+  return word;
+}
+
+}  // namespace torchshm::os

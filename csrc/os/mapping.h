@@ -1,0 +1,65 @@
+// Mappings of memory files, and what the kernel can tell or do about their pages.
+//
+// Private to the process: the addresses, the page tables, and in a kPrivate mapping the pages that were written. Undone by the kernel
+// when the process dies. Not copied into core dumps.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/status.h"
+
+namespace torchshm::os {
+
+constexpr uint64_t kPageBytes = 4096;
+
+class Mapping {
+ public:
+  enum class Kind : uint8_t {
+    kShared,    // reads and writes everyone's pages
+    kReadOnly,  // reads everyone's pages; a write is SIGSEGV
+    kPrivate,   // reads everyone's pages; a written page becomes this process's own copy
+    kAnonymous  // zero pages of this process alone, not reserved
+  };
+
+  Mapping() = default;
+  Mapping(Mapping&& other) noexcept;
+  Mapping& operator=(Mapping&& other) noexcept;
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+  ~Mapping();
+
+  // fd is ignored for kAnonymous. Aligned to 2 MiB, so that huge pages can be used where the system allows them.
+  static Result<Mapping> map(Kind kind, int fd, uint64_t size);
+
+  std::byte* data() const { return data_; }
+  uint64_t size() const { return size_; }
+  bool valid() const { return data_ != nullptr; }
+  // Offset of p in this mapping; size() or more when p lies outside.
+  uint64_t offset_of(const void* p) const {
+    return data_ == nullptr ? size_ : static_cast<uint64_t>(static_cast<const std::byte*>(p) - data_);
+  }
+  bool contains(const void* p) const { return offset_of(p) < size_; }
+
+ private:
+  void unmap();
+  std::byte* data_ = nullptr;
+  uint64_t size_ = 0;
+  std::byte* reserved_ = nullptr;
+  uint64_t reserved_size_ = 0;
+};
+
+// Maps existing or fresh pages of a shared mapping in one step instead of one fault each. Best effort.
+void populate(std::byte* at, uint64_t length);
+
+// Forgets what a kPrivate mapping has written in the range.
+Status drop_private(std::byte* at, uint64_t length);
+
+// Whether this process has written to any page of the range of a kPrivate mapping (PAGEMAP_SCAN, else /proc/self/pagemap). Says true
+// when the kernel does not tell.
+bool privately_modified(const std::byte* at, uint64_t length);
+
+// A word that reads 1 in this process and 0 in every child made by any kind of fork (MADV_WIPEONFORK); null where the kernel has none.
+uint64_t* fork_detector();
+
+}  // namespace torchshm::os

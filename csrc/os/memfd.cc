@@ -1,0 +1,115 @@
+#include "os/memfd.h"
+
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/memfd.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+#include "base/failpoint.h"
+
+#ifndef MFD_NOEXEC_SEAL
+#define MFD_NOEXEC_SEAL 0x0008U
+#endif
+
+namespace torchshm::os {
+namespace {
+
+constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+
+int fallocate_retrying(int fd, int mode, uint64_t offset, uint64_t length) {
+  int rc = 0;
+  do {
+    rc = ::fallocate(fd, mode, static_cast<off_t>(offset), static_cast<off_t>(length));
+  } while (rc != 0 && errno == EINTR);
+  return rc;
+}
+
+}  // namespace
+
+void Fd::reset() {
+  if (fd_ >= 0) ::close(std::exchange(fd_, -1));
+}
+
+Result<Fd> create_memfd(const std::string& name, uint64_t size) {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && limit.rlim_cur < size) {
+    return Status(Code::kUnsupported, "the limit on file sizes (ulimit -f) is below the " + std::to_string(size) +
+                                          " bytes that a pool reserves; raise it or set a smaller TORCHSHM_LIMIT");
+  }
+  int error = TORCHSHM_INJECT("os.memfd_create");
+  int raw = -1;
+  if (error == 0) {
+    raw = ::memfd_create(name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
+    // Kernels before 6.3 do not know the flag.
+    if (raw < 0 && errno == EINVAL) raw = ::memfd_create(name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    error = errno;
+  }
+  if (raw < 0) return Status::system("memfd_create", name, error);
+  Fd fd(raw);
+  error = TORCHSHM_INJECT("os.fchmod");
+  if (error == 0 && ::fchmod(fd.get(), 0600) != 0) error = errno;
+  if (error != 0) return Status::system("fchmod", name, error);
+  error = TORCHSHM_INJECT("os.ftruncate");
+  if (error == 0 && ::ftruncate(fd.get(), static_cast<off_t>(size)) != 0) error = errno;
+  if (error != 0) return Status::system("ftruncate", name, error);
+  error = TORCHSHM_INJECT("os.seal");
+  if (error == 0 && ::fcntl(fd.get(), F_ADD_SEALS, kSeals) != 0) error = errno;
+  if (error != 0) return Status::system("fcntl F_ADD_SEALS", name, error);
+  return fd;
+}
+
+Result<uint64_t> check_memfd(int fd) {
+  const int seals = ::fcntl(fd, F_GET_SEALS);
+  if (seals < 0) return Status(Code::kInvalid, "descriptor " + std::to_string(fd) + " is no memory file", errno);
+  if ((seals & (F_SEAL_SHRINK | F_SEAL_GROW)) != (F_SEAL_SHRINK | F_SEAL_GROW)) {
+    return Status(Code::kInvalid, "memory file " + std::to_string(fd) + " is not sealed against truncation");
+  }
+  struct stat st{};
+  if (::fstat(fd, &st) != 0) return Status::system("fstat", std::to_string(fd), errno);
+  return static_cast<uint64_t>(st.st_size);
+}
+
+Result<Fd> reopen(int fd) {
+  const std::string path = "/proc/self/fd/" + std::to_string(fd);
+  int error = TORCHSHM_INJECT("os.reopen");
+  int raw = -1;
+  if (error == 0) {
+    raw = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+    error = errno;
+  }
+  if (raw < 0) return Status::system("open", path, error);
+  return Fd(raw);
+}
+
+Result<Fd> duplicate(int fd) {
+  const int raw = ::fcntl(fd, F_DUPFD_CLOEXEC, 3);
+  if (raw < 0) return Status::system("fcntl F_DUPFD_CLOEXEC", std::to_string(fd), errno);
+  return Fd(raw);
+}
+
+Result<uint64_t> inode(int fd) {
+  struct stat st{};
+  if (::fstat(fd, &st) != 0) return Status::system("fstat", std::to_string(fd), errno);
+  return static_cast<uint64_t>(st.st_ino);
+}
+
+Status commit(int fd, uint64_t offset, uint64_t length) {
+  int error = TORCHSHM_INJECT("os.commit");
+  if (error == 0 && fallocate_retrying(fd, FALLOC_FL_KEEP_SIZE, offset, length) != 0) error = errno;
+  if (error != 0) return Status::system("fallocate", std::to_string(length) + " bytes of shared memory", error);
+  return {};
+}
+
+Status punch(int fd, uint64_t offset, uint64_t length) {
+  int error = TORCHSHM_INJECT("os.punch");
+  if (error == 0 && fallocate_retrying(fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, offset, length) != 0) error = errno;
+  if (error != 0) return Status::system("fallocate PUNCH_HOLE", std::to_string(length), error);
+  return {};
+}
+
+}  // namespace torchshm::os

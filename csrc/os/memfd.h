@@ -1,0 +1,36 @@
+// Sealed memory files: the only kind of shared memory here. No names, nothing to sweep, not bound to /dev/shm.
+//
+// What is shared: the file itself, with whoever holds its descriptor. It is 0600, CLOEXEC, not executable, and sealed against
+// shrinking and growing before anyone else sees it. When the last process that holds it dies, the kernel takes it back.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "base/status.h"
+#include "os/fd.h"
+
+namespace torchshm::os {
+
+// A sparse file of `size` bytes, sealed. Fails with kUnsupported where RLIMIT_FSIZE forbids the size (ftruncate would raise SIGXFSZ).
+Result<Fd> create_memfd(const std::string& name, uint64_t size);
+
+// Size in bytes of a memory file received from someone else, after checking that it is sealed and so can't be cut short under us.
+Result<uint64_t> check_memfd(int fd);
+
+// A new open file description of the same file (through /proc/self/fd), for locks of its own.
+Result<Fd> reopen(int fd);
+
+// A close-on-exec duplicate.
+Result<Fd> duplicate(int fd);
+
+// Inode number of the file: what /proc/<pid>/maps shows for its mappings.
+Result<uint64_t> inode(int fd);
+
+// Backs [offset, offset + length) with pages, so that a later touch can't fail. REQUIRES: multiples of the page size.
+Status commit(int fd, uint64_t offset, uint64_t length);
+
+// Gives the pages of [offset, offset + length) back to the system; they read as zero afterwards.
+Status punch(int fd, uint64_t offset, uint64_t length);
+
+}  // namespace torchshm::os

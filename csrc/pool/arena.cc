@@ -1,0 +1,149 @@
+#include "pool/arena.h"
+
+#include <algorithm>
+#include <fstream>
+
+#include "base/failpoint.h"
+#include "os/memfd.h"
+#include "os/memory.h"
+
+namespace torchshm::pool {
+namespace {
+
+// Address space, not memory: large runs need contiguous chunks, and holes between them cost nothing.
+constexpr uint64_t kReserveFactors[] = {4, 2, 1};
+constexpr uint64_t kMaxChunks = uint64_t{1} << 22;  // 8 TiB; page indices fit 32 bits
+
+Result<uint64_t> random_id() {
+  std::ifstream random("/dev/urandom", std::ios::binary);
+  uint64_t id = 0;
+  if (!random.read(reinterpret_cast<char*>(&id), sizeof id) || id == 0) return Status(Code::kUnsupported, "/dev/urandom can't be read");
+  return id;
+}
+
+std::string hex(uint64_t value) {
+  static const char* digits = "0123456789abcdef";
+  std::string text(16, '0');
+  for (int i = 15; i >= 0; --i, value >>= 4) text[static_cast<size_t>(i)] = digits[value & 15];
+  return text;
+}
+
+}  // namespace
+
+Status Arena::map(uint64_t control_size, uint64_t data_size) {
+  auto control = os::Mapping::map(os::Mapping::Kind::kShared, control_fd_.get(), control_size);
+  if (!control) return std::move(control.status());
+  auto data = os::Mapping::map(os::Mapping::Kind::kShared, data_fd_.get(), data_size);
+  if (!data) return std::move(data.status());
+  control_ = control.take();
+  shared_ = data.take();
+  // The other faces are optional: a private mapping of this size may be refused (vm.overcommit_memory=2, RLIMIT_AS).
+  if (auto read = os::Mapping::map(os::Mapping::Kind::kReadOnly, data_fd_.get(), data_size)) read_ = read.take();
+  if (auto copy = os::Mapping::map(os::Mapping::Kind::kPrivate, data_fd_.get(), data_size)) copy_ = copy.take();
+  auto inode = os::inode(data_fd_.get());
+  if (!inode) return std::move(inode.status());
+  data_inode_ = *inode;
+  return {};
+}
+
+Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
+  const uint64_t limit = std::max<uint64_t>(limits.limit != 0 ? limits.limit : os::memory_allowed() / 2, kChunk);
+  auto id = random_id();
+  if (!id) return std::move(id.status());
+  Status last;
+  for (const uint64_t factor : kReserveFactors) {
+    const uint64_t chunks = std::clamp<uint64_t>((limit * factor + kChunk - 1) / kChunk, 16, kMaxChunks);
+    Arena arena;
+    arena.offsets_ = Offsets::of(chunks);
+    arena.chunks_ = static_cast<uint32_t>(chunks);
+    auto control = os::create_memfd("torchshm-" + hex(*id) + "-control", arena.offsets_.total);
+    if (!control) {
+      last = std::move(control.status());
+      continue;
+    }
+    auto data = os::create_memfd("torchshm-" + hex(*id) + "-data", chunks * kChunk);
+    if (!data) {
+      last = std::move(data.status());
+      continue;
+    }
+    arena.control_fd_ = control.take();
+    arena.data_fd_ = data.take();
+    last = arena.map(arena.offsets_.total, chunks * kChunk);
+    if (!last) continue;
+    Header& header = arena.header();
+    header.magic = kMagic;
+    header.version = kVersion;
+    header.layout_hash = kLayoutHash;
+    header.pool_id = *id;
+    header.family = family;
+    header.chunks = chunks;
+    header.data_size = chunks * kChunk;
+    header.control_size = arena.offsets_.total;
+    header.limit.store(limit, std::memory_order_relaxed);
+    header.warm.store(limits.warm != 0 ? limits.warm : limit / 4, std::memory_order_relaxed);
+    header.next_incarnation.store(1, std::memory_order_relaxed);
+    TORCHSHM_POINT("create.before_ready");
+    header.ready.store(1, std::memory_order_release);  // publishes the header to whoever attaches
+    return arena;
+  }
+  return last;
+}
+
+Result<Arena> Arena::attach(os::Fd data, os::Fd control) {
+  auto control_size = os::check_memfd(control.get());
+  if (!control_size) return std::move(control_size.status());
+  auto data_size = os::check_memfd(data.get());
+  if (!data_size) return std::move(data_size.status());
+  if (*control_size < sizeof(Header)) return Status(Code::kInvalid, "the control file is too short for a pool");
+  Arena arena;
+  arena.control_fd_ = std::move(control);
+  arena.data_fd_ = std::move(data);
+  Status mapped = arena.map(*control_size, *data_size);
+  if (!mapped) return mapped;
+  // Copy once, then validate: another process may write the header meanwhile.
+  const Header& header = arena.header();
+  const bool ready = header.ready.load(std::memory_order_acquire) == 1;
+  const uint64_t magic = header.magic, chunks = header.chunks;
+  const uint32_t version = header.version, hash = header.layout_hash;
+  if (magic != kMagic) return Status(Code::kInvalid, "not a torchshm control file");
+  if (version != kVersion || hash != kLayoutHash) {
+    return Status(Code::kInvalid, "the pool was made by another version of torchshm (layout " + std::to_string(version) +
+                                      "); use the same version in every process");
+  }
+  if (!ready) return Status(Code::kInvalid, "the pool's creator has not finished making it");
+  if (chunks < 1 || chunks > kMaxChunks || chunks * kChunk != *data_size || Offsets::of(chunks).total != *control_size) {
+    return Status(Code::kCorrupt, "the pool's header contradicts the size of its files");
+  }
+  arena.chunks_ = static_cast<uint32_t>(chunks);
+  arena.offsets_ = Offsets::of(chunks);
+  return arena;
+}
+
+uint32_t Arena::slots_used() const { return std::min(header().slots_used.load(std::memory_order_acquire), kMaxLeases); }
+uint32_t Arena::chunks_used() const { return std::min(header().chunks_used.load(std::memory_order_acquire), chunks_); }
+uint32_t Arena::tickets_used() const { return std::min(header().tickets_used.load(std::memory_order_acquire), kTickets); }
+
+std::optional<Arena::Extent> Arena::extent(uint32_t index) const {
+  if (index >= pages()) return std::nullopt;
+  const Block& descriptor = block(index);
+  // Relaxed: ordered by the acquire load of the block's value that told the caller it is live.
+  const uint64_t first = descriptor.first.load(std::memory_order_relaxed);
+  const uint64_t length = descriptor.granules.load(std::memory_order_relaxed) * kGranule;
+  const uint64_t offset = index * kPage + first * kGranule;
+  if (first >= kPage / kGranule || length == 0 || length > shared_.size() || offset > shared_.size() - length) return std::nullopt;
+  return Extent{offset, length};
+}
+
+std::byte* Arena::address(Mode mode, uint64_t offset) const {
+  const os::Mapping& face = mode == Mode::kReadWrite ? shared_ : mode == Mode::kRead ? read_ : copy_;
+  return face.valid() ? face.data() + offset : nullptr;
+}
+
+std::optional<std::pair<Mode, uint64_t>> Arena::locate(const void* p) const {
+  if (shared_.contains(p)) return std::make_pair(Mode::kReadWrite, shared_.offset_of(p));
+  if (copy_.contains(p)) return std::make_pair(Mode::kCopyOnWrite, copy_.offset_of(p));
+  if (read_.contains(p)) return std::make_pair(Mode::kRead, read_.offset_of(p));
+  return std::nullopt;
+}
+
+}  // namespace torchshm::pool

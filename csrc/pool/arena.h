@@ -1,0 +1,75 @@
+// The two files of a pool, mapped: typed access to the control file, and the three faces of the data file.
+//
+// Shared: the files. Private: the mappings. Every index that comes from shared memory or from a handle is checked here or by the caller
+// before it is used, so that a corrupt control file gives an error and not a wild pointer.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "base/status.h"
+#include "os/fd.h"
+#include "os/mapping.h"
+#include "pool/layout.h"
+
+namespace torchshm::pool {
+
+// numpy.memmap's modes.
+enum class Mode : uint8_t { kReadWrite = 0, kRead = 1, kCopyOnWrite = 2 };
+
+struct Limits {
+  uint64_t limit = 0;  // bytes; 0: half of what the machine or the cgroup allows
+  uint64_t warm = 0;   // bytes; 0: a quarter of the limit
+};
+
+class Arena {
+ public:
+  static Result<Arena> create(uint64_t family, const Limits& limits);
+  static Result<Arena> attach(os::Fd data, os::Fd control);
+
+  Header& header() const { return *reinterpret_cast<Header*>(control_.data()); }
+  // REQUIRES: slot < kMaxLeases
+  Lease& lease(uint32_t slot) const { return reinterpret_cast<Lease*>(control_.data() + offsets_.leases)[slot]; }
+  // REQUIRES: index < chunks()
+  Chunk& chunk(uint32_t index) const { return reinterpret_cast<Chunk*>(control_.data() + offsets_.chunks)[index]; }
+  // REQUIRES: index < kTickets
+  Ticket& ticket(uint32_t index) const { return reinterpret_cast<Ticket*>(control_.data() + offsets_.tickets)[index]; }
+  // REQUIRES: index < pages()
+  Block& block(uint32_t index) const { return reinterpret_cast<Block*>(control_.data() + offsets_.blocks)[index]; }
+  // 64 ledger bits of a lease. REQUIRES: slot < kMaxLeases, word < pages() / 64
+  std::atomic<uint64_t>& ledger(uint32_t slot, uint64_t word) const {
+    return reinterpret_cast<std::atomic<uint64_t>*>(control_.data() + offsets_.ledgers + offsets_.ledger_stride * slot)[word];
+  }
+
+  uint32_t chunks() const { return chunks_; }
+  uint32_t pages() const { return chunks_ * kPagesPerChunk; }
+  uint32_t slots_used() const;
+  uint32_t chunks_used() const;
+  uint32_t tickets_used() const;
+
+  // Byte range of a block in the data file, or nothing when its descriptor contradicts the file's size.
+  struct Extent {
+    uint64_t offset, length;
+  };
+  std::optional<Extent> extent(uint32_t block) const;
+
+  // Address of a data offset under a mode; null when that face can't be mapped here (no address space).
+  std::byte* address(Mode mode, uint64_t offset) const;
+  std::byte* data() const { return shared_.data(); }
+  // The mode and offset of an address, if it lies in this pool.
+  std::optional<std::pair<Mode, uint64_t>> locate(const void* p) const;
+
+  int data_fd() const { return data_fd_.get(); }
+  int control_fd() const { return control_fd_.get(); }
+  uint64_t data_inode() const { return data_inode_; }
+
+ private:
+  Status map(uint64_t control_size, uint64_t data_size);
+  os::Fd data_fd_, control_fd_;
+  os::Mapping control_, shared_, read_, copy_;
+  Offsets offsets_{};
+  uint32_t chunks_ = 0;
+  uint64_t data_inode_ = 0;
+};
+
+}  // namespace torchshm::pool

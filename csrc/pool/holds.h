@@ -1,0 +1,41 @@
+// What this process has of each block: how many objects look at it, and through which face.
+//
+// Private: everything. The ledger has one bit per lease and block; this is the count behind the bit, and the way from an address back to
+// the block. Lives in anonymous memory that is only touched where blocks are. Dies with the process; a forked child has its own copy.
+// Thread safety: one thread at a time.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "base/status.h"
+#include "os/mapping.h"
+#include "pool/arena.h"
+
+namespace torchshm::pool {
+
+class Holds {
+ public:
+  static Result<Holds> create(uint32_t pages);
+
+  uint32_t count(uint32_t block) const { return counts()[block]; }
+  // Returns the count before.
+  uint32_t add(uint32_t block, Mode mode);
+  // Returns the count after, and whether the last copy-on-write view has gone with it.
+  struct Removed {
+    uint32_t left;
+    bool last_copy;
+  };
+  Removed remove(uint32_t block, Mode mode);
+
+  // The held small block that starts in the chunk's page `page` or the nearest one before it, at or below `page`.
+  std::optional<uint32_t> start_at_or_before(uint32_t page_index) const;
+
+ private:
+  uint32_t* counts() const { return reinterpret_cast<uint32_t*>(counts_.data()); }
+  uint32_t* copies() const { return reinterpret_cast<uint32_t*>(copies_.data()); }
+  uint64_t* starts() const { return reinterpret_cast<uint64_t*>(starts_.data()); }
+  os::Mapping counts_, copies_, starts_;
+};
+
+}  // namespace torchshm::pool

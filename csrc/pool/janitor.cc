@@ -1,0 +1,51 @@
+#include "pool/janitor.h"
+
+#include <csignal>
+#include <exception>
+
+namespace torchshm::pool {
+
+void Janitor::look() {
+  // An estimate: deaths let it drift, and run() sets it right. Read as signed, since it may drift below zero.
+  const auto idle = static_cast<int64_t>(header_.idle_estimate.load(std::memory_order_relaxed));
+  if (idle <= static_cast<int64_t>(header_.warm.load(std::memory_order_relaxed))) return;
+  const std::lock_guard lock(mutex_);
+  wanted_ = true;
+  if (!thread_.joinable()) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before);
+    try {
+      thread_ = std::thread([this] { run(); });
+    } catch (const std::exception&) {
+      // No thread to be had: the chunks stay idle, and the limit still counts them.
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+  wake_.notify_one();
+}
+
+Janitor::~Janitor() {
+  if (!thread_.joinable()) return;
+  {
+    const std::lock_guard lock(mutex_);
+    ending_ = true;
+  }
+  wake_.notify_one();
+  thread_.join();
+}
+
+void Janitor::run() {
+  for (;;) {
+    {
+      std::unique_lock lock(mutex_);
+      wake_.wait(lock, [this] { return wanted_ || ending_; });
+      if (ending_) return;
+      wanted_ = false;
+    }
+    (void)space_.trim(header_.warm.load(std::memory_order_relaxed));
+    header_.idle_estimate.store(space_.idle(), std::memory_order_relaxed);
+  }
+}
+
+}  // namespace torchshm::pool

@@ -1,0 +1,155 @@
+#include "pool/ledger.h"
+
+#include "base/failpoint.h"
+#include "pool/membership.h"
+
+namespace torchshm::pool {
+
+void Ledger::begin(Op op, uint32_t block, uint64_t generation) {
+  Lease& lease = arena_.lease(slot_);
+  lease.intent_generation.store(generation, std::memory_order_relaxed);  // published by the next store
+  // Sequentially consistent: a recount looks at the intents before and after it looks at the bits, and must not miss one that was up
+  // when a bit changed.
+  lease.intent.store(static_cast<uint64_t>(op) << 32 | block, std::memory_order_seq_cst);
+  TORCHSHM_POINT("ledger.intent_up");
+}
+
+void Ledger::end() {
+  TORCHSHM_POINT("ledger.before_intent_down");
+  // Release: every step that the intent covers is visible before it is gone.
+  arena_.lease(slot_).intent.store(0, std::memory_order_release);
+}
+
+void Ledger::set_bit(uint32_t slot, uint32_t block) {
+  const uint64_t word = block / 64;
+  Lease& lease = arena_.lease(slot);
+  // Relaxed: only this lease (or the parent that makes it) moves its end, and a reaper reads it after the death.
+  if (lease.ledger_end.load(std::memory_order_relaxed) <= word) lease.ledger_end.store(word + 1, std::memory_order_relaxed);
+  arena_.ledger(slot, word).fetch_or(uint64_t{1} << (block % 64), std::memory_order_seq_cst);
+}
+
+bool Ledger::clear_bit(uint32_t slot, uint32_t block) {
+  const uint64_t bit = uint64_t{1} << (block % 64);
+  return (arena_.ledger(slot, block / 64).fetch_and(~bit, std::memory_order_seq_cst) & bit) != 0;
+}
+
+bool Ledger::holds(uint32_t slot, uint32_t block) const {
+  return (arena_.ledger(slot, block / 64).load(std::memory_order_seq_cst) >> (block % 64) & 1) != 0;
+}
+
+uint64_t Ledger::allocate(uint32_t block, uint32_t first, uint32_t granules) {
+  Block& descriptor = arena_.block(block);
+  Pair found = descriptor.value.load();
+  const uint64_t generation = BlockValue::of(found).generation + 1;
+  begin(Op::kAllocate, block, generation);
+  descriptor.first.store(first, std::memory_order_relaxed);  // both published by the exchange below
+  descriptor.granules.store(granules, std::memory_order_relaxed);
+  for (;;) {
+    BlockValue next = BlockValue::of(found);
+    next = {generation, next.sequence + 1, 1, true};
+    if (descriptor.value.exchange_if(found, next.pair())) break;
+  }
+  TORCHSHM_POINT("allocate.live");
+  set_bit(slot_, block);
+  TORCHSHM_POINT("allocate.held");
+  end();
+  return generation;
+}
+
+bool Ledger::count_up(uint32_t block, uint64_t generation) {
+  Block& descriptor = arena_.block(block);
+  Pair found = descriptor.value.load();
+  for (;;) {
+    BlockValue next = BlockValue::of(found);
+    if (!next.live || next.generation != generation) return false;
+    ++next.count;
+    ++next.sequence;
+    if (descriptor.value.exchange_if(found, next.pair())) return true;
+  }
+}
+
+void Ledger::count_down(uint32_t block) {
+  Block& descriptor = arena_.block(block);
+  Pair found = descriptor.value.load();
+  for (;;) {
+    BlockValue next = BlockValue::of(found);
+    if (!next.live || next.count == 0) return;  // a corrupt control file; nothing to give back
+    --next.count;
+    ++next.sequence;
+    next.live = next.count != 0;
+    if (descriptor.value.exchange_if(found, next.pair())) {
+      TORCHSHM_POINT("ledger.counted_down");
+      if (!next.live) sink_.freed(block, next.generation);
+      return;
+    }
+  }
+}
+
+bool Ledger::attach(uint32_t block, uint64_t generation) { return attach_for(slot_, block, generation); }
+
+bool Ledger::attach_for(uint32_t heir, uint32_t block, uint64_t generation) {
+  begin(Op::kAttach, block, generation);
+  const bool live = count_up(block, generation);
+  TORCHSHM_POINT("attach.counted");
+  if (live) set_bit(heir, block);
+  TORCHSHM_POINT("attach.held");
+  end();
+  return live;
+}
+
+void Ledger::drop_of(uint32_t holder, uint32_t block) {
+  begin(Op::kDrop, block, value(block).generation);
+  if (clear_bit(holder, block)) {
+    TORCHSHM_POINT("drop.bit_cleared");
+    count_down(block);
+  }
+  end();
+}
+
+bool Ledger::busy_elsewhere(uint32_t dead, uint32_t block) const {
+  const uint32_t slots = arena_.slots_used();
+  for (uint32_t slot = 0; slot < slots; ++slot) {
+    if (slot == dead || slot == slot_) continue;
+    const Lease& lease = arena_.lease(slot);
+    const uint64_t intent = lease.intent.load(std::memory_order_seq_cst);
+    if (intent >> 32 == 0 || static_cast<uint32_t>(intent) != block) continue;
+    if (!Membership::dead(arena_, slot_, slot)) return true;
+  }
+  return false;
+}
+
+bool Ledger::settle(uint32_t dead, uint32_t block, uint64_t generation) {
+  Block& descriptor = arena_.block(block);
+  for (int attempt = 0; attempt < 16; ++attempt) {
+    Pair found = descriptor.value.load();
+    const BlockValue before = BlockValue::of(found);
+    if (before.generation != generation) return true;  // never made live, or freed and used again: nothing of the dead is left
+    if (!before.live) {
+      sink_.freed(block, generation);  // it may have died between the exchange and giving the space back
+      return true;
+    }
+    if (busy_elsewhere(dead, block)) return false;
+    uint32_t count = 0;
+    const uint32_t slots = arena_.slots_used();
+    for (uint32_t slot = 0; slot < slots; ++slot) count += holds(slot, block) ? 1 : 0;
+    const uint32_t tickets = arena_.tickets_used();
+    for (uint32_t i = 0; i < tickets; ++i) {
+      const TicketValue ticket = TicketValue::of(arena_.ticket(i).value.load());
+      count += ticket.sender != 0 && ticket.block == block ? 1 : 0;
+    }
+    TORCHSHM_POINT("settle.counted");
+    if (busy_elsewhere(dead, block)) return false;
+    BlockValue next = before;
+    next.count = count;
+    ++next.sequence;
+    next.live = count != 0;
+    if (descriptor.value.exchange_if(found, next.pair())) {
+      TORCHSHM_POINT("settle.exchanged");
+      if (!next.live) sink_.freed(block, generation);
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace torchshm::pool

@@ -1,0 +1,394 @@
+#include "pool/member.h"
+
+#include <algorithm>
+#include <bit>
+#include <chrono>
+#include <thread>
+
+#include "base/failpoint.h"
+#include "os/mapping.h"
+
+namespace torchshm::pool {
+namespace {
+
+constexpr uint32_t kMinGranules = kPage / kGranule;
+constexpr int kRoomSteps = 8;  // the last ones wait, 1 to 16 ms, for chunks that somebody is just giving back to the system
+
+uint32_t granules_for(uint64_t bytes, bool whole_pages) {
+  const uint64_t unit = whole_pages ? kPage : kGranule;
+  const uint64_t rounded = (std::max<uint64_t>(bytes, 1) + unit - 1) / unit * unit;
+  return static_cast<uint32_t>(std::max<uint64_t>(rounded / kGranule, kMinGranules));
+}
+
+}  // namespace
+
+struct Member::Work {
+  Work(Member& member, uint32_t slot)
+      : ledger(member.arena_, slot, member),
+        tickets(member.arena_, ledger, slot),
+        space(member.arena_, slot, [&member] { (void)member.work_->reaper.reap_all(); }),
+        reaper(member.arena_, slot, ledger, space),
+        heap(member.arena_),
+        janitor(space, member.arena_.header()) {}
+  Ledger ledger;
+  Tickets tickets;
+  Space space;
+  Reaper reaper;
+  Heap heap;
+  Janitor janitor;
+  uint32_t hints_seen = 0;
+  bool hints_uncertain = false;
+};
+
+Member::Member(Arena arena, Membership membership, Holds holds)
+    : arena_(std::move(arena)),
+      membership_(std::move(membership)),
+      holds_(std::move(holds)),
+      pool_id_(arena_.header().pool_id),
+      fork_detector_(os::fork_detector()) {}
+
+Member::~Member() = default;
+
+Result<std::unique_ptr<Member>> Member::make(Arena arena) {
+  auto holds = Holds::create(arena.pages());
+  if (!holds) return std::move(holds.status());
+  auto membership = Membership::join(arena);
+  if (!membership) return std::move(membership.status());
+  std::unique_ptr<Member> member(new Member(std::move(arena), membership.take(), holds.take()));
+  member->start();
+  (void)member->work_->reaper.reap_all();
+  return member;
+}
+
+Result<std::unique_ptr<Member>> Member::create(uint64_t family, const Limits& limits) {
+  auto arena = Arena::create(family, limits);
+  if (!arena) return std::move(arena.status());
+  return make(arena.take());
+}
+
+Result<std::unique_ptr<Member>> Member::attach(os::Fd data, os::Fd control) {
+  auto arena = Arena::attach(std::move(data), std::move(control));
+  if (!arena) return std::move(arena.status());
+  return make(arena.take());
+}
+
+// In a forked child: heap, chunks and janitor thread are the parent's, and joining a thread that is not there would hang. Leaked.
+void Member::leave_work() { (void)work_.release(); }
+
+void Member::start() {
+  leave_work();
+  work_ = std::make_unique<Work>(*this, membership_.slot());
+  Lease& lease = arena_.lease(membership_.slot());
+  lease.allocations.store(0, std::memory_order_relaxed);
+  lease.fallbacks.store(0, std::memory_order_relaxed);
+  lease.grown.store(0, std::memory_order_relaxed);
+  work_->hints_seen = lease.hints_end.load(std::memory_order_acquire);
+}
+
+Member::View Member::view_of(uint32_t block, Mode, std::byte* data) const {
+  const auto extent = arena_.extent(block);
+  return {data, block, extent ? extent->length : 0};
+}
+
+// ---- allocate
+
+void Member::take_hints() {
+  Lease& lease = arena_.lease(membership_.slot());
+  const uint32_t end = lease.hints_end.load(std::memory_order_acquire);
+  if (end == work_->hints_seen) return;
+  if (end - work_->hints_seen > kHints) work_->hints_seen = end - kHints;
+  if (lease.hints_lost.exchange(0, std::memory_order_acq_rel) != 0) work_->hints_uncertain = true;
+  for (; work_->hints_seen != end; ++work_->hints_seen) {
+    const uint32_t hint = lease.hints[work_->hints_seen % kHints].exchange(0, std::memory_order_acq_rel);
+    if (hint == 0) {
+      work_->hints_uncertain = true;  // counted but not written yet
+    } else if (hint <= arena_.pages()) {
+      (void)work_->heap.give_back(hint - 1);
+    }
+  }
+}
+
+Result<uint32_t> Member::allocate_small(uint32_t granules, bool whole_pages) {
+  auto place = work_->heap.place(granules, whole_pages);
+  if (!place && work_->hints_uncertain) {
+    work_->hints_uncertain = false;
+    work_->heap.rescan();
+    place = work_->heap.place(granules, whole_pages);
+  }
+  while (!place) {
+    auto chunk = work_->space.claim_small();
+    if (!chunk) return std::move(chunk.status());
+    work_->heap.add(chunk->chunk, chunk->adopted);
+    place = work_->heap.place(granules, whole_pages);
+  }
+  work_->ledger.allocate(place->block, place->first, granules);
+  return place->block;
+}
+
+Result<uint32_t> Member::allocate_block(uint64_t bytes, bool whole_pages) {
+  if (bytes > arena_.header().data_size) return Status(Code::kFull, "larger than the pool's address space");
+  const uint32_t granules = granules_for(bytes, whole_pages);
+  if (granules * kGranule <= kSmallMax) return allocate_small(granules, whole_pages);
+  auto run = work_->space.claim_run(granules * kGranule);
+  if (!run) return run;
+  work_->ledger.allocate(*run, 0, granules);
+  return run;
+}
+
+void Member::make_room_step(int step, uint64_t bytes) {
+  (void)work_->reaper.reap_all();
+  switch (step) {
+    case 0:
+      work_->heap.rescan();
+      while (const auto empty = work_->heap.remove_empty(0)) work_->space.release_small(*empty);
+      break;
+    case 1: (void)work_->tickets.take_back(0, true, bytes); break;
+    case 2: (void)work_->tickets.take_back(ticket_age_, false, bytes); break;
+    default:
+      // Bounded, whatever the other does: a paused one costs this much once, and the chunk counts as used.
+      if (work_->space.trimming()) std::this_thread::sleep_for(std::chrono::milliseconds(1 << (step - 3)));
+      break;
+  }
+}
+
+Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
+  take_hints();
+  auto block = allocate_block(bytes, whole_pages);
+  for (int step = 0; !block && block.code() == Code::kFull && step < kRoomSteps; ++step) {
+    make_room_step(step, bytes);
+    block = allocate_block(bytes, whole_pages);
+  }
+  if (!block) {
+    if (block.code() != Code::kFull) return std::move(block.status());
+    return Status(Code::kFull, "no room for " + std::to_string(bytes) + " bytes: " + block.status().what() + " (" + summary(collect(arena_)) +
+                                   "). Drop arrays that are no longer needed, or set a higher limit (TORCHSHM_LIMIT)");
+  }
+  Lease& lease = arena_.lease(membership_.slot());
+  // Relaxed store: statistics with a single writer.
+  lease.allocations.store(lease.allocations.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+  holds_.add(*block, Mode::kReadWrite);
+  const auto extent = arena_.extent(*block);
+  return View{arena_.data() + extent->offset, *block, extent->length};
+}
+
+// ---- release
+
+void Member::freed(uint32_t block, uint64_t generation) {
+  const ChunkValue chunk = work_->space.value(block / kPagesPerChunk);
+  if (chunk.state == ChunkState::kRun) {
+    work_->space.release_run(block, generation);
+    work_->janitor.look();
+    return;
+  }
+  if (chunk.state != ChunkState::kSmall) return;
+  if (chunk.owner == membership_.slot()) {
+    (void)work_->heap.give_back(block);
+  } else if (chunk.owner == kNobody) {
+    work_->space.release_orphan(block / kPagesPerChunk);
+  } else if (chunk.owner < kMaxLeases) {
+    Lease& owner = arena_.lease(chunk.owner);
+    const uint32_t at = owner.hints_end.fetch_add(1, std::memory_order_acq_rel) % kHints;
+    TORCHSHM_POINT("freed.hint_counted");
+    if (owner.hints[at].exchange(block + 1, std::memory_order_acq_rel) != 0) owner.hints_lost.store(1, std::memory_order_release);
+  }
+}
+
+void Member::retain(uint32_t block, Mode mode) {
+  const std::lock_guard lock(mutex_);
+  holds_.add(block, mode);
+}
+
+void Member::release(uint32_t block, Mode mode) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  const Holds::Removed removed = holds_.remove(block, mode);
+  if (removed.last_copy) {
+    // What was written here privately would shadow the block's next contents.
+    if (const auto extent = arena_.extent(block)) {
+      if (std::byte* copy = arena_.address(Mode::kCopyOnWrite, extent->offset)) (void)os::drop_private(copy, extent->length);
+    }
+  }
+  if (removed.left == 0 && !stranded_) work_->ledger.drop(block);
+}
+
+// ---- hand over
+
+Result<Handle> Member::issue(uint32_t block) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
+  const uint64_t generation = work_->ledger.value(block).generation;
+  const auto ticket = work_->tickets.issue(block, generation);
+  if (!ticket) return Status(Code::kFull, "all tickets are out: too many unreceived messages");
+  return Handle{pool_id_, generation, block, ticket->index, ticket->nonce};
+}
+
+Result<Member::View> Member::redeem(const Handle& handle, Mode mode) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  if (handle.pool_id != pool_id_) return Status(Code::kForeign, "the handle belongs to another pool");
+  if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
+  if (handle.block >= arena_.pages() || handle.ticket >= kTickets) return Status(Code::kInvalid, "the handle names no block of this pool");
+  if (holds_.count(handle.block) > 0) {
+    if (work_->ledger.value(handle.block).generation != handle.generation) return Status(Code::kStale, "the handle's block has been released");
+  } else if (!work_->ledger.attach(handle.block, handle.generation)) {
+    return Status(Code::kStale, "the handle's block has been released");
+  }
+  const auto extent = arena_.extent(handle.block);
+  std::byte* data = extent ? arena_.address(mode, extent->offset) : nullptr;
+  if (data == nullptr) {
+    if (holds_.count(handle.block) == 0) work_->ledger.drop(handle.block);
+    if (!extent) return Status(Code::kCorrupt, "the block's descriptor contradicts the pool's size");
+    return Status(Code::kUnsupported, "no address space for this mode");
+  }
+  holds_.add(handle.block, mode);
+  (void)work_->tickets.redeem({handle.ticket, handle.nonce}, handle.block, handle.generation);
+  return View{data, handle.block, extent->length};
+}
+
+Result<Member::View> Member::view(uint32_t block, Mode mode) {
+  const std::lock_guard lock(mutex_);
+  const auto extent = arena_.extent(block);
+  if (!extent) return Status(Code::kCorrupt, "the block's descriptor contradicts the pool's size");
+  if (mode == Mode::kCopyOnWrite && (extent->offset % kPage != 0 || extent->length % kPage != 0)) {
+    return Status(Code::kUnsupported, "the block shares pages with others");
+  }
+  std::byte* data = arena_.address(mode, extent->offset);
+  if (data == nullptr) return Status(Code::kUnsupported, "no address space for this mode");
+  holds_.add(block, mode);
+  return View{data, block, extent->length};
+}
+
+std::optional<Member::Found> Member::find(const void* address) {
+  const auto located = arena_.locate(address);
+  if (!located) return std::nullopt;
+  const auto [mode, offset] = *located;
+  const std::lock_guard lock(mutex_);
+  const auto chunk_index = static_cast<uint32_t>(offset / kChunk);
+  const ChunkValue chunk = work_->space.value(chunk_index);
+  std::optional<uint32_t> block;
+  if (chunk.state == ChunkState::kRun && chunk.head < arena_.chunks()) {
+    block = chunk.head * kPagesPerChunk;
+  } else if (chunk.state == ChunkState::kSmall) {
+    block = holds_.start_at_or_before(static_cast<uint32_t>(offset / kPage));
+    // A block may start later in the same page than the address lies.
+    if (block && *block == offset / kPage && *block % kPagesPerChunk != 0) {
+      const auto extent = arena_.extent(*block);
+      if (extent && extent->offset > offset) block = holds_.start_at_or_before(*block - 1);
+    }
+  }
+  if (!block || holds_.count(*block) == 0) return std::nullopt;
+  const auto extent = arena_.extent(*block);
+  if (!extent || offset < extent->offset || offset >= extent->offset + extent->length) return std::nullopt;
+  return Found{*block, mode, offset - extent->offset, extent->length};
+}
+
+// ---- the rest
+
+uint32_t Member::reap() {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  return stranded_ ? 0 : work_->reaper.reap_all();
+}
+
+uint64_t Member::trim(uint64_t keep) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  if (stranded_) return 0;
+  (void)work_->reaper.reap_all();
+  take_hints();
+  work_->heap.rescan();
+  while (const auto empty = work_->heap.remove_empty(0)) work_->space.release_small(*empty);
+  return work_->space.trim(keep);
+}
+
+Stats Member::stats() {
+  (void)reap();
+  return collect(arena_);
+}
+
+void Member::count_fallback() { arena_.lease(membership_.slot()).fallbacks.fetch_add(1, std::memory_order_relaxed); }
+
+// ---- fork
+
+void Member::hold_again_for(const Membership& heir) {
+  const Lease& lease = arena_.lease(membership_.slot());
+  const uint64_t end = lease.ledger_end.load(std::memory_order_relaxed);
+  for (uint64_t word = 0; word < end; ++word) {
+    for (uint64_t bits = arena_.ledger(membership_.slot(), word).load(std::memory_order_relaxed); bits != 0; bits &= bits - 1) {
+      const auto block = static_cast<uint32_t>(word * 64 + static_cast<uint64_t>(std::countr_zero(bits)));
+      (void)work_->ledger.attach_for(heir.slot(), block, work_->ledger.value(block).generation);
+      TORCHSHM_POINT("fork.block");
+    }
+  }
+}
+
+void Member::prepare_fork() {
+  mutex_.lock();
+  if (stranded_) return;
+  auto heir = Membership::join(arena_);
+  if (!heir && heir.code() == Code::kNoSlot && work_->reaper.reap_all() > 0) heir = Membership::join(arena_);
+  if (heir) {
+    heir_.emplace(heir.take());
+    TORCHSHM_POINT("fork.joined");
+    hold_again_for(*heir_);
+    return;
+  }
+  // No slot for the child: what it inherits stays held by this lease, which lives as long as either of the two.
+  const Lease& lease = arena_.lease(membership_.slot());
+  for (uint64_t word = 0, end = lease.ledger_end.load(std::memory_order_relaxed); word < end; ++word) {
+    for (uint64_t bits = arena_.ledger(membership_.slot(), word).load(std::memory_order_relaxed); bits != 0; bits &= bits - 1) {
+      holds_.add(static_cast<uint32_t>(word * 64 + static_cast<uint64_t>(std::countr_zero(bits))), Mode::kReadWrite);
+    }
+  }
+}
+
+void Member::parent_after_fork() {
+  heir_.reset();  // closes our copy of the description; the child's keeps the lock
+  mutex_.unlock();
+}
+
+void Member::become(Membership membership) {
+  membership_ = std::move(membership);  // closes our copy of the parent's description
+  membership_.sign(arena_);
+  start();
+}
+
+void Member::child_after_fork() {
+  if (heir_) {
+    become(std::move(*heir_));
+    heir_.reset();
+  } else {
+    stranded_ = true;
+  }
+  if (fork_detector_ != nullptr) *fork_detector_ = 1;
+  mutex_.unlock();
+}
+
+void Member::notice_fork() {
+  if (fork_detector_ == nullptr || *fork_detector_ != 0) return;
+  // A fork that ran no handlers. The parent's lease is alive as long as its description is open here, and keeps what it has not dropped
+  // since; that much can still be taken over.
+  *fork_detector_ = 1;
+  if (stranded_) return;
+  auto heir = Membership::join(arena_);
+  if (!heir) {
+    stranded_ = true;
+    return;
+  }
+  const uint32_t parent = membership_.slot();
+  leave_work();
+  work_ = std::make_unique<Work>(*this, heir->slot());
+  for (uint64_t word = 0, end = arena_.lease(parent).ledger_end.load(std::memory_order_relaxed); word < end; ++word) {
+    for (uint64_t bits = arena_.ledger(parent, word).load(std::memory_order_relaxed); bits != 0; bits &= bits - 1) {
+      const auto block = static_cast<uint32_t>(word * 64 + static_cast<uint64_t>(std::countr_zero(bits)));
+      if (holds_.count(block) > 0) (void)work_->ledger.attach(block, work_->ledger.value(block).generation);
+    }
+  }
+  become(heir.take());
+}
+
+}  // namespace torchshm::pool

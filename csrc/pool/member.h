@@ -1,0 +1,112 @@
+// A process's membership of a pool: what the rooms above use. Allocates, hands over, receives, releases.
+//
+// Shared: through ledger, tickets and space. Private: the heap, the holds, one mutex.
+// When a process dies here: see those. When it forks: the child gets a lease of its own that holds all that the parent held, made before
+// the fork returns in either (prepare_fork); it is alive as long as either of them keeps the lock's description open.
+// Thread safety: all public functions, from any thread; no function calls back into Python or waits for another process.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <optional>
+
+#include "base/status.h"
+#include "pool/arena.h"
+#include "pool/handle.h"
+#include "pool/heap.h"
+#include "pool/holds.h"
+#include "pool/janitor.h"
+#include "pool/ledger.h"
+#include "pool/membership.h"
+#include "pool/reaper.h"
+#include "pool/space.h"
+#include "pool/stats.h"
+#include "pool/tickets.h"
+
+namespace torchshm::pool {
+
+class Member final : public FreedSink {
+ public:
+  static Result<std::unique_ptr<Member>> create(uint64_t family, const Limits& limits);
+  static Result<std::unique_ptr<Member>> attach(os::Fd data, os::Fd control);
+
+  struct View {
+    std::byte* data = nullptr;  // first byte of the block under the mode asked for
+    uint32_t block = 0;
+    uint64_t length = 0;  // bytes, rounded up to granules
+  };
+  // A fresh block, held once in kReadWrite mode. whole_pages: for blocks that will be seen copy-on-write.
+  Result<View> allocate(uint64_t bytes, bool whole_pages);
+
+  // One more object, or one less, that looks at a held block. REQUIRES: held.
+  void retain(uint32_t block, Mode mode);
+  void release(uint32_t block, Mode mode);
+
+  // A handle with a ticket of its own. REQUIRES: held.
+  Result<Handle> issue(uint32_t block);
+  // The block of a handle, held once more. kStale, kForeign and kInvalid are told apart.
+  Result<View> redeem(const Handle& handle, Mode mode);
+
+  struct Found {
+    uint32_t block;
+    Mode mode;
+    uint64_t offset;  // of the address in the block
+    uint64_t length;  // of the block
+  };
+  // The held block in which an address lies. Constant time.
+  std::optional<Found> find(const void* address);
+  // A further view of a held block under another mode. Fails with kUnsupported where the block does not consist of whole pages (for
+  // kCopyOnWrite) or the face can't be mapped.
+  Result<View> view(uint32_t block, Mode mode);
+
+  uint32_t reap();
+  uint64_t trim(uint64_t keep);
+  Stats stats();
+  void set_ticket_age(uint32_t seconds) { ticket_age_ = seconds; }
+  void count_fallback();
+
+  uint64_t pool_id() const { return pool_id_; }
+  uint64_t family() const { return arena_.header().family; }
+  Arena& arena() { return arena_; }
+  Membership& membership() { return membership_; }
+
+  // Around fork(), in this order; prepare leaves the mutex locked, the other two unlock it.
+  void prepare_fork();
+  void parent_after_fork();
+  void child_after_fork();
+
+  // FreedSink; called with the mutex held.
+  void freed(uint32_t block, uint64_t generation) override;
+
+ private:
+  Member(Arena arena, Membership membership, Holds holds);
+  static Result<std::unique_ptr<Member>> make(Arena arena);
+  void start();
+  void leave_work();
+  // Private state that belongs to a lease, made anew in a forked child.
+  struct Work;
+  void become(Membership membership);
+  void notice_fork();
+  void take_hints();
+  Result<uint32_t> allocate_block(uint64_t bytes, bool whole_pages);
+  Result<uint32_t> allocate_small(uint32_t granules, bool whole_pages);
+  void make_room_step(int step, uint64_t bytes);
+  void hold_again_for(const Membership& heir);
+  View view_of(uint32_t block, Mode mode, std::byte* data) const;
+
+  std::mutex mutex_;
+  Arena arena_;
+  Membership membership_;
+  Holds holds_;
+  std::unique_ptr<Work> work_;
+  uint64_t pool_id_;
+  uint64_t* fork_detector_;
+  std::optional<Membership> heir_;  // between prepare_fork and its end
+  bool stranded_ = false;           // forked when no slot was left: may read what it inherited, and nothing else
+  uint32_t ticket_age_ = 300;       // seconds; DESIGN: five minutes
+
+ public:
+  ~Member() override;
+};
+
+}  // namespace torchshm::pool

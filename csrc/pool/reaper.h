@@ -1,0 +1,31 @@
+// Takes back what only the dead used.
+//
+// Shared: everything it touches. Whoever notices a death may do it; several may do it at once, and if one is killed or paused half-way
+// any other finishes: each step is one exchange that only one of them can win, made under the reaper's own intent.
+// The dead lease's slot is free again when all is done, and not while any reaper is still at it.
+#pragma once
+
+#include <cstdint>
+
+#include "pool/ledger.h"
+#include "pool/space.h"
+
+namespace torchshm::pool {
+
+class Reaper {
+ public:
+  Reaper(Arena& arena, uint32_t slot, Ledger& ledger, Space& space) : arena_(arena), slot_(slot), ledger_(ledger), space_(space) {}
+
+  // Looks at every lease and takes back the dead ones. Returns how many were finished.
+  uint32_t reap_all();
+  // Cheap when nobody is dead: one F_OFD_GETLK per lease.
+  bool reap(uint32_t dead);
+
+ private:
+  Arena& arena_;
+  uint32_t slot_;
+  Ledger& ledger_;
+  Space& space_;
+};
+
+}  // namespace torchshm::pool

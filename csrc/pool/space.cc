@@ -1,0 +1,382 @@
+#include "pool/space.h"
+
+#include <algorithm>
+
+#include "base/failpoint.h"
+#include "os/mapping.h"
+#include "os/memfd.h"
+#include "os/memory.h"
+#include "pool/ledger.h"
+
+namespace torchshm::pool {
+namespace {
+
+constexpr size_t kRecent = 32;  // arbitrary: more than the batches that a DataLoader worker has under way
+constexpr int kAttempts = 64;   // others took the run that was found; after so many the pool is as good as full
+constexpr uint64_t kReserve = uint64_t{32} << 20;  // left of a cgroup's headroom, for everything that is not ours
+
+Status full(const std::string& why) { return Status(Code::kFull, why); }
+
+}  // namespace
+
+Space::Space(Arena& arena, uint32_t slot, std::function<void()> before_growth)
+    : arena_(arena), slot_(slot), before_growth_(std::move(before_growth)), mapped_(arena.chunks(), 0) {}
+
+bool Space::all_idle(uint32_t first, uint32_t n) const {
+  for (uint32_t i = 0; i < n; ++i) {
+    if (value(first + i).state != ChunkState::kIdle) return false;
+  }
+  return true;
+}
+
+bool Space::replace(uint32_t chunk, ChunkValue expected, ChunkValue desired) {
+  Pair before = expected.pair();
+  return arena_.chunk(chunk).value.exchange_if(before, desired.pair());
+}
+
+uint64_t Space::committed() const {
+  uint64_t pages = 0;
+  for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) pages += value(i).committed;
+  return pages * kPage;
+}
+
+uint64_t Space::idle() const {
+  uint64_t pages = 0;
+  for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
+    const ChunkValue v = value(i);
+    if (v.state == ChunkState::kIdle) pages += v.committed;
+  }
+  return pages * kPage;
+}
+
+bool Space::trimming() const {
+  for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
+    if (value(i).state == ChunkState::kTrimming) return true;
+  }
+  return false;
+}
+
+bool Space::anything_live(uint32_t chunk) const {
+  for (uint32_t page = 0; page < kPagesPerChunk; ++page) {
+    if (BlockValue::of(arena_.block(chunk * kPagesPerChunk + page).value.load()).live) return true;
+  }
+  return false;
+}
+
+// Own idle chunks first (warm in this process's page tables too), then anyone's, then whatever is not in use.
+std::optional<uint32_t> Space::find_run(uint32_t n) const {
+  const uint32_t used = arena_.chunks_used();
+  for (auto head = recent_.rbegin(); head != recent_.rend(); ++head) {
+    uint32_t i = 0;
+    for (; i < n && *head + i < used; ++i) {
+      const ChunkValue v = value(*head + i);
+      if (v.state != ChunkState::kIdle || v.owner != slot_) break;
+    }
+    if (i == n) return *head;
+  }
+  std::optional<uint32_t> idle, any;
+  uint32_t own_length = 0, idle_length = 0, any_length = 0;
+  for (uint32_t i = 0; i < used; ++i) {
+    const ChunkValue v = value(i);
+    const bool is_idle = v.state == ChunkState::kIdle;
+    own_length = is_idle && v.owner == slot_ ? own_length + 1 : 0;
+    idle_length = is_idle ? idle_length + 1 : 0;
+    any_length = is_idle || v.state == ChunkState::kHole ? any_length + 1 : 0;
+    if (own_length == n) return i + 1 - n;
+    if (!idle && idle_length == n) idle = i + 1 - n;
+    if (!any && any_length == n) any = i + 1 - n;
+  }
+  if (idle) return idle;
+  if (any) return any;
+  const uint32_t start = used - any_length;
+  if (uint64_t{start} + n <= arena_.chunks()) return start;
+  return std::nullopt;
+}
+
+// Takes an idle chunk or a hole. The pages it is going to have are announced in the same exchange, before they are committed: a death in
+// between leaves the sum too high, never too low.
+bool Space::take(uint32_t chunk, ChunkValue wanted, uint32_t* had) {
+  const ChunkValue found = value(chunk);
+  if (found.state != ChunkState::kIdle && found.state != ChunkState::kHole) return false;
+  *had = found.committed;
+  wanted.owner = slot_;
+  wanted.committed = std::max(found.committed, wanted.committed);
+  if (!replace(chunk, found, wanted)) return false;
+  uint32_t used = arena_.header().chunks_used.load(std::memory_order_relaxed);
+  while (used <= chunk && !arena_.header().chunks_used.compare_exchange_weak(used, chunk + 1, std::memory_order_seq_cst)) {
+  }
+  if (found.state == ChunkState::kIdle) {
+    arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
+  } else {
+    mapped_[chunk] = 0;
+  }
+  return true;
+}
+
+void Space::put_back(uint32_t chunk, uint32_t had) {
+  ChunkValue next;
+  next.state = had == 0 ? ChunkState::kHole : ChunkState::kIdle;
+  next.owner = had == 0 ? 0 : slot_;
+  next.committed = had;
+  const ChunkValue now = value(chunk);
+  if (had != 0) arena_.header().idle_estimate.fetch_add(had * kPage, std::memory_order_relaxed);
+  (void)replace(chunk, now, next);
+}
+
+Status Space::within_limit() {
+  const uint64_t limit = arena_.header().limit.load(std::memory_order_relaxed);
+  uint64_t sum = committed();
+  if (sum <= limit) return {};
+  const uint64_t warm = idle();
+  const uint64_t excess = sum - limit;
+  (void)trim(warm > excess ? warm - excess : 0);
+  sum = committed();
+  if (sum <= limit) return {};
+  return full("the pool's limit of " + std::to_string(limit) + " bytes is reached");
+}
+
+Status Space::check_headroom(uint64_t bytes) {
+  // Looked up again only when a good part of what was there is used up: it costs as much as committing a chunk.
+  if (headroom_ < 8 * (bytes + kReserve)) headroom_ = os::memory_headroom();
+  if (headroom_ < bytes + kReserve) {
+    headroom_ = 0;
+    return full("the machine or its cgroup has less than " + std::to_string(bytes) + " bytes left");
+  }
+  headroom_ -= bytes;
+  return {};
+}
+
+Status Space::back_with_pages(uint32_t first, const std::vector<uint32_t>& had, const std::vector<uint32_t>& need) {
+  uint64_t growth = 0;
+  for (size_t i = 0; i < need.size(); ++i) growth += need[i] > had[i] ? (need[i] - had[i]) * kPage : 0;
+  if (growth == 0) return {};
+  if (Status enough = check_headroom(growth); !enough) return enough;
+  arena_.lease(slot_).grown.fetch_add(growth, std::memory_order_relaxed);
+  // Neighbouring ranges in one call.
+  uint64_t start = 0, end = 0;
+  for (size_t i = 0; i <= need.size(); ++i) {
+    const bool more = i < need.size() && need[i] > had[i];
+    const uint64_t base = (uint64_t{first} + i) * kChunk;
+    if (more && end == base + had[i] * kPage && end != start) {
+      end = base + need[i] * kPage;
+      continue;
+    }
+    if (end != start) {
+      if (Status done = os::commit(arena_.data_fd(), start, end - start); !done) return done;
+    }
+    start = end = 0;
+    if (more) {
+      start = base + had[i] * kPage;
+      end = base + need[i] * kPage;
+    }
+  }
+  return {};
+}
+
+// Page tables in large steps instead of a fault for every page.
+void Space::map_pages(uint32_t first, const std::vector<uint32_t>& need) {
+  for (size_t i = 0; i < need.size();) {
+    if (mapped_[first + i] >= need[i]) {
+      ++i;
+      continue;
+    }
+    const size_t from = i;
+    uint64_t length = 0;
+    for (; i < need.size() && mapped_[first + i] < need[i]; ++i) {
+      length = (i - from) * kChunk + need[i] * kPage;
+      mapped_[first + i] = static_cast<uint16_t>(need[i]);
+    }
+    os::populate(arena_.data() + (uint64_t{first} + from) * kChunk, length);
+  }
+}
+
+Result<uint32_t> Space::claim_run(uint64_t bytes) {
+  const uint64_t pages = (bytes + kPage - 1) / kPage;
+  if (bytes == 0 || pages > arena_.pages()) return full("larger than the pool's address space");
+  if (bytes > arena_.header().limit.load(std::memory_order_relaxed)) return full("larger than the pool's limit");
+  const auto n = static_cast<uint32_t>((pages + kPagesPerChunk - 1) / kPagesPerChunk);
+  std::vector<uint32_t> had(n), need(n, kPagesPerChunk);
+  need.back() = static_cast<uint32_t>(pages - uint64_t{n - 1} * kPagesPerChunk);
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    const auto head = find_run(n);
+    if (!head) return full("no " + std::to_string(n) + " neighbouring chunks are free");
+    if (attempt == 0 && !all_idle(*head, n)) {
+      before_growth_();
+      continue;
+    }
+    ChunkValue wanted;
+    wanted.state = ChunkState::kRun;
+    wanted.head = *head;
+    uint32_t taken = 0;
+    for (; taken < n; ++taken) {
+      wanted.committed = need[taken];
+      // Stable once the head is ours.
+      wanted.generation = BlockValue::of(arena_.block(*head * kPagesPerChunk).value.load()).generation + 1;
+      if (!take(*head + taken, wanted, &had[taken])) break;
+      TORCHSHM_POINT("claim_run.chunk");
+    }
+    if (taken == n) {
+      // The head was taken before its generation could be known for sure; now nobody else can change it.
+      const uint64_t generation = BlockValue::of(arena_.block(*head * kPagesPerChunk).value.load()).generation + 1;
+      const ChunkValue found = value(*head);
+      ChunkValue exact = found;
+      exact.generation = generation;
+      if (found.generation != generation) (void)replace(*head, found, exact);
+      Status backed = within_limit();
+      if (backed) backed = back_with_pages(*head, had, need);
+      if (backed) {
+        map_pages(*head, need);
+        recent_.erase(std::remove(recent_.begin(), recent_.end(), *head), recent_.end());
+        if (recent_.size() == kRecent) recent_.erase(recent_.begin());
+        recent_.push_back(*head);
+        TORCHSHM_POINT("claim_run.backed");
+        return *head * kPagesPerChunk;
+      }
+      for (; taken > 0; --taken) put_back(*head + taken - 1, had[taken - 1]);
+      return backed;
+    }
+    for (; taken > 0; --taken) put_back(*head + taken - 1, had[taken - 1]);
+  }
+  return full("other processes took every run of " + std::to_string(n) + " chunks first");
+}
+
+void Space::release_run(uint32_t block, uint64_t generation) {
+  const auto extent = arena_.extent(block);
+  if (!extent || block % kPagesPerChunk != 0) return;
+  const uint32_t head = block / kPagesPerChunk;
+  // The head goes last: until then nobody can start a new run there, and the descriptor's length stays what it was.
+  const auto n = static_cast<uint32_t>((extent->length + kChunk - 1) / kChunk);
+  for (uint32_t i = n; i-- > 0;) {
+    for (;;) {
+      const ChunkValue found = value(head + i);
+      if (found.state != ChunkState::kRun || found.head != head || found.generation != generation) break;
+      ChunkValue next = found;
+      next.state = ChunkState::kIdle;
+      next.head = 0;
+      next.generation = 0;
+      if (replace(head + i, found, next)) {
+        arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
+        TORCHSHM_POINT("release_run.chunk");
+        break;
+      }
+    }
+  }
+}
+
+std::optional<uint32_t> Space::adopt_orphan() {
+  for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
+    const ChunkValue found = value(i);
+    if (found.state != ChunkState::kSmall || found.owner != kNobody) continue;
+    ChunkValue adopted = found;
+    adopted.owner = slot_;
+    if (!replace(i, found, adopted)) continue;
+    TORCHSHM_POINT("claim_small.adopted");
+    map_pages(i, {kPagesPerChunk});
+    return i;
+  }
+  return std::nullopt;
+}
+
+Result<Space::SmallChunk> Space::claim_small() {
+  ChunkValue wanted;
+  wanted.state = ChunkState::kSmall;
+  wanted.committed = kPagesPerChunk;
+  const std::vector<uint32_t> need(1, kPagesPerChunk);
+  if (const auto orphan = adopt_orphan()) return SmallChunk{*orphan, true};
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    const auto chunk = find_run(1);
+    if (!chunk) return full("no chunk is free");
+    if (attempt == 0 && !all_idle(*chunk, 1)) {
+      before_growth_();
+      if (const auto orphan = adopt_orphan()) return SmallChunk{*orphan, true};
+      continue;
+    }
+    std::vector<uint32_t> had(1);
+    if (!take(*chunk, wanted, &had[0])) continue;
+    TORCHSHM_POINT("claim_small.taken");
+    Status backed = within_limit();
+    if (backed) backed = back_with_pages(*chunk, had, need);
+    if (!backed) {
+      put_back(*chunk, had[0]);
+      return backed;
+    }
+    map_pages(*chunk, need);
+    TORCHSHM_POINT("claim_small.backed");
+    return SmallChunk{*chunk, false};
+  }
+  return full("other processes took every free chunk first");
+}
+
+void Space::release_small(uint32_t chunk) {
+  const ChunkValue found = value(chunk);
+  ChunkValue next = found;
+  next.state = ChunkState::kIdle;
+  if (found.state == ChunkState::kSmall && found.owner == slot_ && replace(chunk, found, next)) {
+    arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
+  }
+}
+
+void Space::release_orphan(uint32_t chunk) {
+  const ChunkValue found = value(chunk);
+  if (found.state != ChunkState::kSmall || found.owner != kNobody || anything_live(chunk)) return;
+  ChunkValue next = found;
+  next.state = ChunkState::kIdle;
+  if (replace(chunk, found, next)) arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
+}
+
+void Space::inherit(uint32_t dead) {
+  for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
+    for (;;) {
+      const ChunkValue found = value(i);
+      if (found.state == ChunkState::kHole || found.owner != dead) break;
+      ChunkValue next = found;
+      next.owner = kNobody;
+      switch (found.state) {
+        case ChunkState::kRun: {
+          const bool named = found.head < arena_.chunks();
+          const BlockValue head = named ? BlockValue::of(arena_.block(found.head * kPagesPerChunk).value.load()) : BlockValue{};
+          // Not live with this generation: it died before the block was made, or the block is freed and being released.
+          if (!head.live || head.generation != found.generation) next.state = ChunkState::kIdle;
+          break;
+        }
+        case ChunkState::kTrimming:
+          // Punched or not: as a hole it would count as no pages, so punch again.
+          next.owner = slot_;
+          if (!replace(i, found, next)) continue;
+          (void)os::punch(arena_.data_fd(), uint64_t{i} * kChunk, kChunk);
+          (void)replace(i, next, ChunkValue{});
+          break;
+        default: break;
+      }
+      if (found.state == ChunkState::kTrimming) break;
+      if (next.state == ChunkState::kIdle) next.head = 0, next.generation = 0;
+      TORCHSHM_POINT("inherit.chunk");
+      if (!replace(i, found, next)) continue;
+      if (next.state == ChunkState::kSmall) release_orphan(i);
+      break;
+    }
+  }
+}
+
+uint64_t Space::trim(uint64_t keep) {
+  uint64_t given = 0, left = idle();
+  // From the end, so that the file's used part stays compact.
+  for (uint32_t i = arena_.chunks_used(); i-- > 0 && left > keep;) {
+    const ChunkValue found = value(i);
+    if (found.state != ChunkState::kIdle) continue;
+    ChunkValue claimed = found;
+    claimed.state = ChunkState::kTrimming;
+    claimed.owner = slot_;
+    if (!replace(i, found, claimed)) continue;
+    TORCHSHM_POINT("trim.claimed");
+    const Status punched = os::punch(arena_.data_fd(), uint64_t{i} * kChunk, kChunk);
+    TORCHSHM_POINT("trim.punched");
+    (void)replace(i, claimed, punched ? ChunkValue{} : found);
+    arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
+    left -= std::min<uint64_t>(left, found.committed * kPage);
+    if (punched) given += found.committed * kPage;
+  }
+  return given;
+}
+
+}  // namespace torchshm::pool

@@ -1,0 +1,44 @@
+// Tickets: holds that travel inside messages. One redemption is guaranteed until memory runs out, also when the sender exits first.
+//
+// Shared: the ticket table. Private: where this lease looks for a free entry next.
+// A ticket is out or not in one exchange that carries block, sender and time; its nonce tells a second unpickling from the first.
+// When a process dies here: the intent stands, and the block's count is settled against the table.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "pool/arena.h"
+#include "pool/ledger.h"
+
+namespace torchshm::pool {
+
+struct TicketId {
+  uint32_t index = 0;
+  uint64_t nonce = 0;
+};
+
+class Tickets {
+ public:
+  Tickets(Arena& arena, Ledger& ledger, uint32_t slot);
+
+  // REQUIRES: this lease holds the block. Nothing when the table is full.
+  std::optional<TicketId> issue(uint32_t block, uint64_t generation);
+  // Uses a ticket up, if it is still out. REQUIRES: this lease holds the block.
+  bool redeem(TicketId id, uint32_t block, uint64_t generation);
+  // Takes back what was issued by dead leases, or longer ago than `older_than` seconds, oldest first, until `enough` bytes of blocks
+  // have become free. Returns how many tickets were taken.
+  uint32_t take_back(uint32_t older_than, bool dead_only, uint64_t enough);
+
+  static uint32_t now();
+
+ private:
+  std::optional<TicketId> claim(uint32_t block);
+  bool clear(uint32_t index, uint64_t nonce, uint32_t block);
+  Arena& arena_;
+  Ledger& ledger_;
+  uint32_t slot_;
+  uint32_t base_, window_, cursor_ = 0;
+};
+
+}  // namespace torchshm::pool

@@ -119,6 +119,15 @@ Result<Arena> Arena::attach(os::Fd data, os::Fd control) {
   return arena;
 }
 
+Result<uint64_t> Arena::family_of(int control_fd) {
+  auto size = os::check_memfd(control_fd);
+  if (!size) return std::move(size.status());
+  if (*size < sizeof(Header)) return Status(Code::kInvalid, "the control file is too short for a pool");
+  auto mapped = os::Mapping::map(os::Mapping::Kind::kReadOnly, control_fd, sizeof(Header));
+  if (!mapped) return std::move(mapped.status());
+  return reinterpret_cast<const Header*>(mapped->data())->family;
+}
+
 uint32_t Arena::slots_used() const { return std::min(header().slots_used.load(std::memory_order_acquire), kMaxLeases); }
 uint32_t Arena::chunks_used() const { return std::min(header().chunks_used.load(std::memory_order_acquire), chunks_); }
 uint32_t Arena::tickets_used() const { return std::min(header().tickets_used.load(std::memory_order_acquire), kTickets); }

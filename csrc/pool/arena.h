@@ -27,6 +27,9 @@ class Arena {
   static Result<Arena> create(uint64_t family, const Limits& limits);
   static Result<Arena> attach(os::Fd data, os::Fd control);
 
+  // What a control file's header says about its family, without attaching.
+  static Result<uint64_t> family_of(int control_fd);
+
   Header& header() const { return *reinterpret_cast<Header*>(control_.data()); }
   // REQUIRES: slot < kMaxLeases
   Lease& lease(uint32_t slot) const { return reinterpret_cast<Lease*>(control_.data() + offsets_.leases)[slot]; }

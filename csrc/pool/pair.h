@@ -12,6 +12,23 @@
 #error "torchshm's ledger needs a 16-byte compare-and-swap and is tested on x86-64 only"
 #endif
 
+#if defined(__SANITIZE_THREAD__)
+#define TORCHSHM_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define TORCHSHM_TSAN 1
+#endif
+#endif
+#if defined(TORCHSHM_TSAN)
+extern "C" void __tsan_acquire(void* address);
+extern "C" void __tsan_release(void* address);
+#define TORCHSHM_TSAN_ACQUIRE(p) __tsan_acquire(const_cast<void*>(static_cast<const void*>(p)))
+#define TORCHSHM_TSAN_RELEASE(p) __tsan_release(const_cast<void*>(static_cast<const void*>(p)))
+#else
+#define TORCHSHM_TSAN_ACQUIRE(p) ((void)0)
+#define TORCHSHM_TSAN_RELEASE(p) ((void)0)
+#endif
+
 namespace torchshm::pool {
 
 struct Pair {
@@ -27,22 +44,27 @@ class alignas(16) AtomicPair {
     for (;;) {
       const Pair first{lo_.load(std::memory_order_acquire), hi_.load(std::memory_order_acquire)};
       const Pair second{lo_.load(std::memory_order_acquire), hi_.load(std::memory_order_acquire)};
-      if (first == second) return first;
+      if (first == second) {
+        TORCHSHM_TSAN_ACQUIRE(this);
+        return first;
+      }
     }
   }
 
   // Sequentially consistent. On failure `expected` is what was found.
+  // Written out, since ThreadSanitizer emulates the builtin with a lock that other processes do not see.
   bool exchange_if(Pair& expected, Pair desired) {
-    static_assert(sizeof(unsigned __int128) == sizeof(Pair));
-    const auto wanted = join(desired), before = join(expected);
-    const auto found = __sync_val_compare_and_swap(reinterpret_cast<unsigned __int128*>(this), before, wanted);
-    if (found == before) return true;
-    expected = {static_cast<uint64_t>(found), static_cast<uint64_t>(found >> 64)};
-    return false;
+    bool done = false;
+    TORCHSHM_TSAN_RELEASE(this);
+    asm volatile("lock cmpxchg16b %1"
+                 : "=@ccz"(done), "+m"(*this), "+a"(expected.lo), "+d"(expected.hi)
+                 : "b"(desired.lo), "c"(desired.hi)
+                 : "memory");
+    TORCHSHM_TSAN_ACQUIRE(this);
+    return done;
   }
 
  private:
-  static unsigned __int128 join(Pair p) { return (static_cast<unsigned __int128>(p.hi) << 64) | p.lo; }
   std::atomic<uint64_t> lo_;
   std::atomic<uint64_t> hi_;
 };

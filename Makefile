@@ -1,0 +1,139 @@
+# Each task sets up by itself what it needs; all of it is cheap when nothing has changed. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+# What ARGS holds goes to the program that a task runs: make test-python ARGS='-k fork -x'
+ARGS ?=
+
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export VIRTUAL_ENV := $(VENV)
+export PATH := $(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help
+help: ## Lists the tasks
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 14
+
+.PHONY: setup
+setup: build ## Makes .venv with all that the other tasks need, torchshm in it
+
+.PHONY: demo
+demo: setup ## Stock PyTorch against torchshm on climate fields and flights
+	@$(BIN)/torchshm demo $(ARGS)
+
+.PHONY: test
+test: test-cpp test-python ## The C++ tests, then the Python tests, on the build with failpoints
+
+.PHONY: bench
+bench: setup ## The benchmarks, on the release build
+	cmake --build --preset release --parallel $(JOBS)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: lint
+lint: $(INSTALLED) ## ruff, mypy, clang-format; changes nothing
+	ruff check .
+	ruff format --check .
+	mypy
+	find csrc tests benchmarks -name '*.h' -o -name '*.cc' | xargs -r clang-format --dry-run --Werror
+
+.PHONY: torture
+torture: build/dev/build.ninja ## The long tests: kills at every failpoint, soaks
+	@if [ ! -d tests/torture ]; then
+		echo 'make torture: there is no tests/torture yet; nothing was run.'
+		exit 0
+	fi
+	cmake --build --preset dev --parallel $(JOBS)
+	TORCHSHM_TORTURE=full PYTHONPATH=$(CURDIR)/build/dev/python $(BIN)/pytest tests/torture $(ARGS)
+
+.PHONY: build
+build: build/release/build.ninja ## After an edit in csrc/: the release module, built and copied into torchshm/
+	cmake --build --preset release --parallel $(JOBS) --target _C
+	cmake --install build/release --component python --prefix . | sed 's/^/  /'
+
+.PHONY: test-cpp
+test-cpp: build/dev/build.ninja ## The C++ tests alone
+	cmake --build --preset dev --parallel $(JOBS)
+	ctest --preset dev --parallel $(JOBS) $(ARGS)
+
+.PHONY: test-python
+test-python: build/dev/build.ninja ## The Python tests alone
+	cmake --build --preset dev --parallel $(JOBS) --target _C
+	PYTHONPATH=$(CURDIR)/build/dev/python $(BIN)/pytest $(ARGS)
+
+.PHONY: sanitize
+sanitize: build/asan-ubsan/build.ninja build/tsan/build.ninja ## The C++ tests under ASan + UBSan, then under TSan
+	for preset in asan-ubsan tsan; do
+		cmake --build --preset $$preset --parallel $(JOBS)
+		ctest --preset $$preset --parallel $(JOBS) $(ARGS)
+	done
+
+.PHONY: tidy
+tidy: clang-tidy build/tidy/build.ninja ## clang-tidy over the core and the C++ tests
+	cmake --build --preset tidy --parallel $(JOBS)
+
+.PHONY: format
+format: $(INSTALLED) ## Formats all sources in place
+	ruff check --fix .
+	ruff format .
+	find csrc tests benchmarks -name '*.h' -o -name '*.cc' | xargs -r clang-format -i
+
+.PHONY: clean
+clean: ## Removes what was built; .venv stays
+	rm -rf build dist *.egg-info torchshm/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find csrc torchshm tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# torch comes first and pinned: left to another package's requirement, pip would take the newest one with gigabytes
+# of CUDA. The module itself is left to `make build`.
+$(INSTALLED): pyproject.toml setup.py Makefile | system
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet '$(TORCH)' --group build --group lint
+	TORCHSHM_SKIP_CMAKE=1 PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-build-isolation --check-build-dependencies \
+		'$(TORCH)' --editable '.[bench,demo,test]'
+	touch $@
+
+build/%/build.ninja: CMakePresets.json $(INSTALLED)
+	cmake --preset $*
+	touch $@
+
+# The few things that PyPI does not have. Where they can't be installed from here, what needs them says so.
+define install_from_debian
+failed=
+if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+	echo "Installing from Debian:" $$missing
+	export DEBIAN_FRONTEND=noninteractive
+	{ apt-get update -q && apt-get install -qy --no-install-recommends $$missing; } >/dev/null || failed=1
+else
+	failed=1
+fi
+[ -z "$$failed" ] || echo "Not installed:" $$missing. "As root: apt-get install" $$missing >&2
+endef
+
+.PHONY: system
+system:
+	@missing=
+	command -v c++ >/dev/null || missing+=' g++'
+	command -v ccache >/dev/null || missing+=' ccache'
+	[ -e /usr/include/gtest/gtest.h ] || missing+=' libgtest-dev'
+	[ -e /usr/include/benchmark/benchmark.h ] || missing+=' libbenchmark-dev'
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing+=' python3-venv'
+	headers=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
+	[ -e "$$headers/Python.h" ] || missing+=' python3-dev'
+	[ -n "$$missing" ] || exit 0
+	$(install_from_debian)
+	[ -z "$$failed" ] || echo '(`make test` needs libgtest-dev; ccache and libbenchmark-dev can be done without)' >&2
+
+.PHONY: clang-tidy
+clang-tidy:
+	@missing=clang-tidy-14
+	! command -v $$missing >/dev/null || exit 0
+	$(install_from_debian)

@@ -1,0 +1,28 @@
+"""All benchmarks, in the order in which they run."""
+
+from __future__ import annotations
+
+from benchmarks import (
+    alloc,
+    dataloader,
+    descriptors,
+    inline_threshold,
+    message,
+    pooled_dumps,
+    small_devshm,
+    xarray_fields,
+)
+from benchmarks.benchmark import Benchmark
+
+_MODULES = (
+    message,
+    inline_threshold,
+    pooled_dumps,
+    dataloader,
+    xarray_fields,
+    descriptors,
+    small_devshm,
+    alloc,
+)
+
+BENCHMARKS: dict[str, Benchmark] = {module.BENCHMARK.name: module.BENCHMARK for module in _MODULES}

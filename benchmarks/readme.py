@@ -1,0 +1,99 @@
+"""The part of the README that is written from results: its tables and its picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.chart import OVERVIEW
+from benchmarks.report import describe_point
+from benchmarks.result import Result
+from benchmarks.units import format_bytes, format_seconds
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
+def rewrite(readme: Path, results: dict[str, Result], folder: Path) -> bool:
+    """Replaces what stands between the markers; False where there is no README with both."""
+    if not readme.exists():
+        return False
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        return False
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    picture = (folder / OVERVIEW).resolve().relative_to(readme.parent.resolve())
+    readme.write_text(f"{before}{BEGIN}\n{compose(results, picture.as_posix())}{END}{after}")
+    return True
+
+
+def compose(results: dict[str, Result], picture: str) -> str:
+    """The Markdown between the markers."""
+    parts = [_provenance(results)]
+    if "message" in results and "dataloader" in results:
+        parts.append(f"![Time per message by size, and time per DataLoader batch]({picture})")
+    if "message" in results:
+        parts.append(_messages(results["message"]))
+    for name in ("dataloader", "xarray", "pooled_dumps"):
+        if name in results and results[name].rows:
+            parts.append(_medians(results[name]))
+    parts.append(_figures(results))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _provenance(results: dict[str, Result]) -> str:
+    newest = max(results.values(), key=lambda result: result.date, default=None)
+    if newest is None:
+        return "Not measured yet: `make bench`."
+    machine, versions = newest.machine, newest.versions
+    return (
+        f"Medians of interleaved rounds, {newest.date[:10]}, on {machine['cores']} cores of {machine['cpu']} "
+        f"with {format_bytes(machine['memory_bytes'])}, Linux {machine['kernel']}, "
+        f"Python {versions['python']}, numpy {versions['numpy']}, torch {versions['torch']}. "
+        "`make bench` measures again and rewrites this part."
+    )
+
+
+def _messages(result: Result) -> str:
+    arms = [arm for arm in result.arms if any(row.arm == arm for row in result.rows)]
+    sizes = dict.fromkeys(row.at["bytes"] for row in result.rows if row.at["read"] == "nothing")
+    lines = []
+    for size in sizes:
+        rows = [result.find(arm, bytes=size, read="nothing") for arm in arms]
+        cells = [format_seconds(row.sample.median) if row else "" for row in rows]
+        lines.append([format_bytes(size), *cells])
+    return _titled(result, ["", *(result.arms[arm].label for arm in arms)], lines)
+
+
+def _medians(result: Result) -> str:
+    lines = []
+    for row in result.rows:
+        what = f"{result.arms[row.arm].how} {describe_point(row)}".strip()
+        lines.append([what, format_seconds(row.sample.median)])
+    return _titled(result, ["", "median"], lines)
+
+
+def _titled(result: Result, head: list[str], lines: list[list[str]]) -> str:
+    return f"**{result.quantity[0].upper()}{result.quantity[1:]}:**\n\n{_table(head, lines)}"
+
+
+def _figures(results: dict[str, Result]) -> str:
+    lines = [
+        [
+            result.name,
+            f"{figure.claim} ({figure.note})" if figure.note else figure.claim,
+            figure.target_text,
+            figure.measured_text,
+            {True: "yes", False: "**no**", None: ""}[figure.met],
+        ]
+        for result in results.values()
+        for figure in result.figures
+    ]
+    if not lines:
+        return ""
+    table = _table(["benchmark", "figure", "target", "measured", "met"], lines)
+    return f"<details><summary>All figures and their targets</summary>\n\n{table}\n\n</details>"
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])

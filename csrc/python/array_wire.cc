@@ -1,0 +1,110 @@
+#include "python/array_wire.h"
+
+#include <cstring>
+
+namespace torchshm::python {
+namespace {
+
+struct Fixed {
+  pool::Handle handle;
+  uint8_t version;
+  uint8_t mode;
+  uint8_t flags;
+  uint8_t ndim;
+  int32_t type_num;
+  int64_t item_size;
+  uint64_t offset;
+};
+static_assert(sizeof(Fixed) == 56);
+static_assert(sizeof(Fixed) <= 64);
+
+constexpr uint8_t kWireVersion = 1;
+constexpr uint8_t kWriteable = 1, kSwapped = 2, kDtypeApart = 4, kOrderShift = 4;
+
+void fill_strides(ArrayWire& wire) {
+  npy_intp step = wire.item_size;
+  if (wire.order == ArrayWire::Order::kC) {
+    for (int i = wire.ndim - 1; i >= 0; step *= wire.shape[i], --i) wire.strides[i] = step;
+  } else {
+    for (int i = 0; i < wire.ndim; step *= wire.shape[i], ++i) wire.strides[i] = step;
+  }
+}
+
+Status invalid(const char* why) { return Status(Code::kInvalid, why); }
+
+}  // namespace
+
+size_t encode(const ArrayWire& wire, char* to) {
+  Fixed fixed{};
+  fixed.handle = wire.handle;
+  fixed.version = kWireVersion;
+  fixed.mode = static_cast<uint8_t>(wire.mode);
+  fixed.flags = static_cast<uint8_t>((wire.writeable ? kWriteable : 0) | (wire.swapped ? kSwapped : 0) | (wire.dtype_apart ? kDtypeApart : 0) |
+                                     static_cast<uint8_t>(wire.order) << kOrderShift);
+  fixed.ndim = static_cast<uint8_t>(wire.ndim);
+  fixed.type_num = wire.type_num;
+  fixed.item_size = wire.item_size;
+  fixed.offset = wire.offset;
+  std::memcpy(to, &fixed, sizeof fixed);
+  size_t at = sizeof fixed;
+  const size_t bytes = sizeof(npy_intp) * static_cast<size_t>(wire.ndim);
+  std::memcpy(to + at, wire.shape.data(), bytes);
+  at += bytes;
+  if (wire.order == ArrayWire::Order::kStrided) {
+    std::memcpy(to + at, wire.strides.data(), bytes);
+    at += bytes;
+  }
+  return at;
+}
+
+Result<ArrayWire> decode(const char* from, size_t length) {
+  Fixed fixed{};
+  if (length < sizeof fixed) return invalid("it is cut short");
+  std::memcpy(&fixed, from, sizeof fixed);
+  if (fixed.version != kWireVersion) return invalid("made by another version of torchshm");
+  if (fixed.mode > static_cast<uint8_t>(pool::Mode::kCopyOnWrite)) return invalid("unknown mode");
+  if (fixed.ndim > kMostDims) return invalid("too many dimensions");
+  if (fixed.flags >> kOrderShift > static_cast<uint8_t>(ArrayWire::Order::kStrided)) return invalid("unknown memory order");
+  ArrayWire wire;
+  wire.handle = fixed.handle;
+  wire.mode = static_cast<pool::Mode>(fixed.mode);
+  wire.writeable = (fixed.flags & kWriteable) != 0;
+  wire.swapped = (fixed.flags & kSwapped) != 0;
+  wire.dtype_apart = (fixed.flags & kDtypeApart) != 0;
+  wire.order = static_cast<ArrayWire::Order>(fixed.flags >> kOrderShift);
+  wire.type_num = fixed.type_num;
+  wire.item_size = fixed.item_size;
+  wire.offset = fixed.offset;
+  wire.ndim = fixed.ndim;
+  const size_t bytes = sizeof(npy_intp) * fixed.ndim;
+  const bool strided = wire.order == ArrayWire::Order::kStrided;
+  if (length != sizeof fixed + bytes * (strided ? 2 : 1)) return invalid("its length does not fit its dimensions");
+  if (wire.item_size <= 0 || wire.item_size > INT32_MAX) return invalid("impossible item size");
+  std::memcpy(wire.shape.data(), from + sizeof fixed, bytes);
+  // The product first: the strides of a contiguous array are made from it.
+  int64_t total = wire.item_size;
+  for (int i = 0; i < wire.ndim; ++i) {
+    if (wire.shape[i] < 1 || __builtin_mul_overflow(total, static_cast<int64_t>(wire.shape[i]), &total)) {
+      if (!strided || wire.shape[i] < 1) return invalid("impossible shape");
+    }
+  }
+  if (strided) {
+    std::memcpy(wire.strides.data(), from + sizeof fixed + bytes, bytes);
+  } else {
+    fill_strides(wire);
+  }
+  return wire;
+}
+
+std::optional<Reach> reach(int ndim, const npy_intp* shape, const npy_intp* strides, int64_t item_size) {
+  Reach r{0, item_size};
+  for (int i = 0; i < ndim; ++i) {
+    int64_t span = 0;
+    if (shape[i] < 1 || __builtin_mul_overflow(static_cast<int64_t>(shape[i] - 1), static_cast<int64_t>(strides[i]), &span)) return std::nullopt;
+    int64_t& edge = span < 0 ? r.low : r.high;
+    if (__builtin_add_overflow(edge, span, &edge)) return std::nullopt;
+  }
+  return r;
+}
+
+}  // namespace torchshm::python

@@ -1,0 +1,47 @@
+// An ndarray in a message: a handle, and shape, strides and dtype. The bytes of the only argument of torchshm._C.array when it is pickled.
+//
+// Trusted by nobody: decode() checks every field, and the extent of the strides against the block.
+#pragma once
+
+#include <array>
+#include <optional>
+#include <string>
+
+#include "base/status.h"
+#include "pool/arena.h"
+#include "pool/handle.h"
+#include "python/numpy_api.h"
+
+namespace torchshm::python {
+
+constexpr int kMostDims = 64;
+
+struct ArrayWire {
+  pool::Handle handle;
+  pool::Mode mode = pool::Mode::kReadWrite;
+  bool writeable = true;
+  bool swapped = false;      // byte order; of a dtype that type_num and item_size describe
+  bool dtype_apart = false;  // the dtype is pickled beside the wire
+  int type_num = 0;
+  int64_t item_size = 0;
+  uint64_t offset = 0;  // of the first element in the block
+  int ndim = 0;
+  std::array<npy_intp, kMostDims> shape{};
+  std::array<npy_intp, kMostDims> strides{};
+  enum class Order : uint8_t { kC, kFortran, kStrided } order = Order::kC;
+};
+
+// Bytes needed at most.
+constexpr size_t kWireMost = 64 + 2 * 8 * kMostDims;
+// Writes the wire, returns its length.
+size_t encode(const ArrayWire& wire, char* to);
+// kInvalid with a reason for anything that encode() does not write.
+Result<ArrayWire> decode(const char* from, size_t length);
+
+// Lowest and one past the highest byte that an array touches, relative to its first element. Nothing on overflow.
+struct Reach {
+  int64_t low, high;
+};
+std::optional<Reach> reach(int ndim, const npy_intp* shape, const npy_intp* strides, int64_t item_size);
+
+}  // namespace torchshm::python

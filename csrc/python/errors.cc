@@ -1,0 +1,31 @@
+#include "python/errors.h"
+
+namespace torchshm::python {
+
+PyObject* raise_named(const char* name, const std::string& message) {
+  PyObject* errors = PyImport_ImportModule("torchshm.errors");
+  PyObject* type = errors == nullptr ? nullptr : PyObject_GetAttrString(errors, name);
+  if (type != nullptr) PyErr_SetString(type, message.c_str());
+  Py_XDECREF(type);
+  Py_XDECREF(errors);
+  return nullptr;
+}
+
+PyObject* raise(const Status& status) {
+  switch (status.code()) {
+    case Code::kFull: return raise_named("PoolFullError", status.what());
+    case Code::kStale:
+      return raise_named("StaleHandleError", status.what() +
+                                                 ". A message can be unpickled once; again only while somebody still uses what it carried");
+    case Code::kForeign:
+      return raise_named("StoreUnavailableError",
+                         "this array lies in the shared-memory pool of another family of processes. Only processes that were started by "
+                         "one another through multiprocessing, after torchshm.register(), share a pool. To hand it to an unrelated "
+                         "process use a store: torchshm.start(name) in one and torchshm.connect(name) in the other; or pickle inside "
+                         "`with torchshm.inline():`");
+    case Code::kInvalid: return raise_named("StaleHandleError", "not a valid torchshm handle: " + status.what());
+    default: return raise_named("TorchshmError", status.what());
+  }
+}
+
+}  // namespace torchshm::python

@@ -1,0 +1,38 @@
+#include "python/family.h"
+
+#include "python/errors.h"
+
+namespace torchshm::python {
+namespace {
+
+pool::Member* current = nullptr;
+
+}  // namespace
+
+Settings& settings() {
+  static Settings values;
+  return values;
+}
+
+Scope& scope() {
+  thread_local Scope mine;
+  return mine;
+}
+
+pool::Member* member() { return current; }
+void set_member(pool::Member* member) { current = member; }
+
+pool::Member* member_of(uint64_t pool_id) {
+  if (current != nullptr && current->pool_id() == pool_id) return current;
+  if (pool::Member* known = pool::find_pool(pool_id)) return known;
+  PyObject* family = PyImport_ImportModule("torchshm._family");
+  PyObject* joined = family == nullptr ? nullptr : PyObject_CallMethod(family, "find", "K", static_cast<unsigned long long>(pool_id));
+  Py_XDECREF(family);
+  if (joined == nullptr) return nullptr;
+  Py_DECREF(joined);
+  if (pool::Member* known = pool::find_pool(pool_id)) return known;
+  (void)raise(Status(Code::kForeign, ""));
+  return nullptr;
+}
+
+}  // namespace torchshm::python

@@ -1,0 +1,31 @@
+// The pool that this process puts its own data in, and the settings of the reducers.
+//
+// Private to the process. Thread safety: with the GIL.
+#pragma once
+
+#include "pool/members.h"
+#include "python/numpy_api.h"
+
+namespace torchshm::python {
+
+struct Settings {
+  uint64_t min_bytes = 8192;  // smaller buffers travel inside the pickle (benchmarks/inline_threshold)
+};
+
+Settings& settings();
+// Null until create() or attach() has made this process a member.
+pool::Member* member();
+void set_member(pool::Member* member);
+// The member for a handle's pool. Tries to join the family's pool by torchshm._family.find() when it is not known yet. Null with an
+// exception set when there is none.
+pool::Member* member_of(uint64_t pool_id);
+
+// What this thread is doing to the pickles it makes.
+struct Scope {
+  int inline_depth = 0;        // with torchshm.inline()
+  bool sharing = false;        // inside share(): every array goes to the pool, in whole pages, or it is an error
+  pool::Mode mode = pool::Mode::kReadWrite;  // of the arrays that share() makes
+};
+Scope& scope();
+
+}  // namespace torchshm::python

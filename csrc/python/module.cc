@@ -1,0 +1,161 @@
+// The module torchshm._C: membership, settings and figures through pybind11; the hot path (reduce.h, rebuild.h) through the C API.
+#define TORCHSHM_LOADS_NUMPY_API
+#include "python/numpy_api.h"
+
+#include <pybind11/pybind11.h>
+
+#include "os/memfd.h"
+#include "python/block_ref.h"
+#include "python/errors.h"
+#include "python/family.h"
+#include "python/numpy_memory.h"
+#include "python/rebuild.h"
+#include "python/reduce.h"
+
+namespace py = pybind11;
+
+namespace torchshm::python {
+namespace {
+
+[[noreturn]] void fail(const Status& status) {
+  (void)raise(status);
+  throw py::error_already_set();
+}
+
+pool::Member& current() {
+  if (member() == nullptr) {
+    (void)raise_named("TorchshmError", "this process has no pool yet: call torchshm.register() first");
+    throw py::error_already_set();
+  }
+  return *member();
+}
+
+void start(Result<std::unique_ptr<pool::Member>> made) {
+  if (!made) fail(made.status());
+  pool::Member* adopted = pool::adopt(made.take());
+  if (adopted == nullptr) fail(Status(Code::kSystem, "this process is a member of too many pools"));
+  if (member() == nullptr) set_member(adopted);
+}
+
+void create(uint64_t family, uint64_t limit, uint64_t warm) {
+  pool::Limits limits;
+  limits.limit = limit;
+  limits.warm = warm;
+  Result<std::unique_ptr<pool::Member>> made = Status();
+  {
+    py::gil_scoped_release release;
+    made = pool::Member::create(family, limits);
+  }
+  start(std::move(made));
+}
+
+// The descriptors stay the caller's.
+void attach(int data, int control) {
+  auto own_data = os::duplicate(data), own_control = os::duplicate(control);
+  if (!own_data) fail(own_data.status());
+  if (!own_control) fail(own_control.status());
+  start(pool::Member::attach(own_data.take(), own_control.take()));
+}
+
+// The family of a pool that this process has not joined.
+uint64_t peek_family(int control) {
+  auto own = os::duplicate(control);
+  if (!own) fail(own.status());
+  auto family = pool::Arena::family_of(own->get());
+  if (!family) fail(family.status());
+  return *family;
+}
+
+py::dict stats() {
+  pool::Stats s;
+  pool::Member& pool = current();
+  {
+    py::gil_scoped_release release;
+    s = pool.stats();
+  }
+  py::list processes;
+  for (const pool::LeaseStats& lease : s.leases) {
+    py::dict row;
+    row["pid"] = lease.pid;
+    row["name"] = lease.name;
+    row["held_blocks"] = lease.held_blocks;
+    row["held_bytes"] = lease.held_bytes;
+    row["allocations"] = lease.allocations;
+    row["fallbacks"] = lease.fallbacks;
+    row["grown_bytes"] = lease.grown_bytes;
+    processes.append(row);
+  }
+  py::dict out;
+  out["live_bytes"] = s.live;
+  out["warm_bytes"] = s.warm;
+  out["committed_bytes"] = s.committed;
+  out["limit_bytes"] = s.limit;
+  out["warm_limit_bytes"] = s.warm_limit;
+  out["control_bytes"] = s.control;
+  out["blocks"] = s.blocks;
+  out["leases"] = s.leases.size();
+  out["tickets"] = s.tickets;
+  out["reaped"] = s.reaped;
+  out["tickets_taken_back"] = s.taken_back;
+  out["processes"] = processes;
+  return out;
+}
+
+bool holds_address(uintptr_t address) {
+  const auto* p = reinterpret_cast<const void*>(address);
+  pool::Member* owner = pool::find_address(p);
+  return owner != nullptr && owner->find(p).has_value();
+}
+
+uint64_t trim(uint64_t keep) {
+  pool::Member& pool = current();
+  py::gil_scoped_release release;
+  return pool.trim(keep);
+}
+
+PyMethodDef hot[] = {
+    {"reduce_ndarray", reduce_ndarray, METH_O, "reduce_ndarray(array)\n--\n\nThe reduce value of an array; registered with ForkingPickler."},
+    {"empty", empty, METH_VARARGS, "empty(shape, dtype)\n--\n\nAn uninitialised array in the pool."},
+    {"enter_pooled", enter_pooled, METH_NOARGS, "enter_pooled()\n--\n\nInstalls the pool as NumPy's allocator; returns the handler before."},
+    {"leave_pooled", leave_pooled, METH_O, "leave_pooled(handler)\n--\n\nInstalls the handler that was there before."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+int load_numpy() {
+  import_array1(-1);
+  return 0;
+}
+
+}  // namespace
+}  // namespace torchshm::python
+
+PYBIND11_MODULE(_C, m) {
+  using namespace torchshm;
+  using namespace torchshm::python;
+  if (load_numpy() < 0 || add_block_ref_type(m.ptr()) < 0 || add_array_type(m.ptr()) < 0 || PyModule_AddFunctions(m.ptr(), hot) < 0) {
+    throw py::error_already_set();
+  }
+  m.def("create", &create, py::arg("family"), py::arg("limit") = 0, py::arg("warm") = 0);
+  m.def("attach", &attach, py::arg("data_fd"), py::arg("control_fd"));
+  m.def("peek_family", &peek_family, py::arg("control_fd"));
+  m.def("is_member", [] { return member() != nullptr; });
+  m.def("pool_id", [] { return current().pool_id(); });
+  m.def("family", [] { return current().family(); });
+  m.def("fds", [] { return py::make_tuple(current().arena().data_fd(), current().arena().control_fd()); });
+  m.def("stats", &stats);
+  m.def("reap", [] { return current().reap(); });
+  m.def("trim", &trim, py::arg("keep") = 0);
+  m.def("holds_address", &holds_address, py::arg("address"));
+  m.def("set_min_bytes", [](uint64_t bytes) { settings().min_bytes = bytes; }, py::arg("bytes"));
+  m.def("min_bytes", [] { return settings().min_bytes; });
+  m.def("set_limit", [](uint64_t bytes) { current().arena().header().limit.store(bytes); }, py::arg("bytes"));
+  m.def("set_ticket_age", [](uint32_t seconds) { current().set_ticket_age(seconds); }, py::arg("seconds"));
+  m.def("nest_inline", [](int step) { scope().inline_depth += step; }, py::arg("step"));
+  m.def(
+      "set_sharing",
+      [](bool sharing, uint8_t mode) {
+        scope().sharing = sharing;
+        scope().mode = static_cast<pool::Mode>(mode);
+      },
+      py::arg("sharing"), py::arg("mode"));
+}

@@ -1,0 +1,65 @@
+#include "python/numpy_memory.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "os/mapping.h"
+#include "python/family.h"
+
+namespace torchshm::python {
+namespace {
+
+void* take(void*, size_t size) {
+  if (pool::Member* pool = member(); pool != nullptr) {
+    auto block = pool->allocate(size, size >= 4 * os::kPageBytes);
+    if (block) return block->data;
+  }
+  return std::malloc(size);
+}
+
+void* take_zeroed(void*, size_t count, size_t size) { return std::calloc(count, size); }
+
+void give_back(void*, void* data, size_t) {
+  if (data == nullptr) return;
+  pool::Member* owner = pool::find_address(data);
+  if (owner == nullptr) {
+    std::free(data);
+  } else if (const auto found = owner->find(data)) {
+    owner->release(found->block, pool::Mode::kReadWrite);
+  }
+}
+
+void* resize(void* context, void* data, size_t size) {
+  pool::Member* owner = data == nullptr ? nullptr : pool::find_address(data);
+  if (owner == nullptr) return std::realloc(data, size);
+  const auto found = owner->find(data);
+  if (!found) return nullptr;
+  if (size <= found->length && size >= found->length / 2) return data;
+  void* moved = take(context, size);
+  if (moved == nullptr) return nullptr;
+  std::memcpy(moved, data, std::min<size_t>(size, found->length));
+  owner->release(found->block, pool::Mode::kReadWrite);
+  return moved;
+}
+
+PyDataMem_Handler handler = {"torchshm", 1, {nullptr, take, take_zeroed, resize, give_back}};
+
+}  // namespace
+
+PyObject* enter_pooled(PyObject*, PyObject*) {
+  PyObject* capsule = PyCapsule_New(&handler, "mem_handler", nullptr);
+  if (capsule == nullptr) return nullptr;
+  PyObject* before = PyDataMem_SetHandler(capsule);
+  Py_DECREF(capsule);
+  return before;
+}
+
+PyObject* leave_pooled(PyObject*, PyObject* before) {
+  PyObject* ours = PyDataMem_SetHandler(before);
+  if (ours == nullptr) return nullptr;
+  Py_DECREF(ours);
+  Py_RETURN_NONE;
+}
+
+}  // namespace torchshm::python

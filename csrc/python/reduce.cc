@@ -1,0 +1,205 @@
+#include "python/reduce.h"
+
+#include <cstring>
+
+#include "os/mapping.h"
+#include "python/array_wire.h"
+#include "python/errors.h"
+#include "python/family.h"
+#include "python/rebuild.h"
+
+namespace torchshm::python {
+namespace {
+
+// Copying below this is quicker than giving the GIL away and getting it back; above, the program may change the array meanwhile.
+constexpr npy_intp kCopyUnderGil = npy_intp{1} << 20;
+
+PyObject* as_numpy_does(PyObject* array) {
+  static PyObject* name = PyUnicode_InternFromString("__reduce__");
+  return PyObject_CallMethodNoArgs(array, name);
+}
+
+void warn_once(const Status& status) {
+  static bool said = false;
+  if (said) return;
+  said = true;
+  const std::string text = "torchshm: an array was pickled the ordinary way, which is slower, since the pool has " + status.what();
+  if (PyErr_WarnEx(PyExc_RuntimeWarning, text.c_str(), 1) < 0) PyErr_WriteUnraisable(nullptr);
+}
+
+// What type_num, item size and byte order say completely; everything else is pickled beside the wire.
+bool describe_dtype(PyArrayObject* array, ArrayWire& wire) {
+  PyArray_Descr* dtype = PyArray_DESCR(array);
+  const int num = dtype->type_num;
+  wire.type_num = num;
+  wire.item_size = PyArray_ITEMSIZE(array);
+  wire.swapped = !PyArray_ISNBO(dtype->byteorder);
+  const bool numeric = (num >= NPY_BOOL && num <= NPY_CLONGDOUBLE) || num == NPY_HALF;
+  const bool flexible = num == NPY_STRING || num == NPY_UNICODE ||
+                        (num == NPY_VOID && !PyDataType_HASFIELDS(dtype) && !PyDataType_HASSUBARRAY(dtype) && dtype->typeobj == &PyVoidArrType_Type);
+  // NULL or None: which of them differs between versions of NumPy.
+  PyObject* metadata = PyDataType_METADATA(dtype);
+  const bool plain = metadata == nullptr || metadata == Py_None;
+  wire.dtype_apart = !(numeric || flexible) || !plain;
+  return true;
+}
+
+// Objects live in one process only, and new-style dtypes may keep data elsewhere.
+bool can_be_pooled(PyArrayObject* array) {
+  PyArray_Descr* dtype = PyArray_DESCR(array);
+  return PyDataType_ISLEGACY(dtype) && !PyDataType_REFCHK(dtype) && PyArray_NDIM(array) <= kMostDims;
+}
+
+PyObject* message(PyObject* array, const ArrayWire& wire) {
+  char buffer[kWireMost];
+  const size_t length = encode(wire, buffer);
+  PyObject* bytes = PyBytes_FromStringAndSize(buffer, static_cast<Py_ssize_t>(length));
+  if (bytes == nullptr) return nullptr;
+  PyObject* arguments = nullptr;
+  if (!PyArray_CheckExact(array)) {
+    arguments = PyTuple_Pack(3, bytes, reinterpret_cast<PyObject*>(PyArray_DESCR(reinterpret_cast<PyArrayObject*>(array))), Py_TYPE(array));
+  } else if (wire.dtype_apart) {
+    arguments = PyTuple_Pack(2, bytes, reinterpret_cast<PyObject*>(PyArray_DESCR(reinterpret_cast<PyArrayObject*>(array))));
+  } else {
+    arguments = PyTuple_Pack(1, bytes);
+  }
+  Py_DECREF(bytes);
+  if (arguments == nullptr) return nullptr;
+  PyObject* reduced = PyTuple_Pack(2, array_type(), arguments);
+  Py_DECREF(arguments);
+  return reduced;
+}
+
+struct Source {
+  PyArrayObject* array;
+  pool::Member* member;
+  npy_intp bytes;
+};
+
+// The array lies in a block: nothing is copied. Empty when it does not, or when the bytes that others see are not the array's.
+std::optional<Status> by_reference(const Source& source, ArrayWire& wire) {
+  PyArrayObject* array = source.array;
+  const auto* first = reinterpret_cast<const std::byte*>(PyArray_DATA(array));
+  const auto found = source.member->find(first);
+  if (!found) return std::nullopt;
+  const auto touched = reach(PyArray_NDIM(array), PyArray_DIMS(array), PyArray_STRIDES(array), wire.item_size);
+  if (!touched || static_cast<int64_t>(found->offset) + touched->low < 0 ||
+      static_cast<int64_t>(found->offset) + touched->high > static_cast<int64_t>(found->length)) {
+    return std::nullopt;
+  }
+  if (found->mode == pool::Mode::kCopyOnWrite &&
+      os::privately_modified(first + touched->low, static_cast<uint64_t>(touched->high - touched->low))) {
+    return std::nullopt;
+  }
+  const Scope& now = scope();
+  // Others may rely on nobody writing there.
+  if (now.sharing && now.mode == pool::Mode::kReadWrite && found->mode != pool::Mode::kReadWrite) return std::nullopt;
+  wire.mode = now.sharing ? now.mode : found->mode;
+  if (wire.mode == pool::Mode::kCopyOnWrite && found->mode != pool::Mode::kCopyOnWrite) {
+    const auto extent = source.member->arena().extent(found->block);
+    if (!extent || extent->offset % os::kPageBytes != 0 || extent->length % os::kPageBytes != 0) return std::nullopt;
+  }
+  wire.writeable = (PyArray_FLAGS(array) & NPY_ARRAY_WRITEABLE) != 0;
+  if (now.sharing) wire.writeable = now.mode != pool::Mode::kRead;
+  wire.offset = found->offset;
+  wire.order = PyArray_IS_C_CONTIGUOUS(array) ? ArrayWire::Order::kC : ArrayWire::Order::kStrided;
+  if (wire.order == ArrayWire::Order::kStrided) std::copy_n(PyArray_STRIDES(array), wire.ndim, wire.strides.begin());
+  auto handle = source.member->issue(found->block);
+  if (!handle) return std::move(handle.status());
+  wire.handle = *handle;
+  return Status();
+}
+
+// -1 with an exception set, 0 when it is done.
+int copy_bytes(PyArrayObject* array, std::byte* to, npy_intp bytes, bool contiguous) {
+  if (!contiguous) {
+    // In one pass, in C order, byte order kept. CopyInto lets go of the GIL by itself.
+    PyArray_Descr* dtype = PyArray_DESCR(array);
+    Py_INCREF(dtype);
+    PyObject* target = PyArray_NewFromDescr(&PyArray_Type, dtype, PyArray_NDIM(array), PyArray_DIMS(array), nullptr, to, NPY_ARRAY_CARRAY, nullptr);
+    if (target == nullptr) return -1;
+    const int copied = PyArray_CopyInto(reinterpret_cast<PyArrayObject*>(target), array);
+    Py_DECREF(target);
+    return copied;
+  }
+  const void* from = PyArray_DATA(array);
+  if (bytes < kCopyUnderGil) {
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  } else {
+    Py_BEGIN_ALLOW_THREADS;
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+    Py_END_ALLOW_THREADS;
+  }
+  return 0;
+}
+
+// A fresh block with the array's bytes, as NumPy's own pickle would deliver them: C or Fortran contiguous, writeable.
+// 1: done; 0: the pool can't (status says why); -1: a Python exception is set.
+int by_copy(const Source& source, ArrayWire& wire, Status& status) {
+  const Scope& now = scope();
+  PyArrayObject* array = source.array;
+  // Above 16 KiB whole pages cost at most a quarter, and such a block can be seen copy-on-write later.
+  const bool whole_pages = now.sharing || source.bytes >= 4 * static_cast<npy_intp>(os::kPageBytes);
+  Result<pool::Member::View> block = Status();
+  if (source.bytes >= kCopyUnderGil) {
+    Py_BEGIN_ALLOW_THREADS;  // may commit and map fresh pages
+    block = source.member->allocate(static_cast<uint64_t>(source.bytes), whole_pages);
+    Py_END_ALLOW_THREADS;
+  } else {
+    block = source.member->allocate(static_cast<uint64_t>(source.bytes), whole_pages);
+  }
+  if (!block) {
+    status = std::move(block.status());
+    return 0;
+  }
+  const bool c_order = PyArray_IS_C_CONTIGUOUS(array), fortran = !c_order && PyArray_IS_F_CONTIGUOUS(array);
+  wire.mode = now.sharing ? now.mode : pool::Mode::kReadWrite;
+  wire.writeable = wire.mode != pool::Mode::kRead;
+  wire.offset = 0;
+  wire.order = fortran ? ArrayWire::Order::kFortran : ArrayWire::Order::kC;
+  const int copied = copy_bytes(array, block->data, source.bytes, c_order || fortran);
+  auto handle = copied == 0 ? source.member->issue(block->block) : Result<pool::Handle>(Status(Code::kInvalid, ""));
+  source.member->release(block->block, pool::Mode::kReadWrite);  // from here on the ticket keeps it
+  if (copied != 0) return -1;
+  if (!handle) {
+    status = std::move(handle.status());
+    return 0;
+  }
+  wire.handle = *handle;
+  return 1;
+}
+
+}  // namespace
+
+PyObject* reduce_ndarray(PyObject*, PyObject* object) {
+  if (!PyArray_Check(object)) {
+    PyErr_Format(PyExc_TypeError, "expected a numpy.ndarray, not %.200s", Py_TYPE(object)->tp_name);
+    return nullptr;
+  }
+  auto* array = reinterpret_cast<PyArrayObject*>(object);
+  const Scope& now = scope();
+  const Source source{array, member(), PyArray_NBYTES(array)};
+  if (source.member == nullptr || source.bytes == 0 || now.inline_depth > 0 || !can_be_pooled(array)) return as_numpy_does(object);
+
+  ArrayWire wire;
+  wire.ndim = PyArray_NDIM(array);
+  std::copy_n(PyArray_DIMS(array), wire.ndim, wire.shape.begin());
+  describe_dtype(array, wire);
+
+  Status status;
+  if (auto referred = by_reference(source, wire)) {
+    if (referred->ok()) return message(object, wire);
+    status = std::move(*referred);
+  } else {
+    if (!now.sharing && static_cast<uint64_t>(source.bytes) < settings().min_bytes) return as_numpy_does(object);
+    const int copied = by_copy(source, wire, status);
+    if (copied < 0) return nullptr;
+    if (copied > 0) return message(object, wire);
+  }
+  if (now.sharing) return raise(status);
+  source.member->count_fallback();
+  warn_once(status);
+  return as_numpy_does(object);
+}
+
+}  // namespace torchshm::python

@@ -1,0 +1,28 @@
+"""torchshm: the shared-memory layer under Python data loading.
+
+>>> import torchshm
+>>> torchshm.register()
+"""
+
+from torchshm._reducers import is_shared, register, unregister
+from torchshm._sharing import dumps, empty, inline, loads, pooled, share, stats, trim
+from torchshm.errors import KeyExistsError, PoolFullError, StaleHandleError, StoreUnavailableError, TorchshmError
+
+__all__ = [
+    "KeyExistsError",
+    "PoolFullError",
+    "StaleHandleError",
+    "StoreUnavailableError",
+    "TorchshmError",
+    "dumps",
+    "empty",
+    "inline",
+    "is_shared",
+    "loads",
+    "pooled",
+    "register",
+    "share",
+    "stats",
+    "trim",
+    "unregister",
+]

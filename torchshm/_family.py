@@ -1,0 +1,154 @@
+"""Membership of the family's pool: made by the first process that needs it, inherited by its multiprocessing children.
+
+A family is a tree of processes started by one another through :mod:`multiprocessing`: those that share its ``authkey``. A forked
+child is a member by itself (the fork handlers of the core see to that). For spawn and forkserver the two memory files travel with
+the preparation data that multiprocessing sends every child before anything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing.process
+import multiprocessing.reduction
+import multiprocessing.spawn
+import os
+import re
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torchshm import _C
+from torchshm._size import parse_size
+from torchshm.errors import TorchshmError
+
+_lock = threading.Lock()
+_stock_preparation_data = multiprocessing.spawn.get_preparation_data
+# Runs in the child before multiprocessing has set anything up. Never raises: a child without torchshm works as it always did.
+_JOIN = """
+try:
+    import sys as _sys
+    _before = _sys.path[:]
+    _sys.path[:] = {path!r}
+    try:
+        from torchshm import _family as _f
+        _f.join_from_parent(*{arguments!r}, fds={fds})
+    finally:
+        _sys.path[:] = _before
+except ImportError:
+    pass
+"""
+
+
+def digest() -> int:
+    """Number that all processes of this family have in common, and strangers can't guess."""
+    key = bytes(multiprocessing.process.current_process().authkey)
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8, person=b"torchshm").digest(), "little")
+
+
+def ensure() -> None:
+    """Make this process a member of a pool, making the pool if its family has none.
+
+    Raises
+    ------
+    TorchshmError
+        When the system does not allow a pool (old kernel, no address space, file size limit).
+    """
+    if _C.is_member():
+        return
+    with _lock:
+        if not _C.is_member():
+            limit = parse_size(os.environ.get("TORCHSHM_LIMIT", "0"))
+            warm = parse_size(os.environ.get("TORCHSHM_WARM", "0"))
+            _C.create(digest(), limit, warm)
+        _hook_children()
+
+
+class _Inherited:
+    """Travels in the preparation data; unpickling it joins the pool."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from torchshm import _reducers
+
+        data, control = _C.fds()
+        path = [entry or multiprocessing.process.ORIGINAL_DIR for entry in sys.path]
+        arguments = (_reducers.registered(), _C.min_bytes())
+        code = _JOIN.format(path=path, arguments=arguments, fds="_fds")
+        fds = (multiprocessing.reduction.DupFd(data), multiprocessing.reduction.DupFd(control))
+        return exec, (code, {"_fds": fds})
+
+
+def _preparation_data(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = _stock_preparation_data(name)
+    if _C.is_member() and multiprocessing.reduction.HAVE_SEND_HANDLE:
+        data["torchshm"] = _Inherited()
+    return data
+
+
+def _hook_children() -> None:
+    multiprocessing.spawn.get_preparation_data = _preparation_data  # type: ignore[assignment]
+
+
+def join_from_parent(registered: bool, min_bytes: int, *, fds: tuple[Any, Any]) -> None:
+    """Join the parent's pool in a child that was spawned, with the descriptors that came along."""
+    from torchshm import _reducers
+
+    owned = []
+    try:
+        owned = [fd.detach() for fd in fds]
+        if not _C.is_member():
+            _C.attach(*owned)
+        _C.set_min_bytes(min_bytes)
+        if registered:
+            _reducers.install()
+        _hook_children()
+    except (TorchshmError, OSError) as error:
+        warnings.warn(
+            f"torchshm: this process can't join the pool of its parent ({error}); arrays that the parent sends through the pool "
+            "can't be received here",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    finally:
+        for fd in owned:
+            os.close(fd)
+
+
+def find(pool_id: int) -> bool:
+    """Join a pool of this family that was made elsewhere in it: by a child that called register() when its parent had not.
+
+    Looks through the memory files of this user's processes, once per unknown pool, and joins only where the family fits.
+    """
+    wanted = re.compile(rf"/memfd:torchshm-{pool_id:016x}-(data|control) ")
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        found = {}
+        try:
+            for fd in (process / "fd").iterdir():
+                match = wanted.match(os.readlink(fd))
+                if match:
+                    found[match[1]] = fd
+        except OSError:
+            continue
+        if len(found) == 2 and _join_path(pool_id, found):
+            return True
+    return False
+
+
+def _join_path(pool_id: int, paths: dict[str, Path]) -> bool:
+    owned = []
+    try:
+        for kind in ("data", "control"):
+            owned.append(os.open(paths[kind], os.O_RDWR | os.O_CLOEXEC))
+        if _C.peek_family(owned[1]) != digest():
+            return False
+        _C.attach(*owned)
+    except (OSError, TorchshmError):
+        return False
+    finally:
+        for fd in owned:
+            os.close(fd)
+    _hook_children()
+    return True

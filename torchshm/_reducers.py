@@ -1,0 +1,112 @@
+"""The reducers on multiprocessing's pickler: what register() installs."""
+
+from __future__ import annotations
+
+import multiprocessing.reduction
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+
+from torchshm import _C, _family
+from torchshm.errors import TorchshmError
+
+_INLINE_BELOW = _C.min_bytes()  # measured: benchmarks/inline_threshold
+_installed = False
+
+
+def _rebuild_masked(subtype: type, baseclass: type, data: Any, mask: Any, fill_value: Any) -> Any:
+    array = np.ma.MaskedArray.__new__(subtype, data.view(baseclass), mask=mask, dtype=data.dtype)
+    array._mask = mask
+    array.fill_value = fill_value
+    return array
+
+
+def _reduce_masked(array: Any) -> Any:
+    # The parts of MaskedArray.__getstate__, the buffers as arrays of their own.
+    stock = np.ma.MaskedArray.__reduce__(array)
+    data = np.ndarray.view(array, np.ndarray)
+    if stock[0] is not np.ma.core._mareconstruct or data.dtype.hasobject or data.nbytes < _C.min_bytes():
+        return stock
+    return _rebuild_masked, (type(array), array._baseclass, data, np.ma.getmaskarray(array), array._fill_value)
+
+
+def reducers() -> dict[type, Any]:
+    """Types and the functions that reduce them; exact types only, as ForkingPickler looks them up."""
+    return {
+        np.ndarray: _C.reduce_ndarray,
+        np.matrix: _C.reduce_ndarray,
+        np.recarray: _C.reduce_ndarray,
+    }
+
+
+def registered() -> bool:
+    """Whether the reducers are installed in this process."""
+    return _installed
+
+
+def install() -> None:
+    """Put the reducers on ForkingPickler's dispatch."""
+    global _installed
+    for kind, reduce in reducers().items():
+        multiprocessing.reduction.ForkingPickler.register(kind, reduce)
+    _installed = True
+
+
+def register(min_bytes: int | None = None) -> None:
+    """Carry what multiprocessing pickles through shared memory, in this process and in its children.
+
+    After this call every exact ``numpy.ndarray`` that a DataLoader worker, a queue, a pipe or a process argument pickles crosses
+    by one copy into shared memory, or by none when it lies there already. Children of every start method inherit it. Calling it
+    again changes ``min_bytes`` only.
+
+    Parameters
+    ----------
+    min_bytes : int, optional
+        Buffers smaller than this many bytes travel inside the pickle, as without torchshm. ``None`` is the measured threshold,
+        ``0`` sends every buffer through the pool.
+
+    Warns
+    -----
+    RuntimeWarning
+        When this system does not allow a pool; everything then works as before.
+    """
+    if min_bytes is not None and min_bytes < 0:
+        raise ValueError(f"min_bytes is a number of bytes, 0 or more, not {min_bytes}")
+    try:
+        _family.ensure()
+    except TorchshmError as error:
+        warnings.warn(f"torchshm: no shared-memory pool here, nothing is changed: {error}", RuntimeWarning, stacklevel=2)
+        return
+    _C.set_min_bytes(_INLINE_BELOW if min_bytes is None else min_bytes)
+    install()
+
+
+def unregister() -> None:
+    """Pickle as before register(). What lies in the pool stays valid, and messages under way can still be received."""
+    global _installed
+    extra = multiprocessing.reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+    for kind, reduce in reducers().items():
+        if extra.get(kind) is reduce:
+            del extra[kind]
+    _installed = False
+
+
+def is_shared(x: Any) -> bool:
+    """Whether an array, a tensor or a buffer lies in a pool.
+
+    Parameters
+    ----------
+    x : numpy.ndarray, torch.Tensor or any object with the buffer protocol
+    """
+    if isinstance(x, np.ndarray):
+        return _C.holds_address(x.__array_interface__["data"][0]) if x.dtype != object else False
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return x.device.type == "cpu" and x.layout == torch.strided and _C.holds_address(x.data_ptr())
+    try:
+        view = memoryview(x)
+    except TypeError:
+        return False
+    return view.nbytes > 0 and _C.holds_address(np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0])

@@ -45,16 +45,20 @@ def measure(quick: bool, meter: Meter) -> Result:
     runs: list[dict[str, Any]] = []
     if EXECUTABLE.exists():
         meter.doing("C++")
-        runs = _run(quick)
+        try:
+            runs = _run(quick)
+        except (subprocess.SubprocessError, ValueError) as error:
+            result.not_available["torchshm_bench"] = f"failed: {error}"
     else:
         result.not_available["torchshm_bench"] = "build/release/torchshm_bench is not built"
     times: dict[tuple[str, int], list[float]] = defaultdict(list)
     rates: dict[tuple[str, int], list[float]] = defaultdict(list)
     for run in runs:
-        name, argument = run["run_name"].split("/")[:2]
+        name, *arguments = run["run_name"].split("/")
         if name in ARM_OF:
-            times[ARM_OF[name], int(argument)].append(_seconds(run))
-            rates[ARM_OF[name], int(argument)].append(run.get("items_per_second", 0.0))
+            point = ARM_OF[name], int(arguments[0])
+            times[point].append(_seconds(run))
+            rates[point].append(run.get("items_per_second", 0.0))
     for (arm, argument), values in times.items():
         at = {"processes": argument} if arm == "torchshm_processes" else {"block": format_bytes(argument)}
         result.add(arm, values, {"items_per_second": Sample.of(rates[arm, argument]).median}, **at)

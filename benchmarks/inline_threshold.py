@@ -1,7 +1,7 @@
 """The size from which the pool pays.
 
 Quantity: time per message of one uint8 array, always inside the pickle against always through
-the pool, from 256 B to 256 KiB. Unit: seconds. The size from which the pool is not slower is the
+the pool, from 1 B to 256 KiB. Unit: seconds. The size from which the pool is not slower is the
 `crossover_bytes` of the JSON, and what the default of ``register(min_bytes=None)`` should be.
 Opponent: stock ForkingPickler, as context.
 """
@@ -20,7 +20,7 @@ from benchmarks.units import format_bytes
 
 NAME = "inline_threshold"
 ARMS = ("torchshm_inline", "torchshm_always", "stock")
-SIZES = tuple(1 << power for power in range(8, 19))
+SIZES = tuple(1 << power for power in (0, 2, 4, *range(6, 19)))
 QUICK_SIZES = SIZES[::2]
 
 

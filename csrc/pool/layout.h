@@ -58,6 +58,7 @@ struct alignas(64) Header {
   std::atomic<uint64_t> idle_estimate;  // bytes; wakes the janitor only, the truth is the chunk table
   std::atomic<uint64_t> reaped;         // leases taken back
   std::atomic<uint64_t> taken_back;     // tickets taken back
+  std::atomic<uint32_t> warned;         // 1 once some member has said that the pool is full
 };
 
 // state in the low byte, incarnation above.

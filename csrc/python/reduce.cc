@@ -19,10 +19,9 @@ PyObject* as_numpy_does(PyObject* array) {
   return PyObject_CallMethodNoArgs(array, name);
 }
 
-void warn_once(const Status& status) {
-  static bool said = false;
-  if (said) return;
-  said = true;
+// Once for the whole family: a DataLoader with many workers is one program.
+void warn_once(pool::Member* member, const Status& status) {
+  if (member->arena().header().warned.exchange(1, std::memory_order_relaxed) != 0) return;
   const std::string text = "torchshm: an array was pickled the ordinary way, which is slower, since the pool has " + status.what();
   if (PyErr_WarnEx(PyExc_RuntimeWarning, text.c_str(), 1) < 0) PyErr_WriteUnraisable(nullptr);
 }
@@ -198,7 +197,7 @@ PyObject* reduce_ndarray(PyObject*, PyObject* object) {
   }
   if (now.sharing) return raise(status);
   source.member->count_fallback();
-  warn_once(status);
+  warn_once(source.member, status);
   return as_numpy_does(object);
 }
 

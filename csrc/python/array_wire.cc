@@ -19,7 +19,7 @@ static_assert(sizeof(Fixed) == 56);
 static_assert(sizeof(Fixed) <= 64);
 
 constexpr uint8_t kWireVersion = 1;
-constexpr uint8_t kWriteable = 1, kSwapped = 2, kDtypeApart = 4, kOrderShift = 4;
+constexpr uint8_t kWriteable = 1, kSwapped = 2, kDtypeApart = 4, kCarries = 8, kOrderShift = 4;
 
 void fill_strides(ArrayWire& wire) {
   npy_intp step = wire.item_size;
@@ -39,7 +39,7 @@ size_t encode(const ArrayWire& wire, char* to) {
   fixed.handle = wire.handle;
   fixed.version = kWireVersion;
   fixed.mode = static_cast<uint8_t>(wire.mode);
-  fixed.flags = static_cast<uint8_t>((wire.writeable ? kWriteable : 0) | (wire.swapped ? kSwapped : 0) | (wire.dtype_apart ? kDtypeApart : 0) |
+  fixed.flags = static_cast<uint8_t>((wire.writeable ? kWriteable : 0) | (wire.swapped ? kSwapped : 0) | (wire.dtype_apart ? kDtypeApart : 0) | (wire.carries ? kCarries : 0) |
                                      static_cast<uint8_t>(wire.order) << kOrderShift);
   fixed.ndim = static_cast<uint8_t>(wire.ndim);
   fixed.type_num = wire.type_num;
@@ -71,6 +71,7 @@ Result<ArrayWire> decode(const char* from, size_t length) {
   wire.writeable = (fixed.flags & kWriteable) != 0;
   wire.swapped = (fixed.flags & kSwapped) != 0;
   wire.dtype_apart = (fixed.flags & kDtypeApart) != 0;
+  wire.carries = (fixed.flags & kCarries) != 0;
   wire.order = static_cast<ArrayWire::Order>(fixed.flags >> kOrderShift);
   wire.type_num = fixed.type_num;
   wire.item_size = fixed.item_size;
@@ -78,7 +79,8 @@ Result<ArrayWire> decode(const char* from, size_t length) {
   wire.ndim = fixed.ndim;
   const size_t bytes = sizeof(npy_intp) * fixed.ndim;
   const bool strided = wire.order == ArrayWire::Order::kStrided;
-  if (length != sizeof fixed + bytes * (strided ? 2 : 1)) return invalid("its length does not fit its dimensions");
+  const size_t described = sizeof fixed + bytes * (strided ? 2 : 1);
+  if (wire.carries ? length < described || strided : length != described) return invalid("its length does not fit its dimensions");
   if (wire.item_size <= 0 || wire.item_size > INT32_MAX) return invalid("impossible item size");
   std::memcpy(wire.shape.data(), from + sizeof fixed, bytes);
   // The product first: the strides of a contiguous array are made from it.
@@ -88,6 +90,7 @@ Result<ArrayWire> decode(const char* from, size_t length) {
       if (!strided || wire.shape[i] < 1) return invalid("impossible shape");
     }
   }
+  if (wire.carries && static_cast<uint64_t>(total) != length - described) return invalid("it does not carry all its bytes");
   if (strided) {
     std::memcpy(wire.strides.data(), from + sizeof fixed + bytes, bytes);
   } else {

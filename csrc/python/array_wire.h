@@ -22,6 +22,7 @@ struct ArrayWire {
   bool writeable = true;
   bool swapped = false;      // byte order; of a dtype that type_num and item_size describe
   bool dtype_apart = false;  // the dtype is pickled beside the wire
+  bool carries = false;      // no handle: the bytes themselves follow the wire, in C or Fortran order
   int type_num = 0;
   int64_t item_size = 0;
   uint64_t offset = 0;  // of the first element in the block
@@ -35,7 +36,7 @@ struct ArrayWire {
 constexpr size_t kWireMost = 64 + 2 * 8 * kMostDims;
 // Writes the wire, returns its length.
 size_t encode(const ArrayWire& wire, char* to);
-// kInvalid with a reason for anything that encode() does not write.
+// kInvalid with a reason for anything that encode() does not write. With `carries`, the bytes are the last ones of the input.
 Result<ArrayWire> decode(const char* from, size_t length);
 
 // Lowest and one past the highest byte that an array touches, relative to its first element. Nothing on overflow.

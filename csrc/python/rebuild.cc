@@ -1,5 +1,8 @@
 #include "python/rebuild.h"
 
+#include <algorithm>
+#include <cstring>
+
 #include "os/mapping.h"
 #include "python/array_wire.h"
 #include "python/block_ref.h"
@@ -70,14 +73,28 @@ PyObject* array_over(PyTypeObject* subtype, PyArray_Descr* dtype, const ArrayWir
   return made;
 }
 
+// An array of its own with the bytes that came along. Steals dtype. New reference.
+PyObject* array_with(PyTypeObject* subtype, PyArray_Descr* dtype, const ArrayWire& wire, const char* payload, npy_intp bytes) {
+  const int fortran = wire.order == ArrayWire::Order::kFortran ? NPY_ARRAY_F_CONTIGUOUS : 0;
+  PyObject* made = PyArray_NewFromDescr(subtype, dtype, wire.ndim, const_cast<npy_intp*>(wire.shape.data()), nullptr, nullptr, fortran, nullptr);
+  if (made == nullptr) return nullptr;
+  auto* array = reinterpret_cast<PyArrayObject*>(made);
+  if (PyArray_NBYTES(array) != bytes) {
+    Py_DECREF(made);
+    return raise(Status(Code::kInvalid, "it does not carry all its bytes"));
+  }
+  std::memcpy(PyArray_DATA(array), payload, static_cast<size_t>(bytes));
+  return made;
+}
+
 PyObject* rebuild(PyTypeObject*, PyObject* arguments, PyObject* keywords) {
   const Py_ssize_t n = PyTuple_GET_SIZE(arguments);
   if (n < 1 || n > 3 || !PyBytes_Check(PyTuple_GET_ITEM(arguments, 0)) || (keywords != nullptr && PyDict_GET_SIZE(keywords) != 0)) {
     PyErr_SetString(PyExc_TypeError, "torchshm._C.array takes the bytes of a handle, and at most a dtype and a type");
     return nullptr;
   }
-  PyObject* bytes = PyTuple_GET_ITEM(arguments, 0);
-  auto decoded = decode(PyBytes_AS_STRING(bytes), static_cast<size_t>(PyBytes_GET_SIZE(bytes)));
+  PyObject* bytes_object = PyTuple_GET_ITEM(arguments, 0);
+  auto decoded = decode(PyBytes_AS_STRING(bytes_object), static_cast<size_t>(PyBytes_GET_SIZE(bytes_object)));
   if (!decoded) return raise(decoded.status());
   const ArrayWire& wire = *decoded;
   PyTypeObject* subtype = &PyArray_Type;
@@ -89,10 +106,15 @@ PyObject* rebuild(PyTypeObject*, PyObject* arguments, PyObject* keywords) {
     }
     subtype = reinterpret_cast<PyTypeObject*>(given);
   }
-  pool::Member* owner = member_of(wire.handle.pool_id);
-  if (owner == nullptr) return nullptr;
+  pool::Member* owner = wire.carries ? nullptr : member_of(wire.handle.pool_id);
+  if (owner == nullptr && !wire.carries) return nullptr;
   PyArray_Descr* dtype = dtype_of(wire, n > 1 ? PyTuple_GET_ITEM(arguments, 1) : nullptr);
   if (dtype == nullptr) return nullptr;
+  if (wire.carries) {
+    npy_intp bytes = wire.item_size;
+    for (int i = 0; i < wire.ndim; ++i) bytes *= wire.shape[i];  // checked by decode()
+    return array_with(subtype, dtype, wire, PyBytes_AS_STRING(bytes_object) + PyBytes_GET_SIZE(bytes_object) - bytes, bytes);
+  }
   const auto touched = reach(wire.ndim, wire.shape.data(), wire.strides.data(), wire.item_size);
   auto view = owner->redeem(wire.handle, wire.mode);
   if (!view) {

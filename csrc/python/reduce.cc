@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "base/copy.h"
 #include "os/mapping.h"
 #include "python/array_wire.h"
 #include "python/errors.h"
@@ -13,6 +14,9 @@ namespace {
 
 // Copying below this is quicker than giving the GIL away and getting it back; above, the program may change the array meanwhile.
 constexpr npy_intp kCopyUnderGil = npy_intp{1} << 20;
+
+// Larger ones travel inside the pickle only where min_bytes says so, and then as NumPy sends them. Arbitrary.
+constexpr npy_intp kCarriedMost = npy_intp{64} << 10;
 
 PyObject* as_numpy_does(PyObject* array) {
   static PyObject* name = PyUnicode_InternFromString("__reduce__");
@@ -49,11 +53,16 @@ bool can_be_pooled(PyArrayObject* array) {
   return PyDataType_ISLEGACY(dtype) && !PyDataType_REFCHK(dtype) && PyArray_NDIM(array) <= kMostDims;
 }
 
-PyObject* message(PyObject* array, const ArrayWire& wire) {
+// The reduce value: (torchshm._C.array, (wire[, dtype[, type]])). `carried` bytes go behind the wire.
+PyObject* message(PyObject* array, const ArrayWire& wire, npy_intp carried = 0) {
   char buffer[kWireMost];
   const size_t length = encode(wire, buffer);
-  PyObject* bytes = PyBytes_FromStringAndSize(buffer, static_cast<Py_ssize_t>(length));
+  PyObject* bytes = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(length) + carried);
   if (bytes == nullptr) return nullptr;
+  std::memcpy(PyBytes_AS_STRING(bytes), buffer, length);
+  if (carried != 0) {
+    std::memcpy(PyBytes_AS_STRING(bytes) + length, PyArray_DATA(reinterpret_cast<PyArrayObject*>(array)), static_cast<size_t>(carried));
+  }
   PyObject* arguments = nullptr;
   if (!PyArray_CheckExact(array)) {
     arguments = PyTuple_Pack(3, bytes, reinterpret_cast<PyObject*>(PyArray_DESCR(reinterpret_cast<PyArrayObject*>(array))), Py_TYPE(array));
@@ -110,7 +119,7 @@ std::optional<Status> by_reference(const Source& source, ArrayWire& wire) {
 }
 
 // -1 with an exception set, 0 when it is done.
-int copy_bytes(PyArrayObject* array, std::byte* to, npy_intp bytes, bool contiguous) {
+int fill(PyArrayObject* array, std::byte* to, npy_intp bytes, bool contiguous) {
   if (!contiguous) {
     // In one pass, in C order, byte order kept. CopyInto lets go of the GIL by itself.
     PyArray_Descr* dtype = PyArray_DESCR(array);
@@ -126,7 +135,7 @@ int copy_bytes(PyArrayObject* array, std::byte* to, npy_intp bytes, bool contigu
     std::memcpy(to, from, static_cast<size_t>(bytes));
   } else {
     Py_BEGIN_ALLOW_THREADS;
-    std::memcpy(to, from, static_cast<size_t>(bytes));
+    torchshm::copy_bytes(to, from, static_cast<size_t>(bytes));
     Py_END_ALLOW_THREADS;
   }
   return 0;
@@ -156,7 +165,7 @@ int by_copy(const Source& source, ArrayWire& wire, Status& status) {
   wire.writeable = wire.mode != pool::Mode::kRead;
   wire.offset = 0;
   wire.order = fortran ? ArrayWire::Order::kFortran : ArrayWire::Order::kC;
-  const int copied = copy_bytes(array, block->data, source.bytes, c_order || fortran);
+  const int copied = fill(array, block->data, source.bytes, c_order || fortran);
   auto handle = copied == 0 ? source.member->issue(block->block) : Result<pool::Handle>(Status(Code::kInvalid, ""));
   source.member->release(block->block, pool::Mode::kReadWrite);  // from here on the ticket keeps it
   if (copied != 0) return -1;
@@ -166,6 +175,16 @@ int by_copy(const Source& source, ArrayWire& wire, Status& status) {
   }
   wire.handle = *handle;
   return 1;
+}
+
+// A small array's bytes in the message. NumPy's own way takes twice as long, most of it for the dtype.
+PyObject* inside_the_pickle(const Source& source, ArrayWire& wire) {
+  auto* object = reinterpret_cast<PyObject*>(source.array);
+  const bool c_order = PyArray_IS_C_CONTIGUOUS(source.array);
+  if (source.bytes > kCarriedMost || (!c_order && !PyArray_IS_F_CONTIGUOUS(source.array))) return as_numpy_does(object);
+  wire.carries = true;
+  wire.order = c_order ? ArrayWire::Order::kC : ArrayWire::Order::kFortran;
+  return message(object, wire, source.bytes);
 }
 
 }  // namespace
@@ -190,7 +209,7 @@ PyObject* reduce_ndarray(PyObject*, PyObject* object) {
     if (referred->ok()) return message(object, wire);
     status = std::move(*referred);
   } else {
-    if (!now.sharing && static_cast<uint64_t>(source.bytes) < settings().min_bytes) return as_numpy_does(object);
+    if (!now.sharing && static_cast<uint64_t>(source.bytes) < settings().min_bytes) return inside_the_pickle(source, wire);
     const int copied = by_copy(source, wire, status);
     if (copied < 0) return nullptr;
     if (copied > 0) return message(object, wire);

@@ -1,0 +1,18 @@
+// memcpy for buffers that are larger than the caches.
+//
+// Large copies go past the caches with non-temporal stores: the lines of the target need not be read first, and what the processes have in
+// their caches stays there. Measured against glibc's memcpy (AMD Zen 5, 32 MiB of L3 usable, paired medians): 8 MiB 0.56x, 38.5 MB 0.70x,
+// 64 MiB 0.78x; at 1 MiB it would be 1.5x. glibc does the same from three quarters of what sysconf(_SC_LEVEL3_CACHE_SIZE) says, which in a
+// virtual machine is the host's.
+//
+// Private memory or shared; a process that dies here leaves a part of the bytes written, in a block that nobody else has seen.
+#pragma once
+
+#include <cstddef>
+
+namespace torchshm {
+
+// REQUIRES: the ranges do not overlap.
+void copy_bytes(void* to, const void* from, size_t bytes);
+
+}  // namespace torchshm

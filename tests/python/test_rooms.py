@@ -1,0 +1,53 @@
+"""The rooms of csrc include one way only, and what is compiled matches what is declared."""
+
+import inspect
+import re
+from pathlib import Path
+
+import torchshm
+from torchshm import _C
+
+ROOT = Path(__file__).resolve().parents[2]
+ORDER = ["base", "os", "pool", "store", "service", "python", "torch", "cuda"]
+# Rooms side by side: neither sees the other.
+APART = {("torch", "python"), ("cuda", "python")}
+
+
+def sources():
+    return [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cc"} and p.parent.name in ORDER]
+
+
+def test_rooms_include_downwards_only():
+    found = sources()
+    assert len(found) > 20
+    for path in found:
+        room = path.parent.name
+        for included in re.findall(r'#include "(\w+)/', path.read_text()):
+            if included not in ORDER:
+                continue
+            assert ORDER.index(included) <= ORDER.index(room), f"{path} includes upwards, from {included}"
+            assert (room, included) not in APART, f"{path} includes {included}"
+
+
+def test_only_os_talks_to_the_kernel():
+    for path in sources():
+        if path.parent.name != "os":
+            assert not re.search(r"#include <(sys|linux)/", path.read_text()), path
+
+
+def test_pool_knows_neither_python_nor_torch():
+    for path in sources():
+        if path.parent.name in {"base", "os", "pool"}:
+            assert not re.search(r"#include [<\"](Python|pybind11|numpy|torch|ATen)", path.read_text()), path
+
+
+def test_stub_declares_exactly_what_is_compiled():
+    text = (ROOT / "torchshm" / "_C.pyi").read_text()
+    declared = set(re.findall(r"^(?:def|class) (\w+)", text, re.MULTILINE))
+    compiled = {name for name in dir(_C) if not name.startswith("__")}
+    assert declared == compiled
+
+
+def test_every_public_name_is_documented():
+    for name in torchshm.__all__:
+        assert inspect.getdoc(getattr(torchshm, name)), name

@@ -78,6 +78,21 @@ std::optional<Heap::Place> Heap::place(uint32_t granules, bool whole_pages) {
   return std::nullopt;
 }
 
+void Heap::cancel(const Place& place, uint32_t granules) {
+  Owned& owned = *by_chunk_[place.block / kPagesPerChunk];
+  const uint32_t page = place.block % kPagesPerChunk;
+  owned.starts[page / 64] &= ~(uint64_t{1} << (page % 64));
+  free_space(owned, place.block, place.first, granules);
+}
+
+void Heap::lose(uint32_t chunk) {
+  for (Cached& cached : cache_) {
+    if (cached.granules != 0 && cached.place.block / kPagesPerChunk == chunk) cached.granules = 0;
+  }
+  owned_.erase(std::find(owned_.begin(), owned_.end(), by_chunk_[chunk].get()));
+  by_chunk_[chunk].reset();
+}
+
 void Heap::add(uint32_t chunk, bool adopted) {
   auto fresh = std::make_unique<Owned>();
   fresh->chunk = chunk;

@@ -24,6 +24,10 @@ class Heap {
   };
   // Room for `granules`; with whole_pages it starts and ends on page boundaries. Nothing when the owned chunks have no such gap.
   std::optional<Place> place(uint32_t granules, bool whole_pages);
+  // A place that turned out not to be usable: taken back exactly.
+  void cancel(const Place& place, uint32_t granules);
+  // A chunk that somebody else has taken. REQUIRES: owned.
+  void lose(uint32_t chunk);
   // A chunk to cut from. With blocks in it already (adopted): found from the descriptors.
   void add(uint32_t chunk, bool adopted);
   // Takes the space of a freed block back; hints may come twice or late, so the descriptor decides. Returns whether it did.

@@ -91,6 +91,7 @@ enum class ChunkState : uint8_t {
   kRun,       // part of one large block that starts in chunk `head` with generation `generation`
   kSmall,     // small blocks, allocated by `owner` alone
   kTrimming,  // owner is giving its pages back
+  kTaking,    // owner is looking whether somebody else's chunk of small blocks is empty, and then takes it
 };
 
 struct ChunkValue {

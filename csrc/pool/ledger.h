@@ -28,8 +28,9 @@ class Ledger {
  public:
   Ledger(Arena& arena, uint32_t slot, FreedSink& sink) : arena_(arena), slot_(slot), sink_(sink) {}
 
-  // Makes a free block live, held by this lease. Returns its generation. REQUIRES: the space is the caller's.
-  uint64_t allocate(uint32_t block, uint32_t first, uint32_t granules);
+  // Makes a free block live, held by this lease. False when the space is not this lease's (any more), or the chunk of a large block
+  // does not expect the generation that came out: choose another place. REQUIRES: no other thread of this lease uses the space.
+  bool allocate(uint32_t block, uint32_t first, uint32_t granules);
   // Adds this lease's hold. False when the block is not live with that generation. REQUIRES: not held by this lease.
   bool attach(uint32_t block, uint64_t generation);
   // The same on behalf of a lease that does not run yet (fork).
@@ -39,7 +40,7 @@ class Ledger {
   // Ends the hold of a dead lease, if nobody else has ended it yet.
   void drop_of(uint32_t dead, uint32_t block);
   // Recounts the block that a dead lease's intent names. False when a living lease is at work on it: try again later.
-  bool settle(uint32_t dead, uint32_t block, uint64_t generation);
+  bool settle(uint32_t dead, Op op, uint32_t block, uint64_t generation);
 
   // For tickets (and names): a count without a ledger bit. An intent must stand.
   bool count_up(uint32_t block, uint64_t generation);
@@ -54,6 +55,7 @@ class Ledger {
  private:
   void set_bit(uint32_t slot, uint32_t block);
   bool clear_bit(uint32_t slot, uint32_t block);
+  bool owns_space(uint32_t slot, uint32_t block, uint64_t generation) const;
   bool busy_elsewhere(uint32_t dead, uint32_t block) const;
   Arena& arena_;
   uint32_t slot_;

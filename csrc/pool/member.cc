@@ -12,6 +12,7 @@ namespace torchshm::pool {
 namespace {
 
 constexpr uint32_t kMinGranules = kPage / kGranule;
+constexpr int kRunAttempts = 8;
 constexpr int kRoomSteps = 8;  // the last ones wait, 1 to 16 ms, for chunks that somebody is just giving back to the system
 
 uint32_t granules_for(uint64_t bytes, bool whole_pages) {
@@ -109,39 +110,51 @@ void Member::take_hints() {
 }
 
 Result<uint32_t> Member::allocate_small(uint32_t granules, bool whole_pages) {
-  auto place = work_->heap.place(granules, whole_pages);
-  if (!place && work_->hints_uncertain) {
-    work_->hints_uncertain = false;
-    work_->heap.rescan();
-    place = work_->heap.place(granules, whole_pages);
+  for (;;) {
+    auto place = work_->heap.place(granules, whole_pages);
+    if (!place && work_->hints_uncertain) {
+      work_->hints_uncertain = false;
+      work_->heap.rescan();
+      place = work_->heap.place(granules, whole_pages);
+    }
+    if (!place) {
+      auto chunk = work_->space.claim_small();
+      if (!chunk) return std::move(chunk.status());
+      if (work_->heap.owns(chunk->chunk)) work_->heap.lose(chunk->chunk);  // taken away once, and now come back
+      work_->heap.add(chunk->chunk, chunk->adopted);
+      continue;
+    }
+    if (work_->ledger.allocate(place->block, place->first, granules)) return place->block;
+    // Somebody has taken the chunk, or is looking whether it is empty.
+    work_->heap.cancel(*place, granules);
+    work_->heap.lose(place->block / kPagesPerChunk);
   }
-  while (!place) {
-    auto chunk = work_->space.claim_small();
-    if (!chunk) return std::move(chunk.status());
-    work_->heap.add(chunk->chunk, chunk->adopted);
-    place = work_->heap.place(granules, whole_pages);
-  }
-  work_->ledger.allocate(place->block, place->first, granules);
-  return place->block;
 }
 
 Result<uint32_t> Member::allocate_block(uint64_t bytes, bool whole_pages) {
   if (bytes > arena_.header().data_size) return Status(Code::kFull, "larger than the pool's address space");
   const uint32_t granules = granules_for(bytes, whole_pages);
   if (granules * kGranule <= kSmallMax) return allocate_small(granules, whole_pages);
-  auto run = work_->space.claim_run(granules * kGranule);
-  if (!run) return run;
-  work_->ledger.allocate(*run, 0, granules);
-  return run;
+  for (int attempt = 0; attempt < kRunAttempts; ++attempt) {
+    auto run = work_->space.claim_run(granules * kGranule);
+    if (!run || work_->ledger.allocate(*run, 0, granules)) return run;
+    work_->space.abandon_run(*run);
+  }
+  return Status(Code::kFull, "others are busy where the free runs are");
+}
+
+// Chunks of small blocks in which nothing is live: our own, and those of others, who may be asleep.
+void Member::release_empty() {
+  take_hints();
+  work_->heap.rescan();
+  while (const auto empty = work_->heap.remove_empty(0)) work_->space.release_small(*empty);
+  (void)work_->space.take_empty();
 }
 
 void Member::make_room_step(int step, uint64_t bytes) {
   (void)work_->reaper.reap_all();
   switch (step) {
-    case 0:
-      work_->heap.rescan();
-      while (const auto empty = work_->heap.remove_empty(0)) work_->space.release_small(*empty);
-      break;
+    case 0: release_empty(); break;
     case 1: (void)work_->tickets.take_back(0, true, bytes); break;
     case 2: (void)work_->tickets.take_back(ticket_age_, false, bytes); break;
     default:
@@ -299,9 +312,7 @@ uint64_t Member::trim(uint64_t keep) {
   notice_fork();
   if (stranded_) return 0;
   (void)work_->reaper.reap_all();
-  take_hints();
-  work_->heap.rescan();
-  while (const auto empty = work_->heap.remove_empty(0)) work_->space.release_small(*empty);
+  release_empty();
   return work_->space.trim(keep);
 }
 

@@ -88,6 +88,7 @@ class Member final : public FreedSink {
   void become(Membership membership);
   void notice_fork();
   void take_hints();
+  void release_empty();
   Result<uint32_t> allocate_block(uint64_t bytes, bool whole_pages);
   Result<uint32_t> allocate_small(uint32_t granules, bool whole_pages);
   void make_room_step(int step, uint64_t bytes);

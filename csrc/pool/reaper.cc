@@ -37,7 +37,7 @@ bool Reaper::reap(uint32_t dead) {
     if (block < arena_.pages()) {
       arena_.ledger(dead, block / 64).fetch_and(~(uint64_t{1} << (block % 64)), std::memory_order_seq_cst);
       TORCHSHM_POINT("reap.bit_cleared");
-      settled = ledger_.settle(dead, block, generation);
+      settled = ledger_.settle(dead, static_cast<Op>(intent >> 32), block, generation);
     }
     if (!settled) {  // a living lease is at work on the same block this very moment; next time
       self.reaping.store(0, std::memory_order_release);

@@ -324,12 +324,57 @@ void Space::release_orphan(uint32_t chunk) {
   if (replace(chunk, found, next)) arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
 }
 
+// Ends kTaking by `taker`: idle when nothing is live, else an orphan. Not its owner's again, who may have given it up in between.
+void Space::restore_taken(uint32_t chunk, uint32_t taker) {
+  const bool empty = !anything_live(chunk);
+  for (;;) {
+    const ChunkValue found = value(chunk);
+    if (found.state != ChunkState::kTaking || found.owner != taker) return;
+    ChunkValue next = found;
+    next.state = empty ? ChunkState::kIdle : ChunkState::kSmall;
+    next.owner = empty ? slot_ : kNobody;
+    TORCHSHM_POINT("take_empty.looked");
+    if (!replace(chunk, found, next)) continue;
+    if (empty) arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
+    return;
+  }
+}
+
+uint32_t Space::take_empty() {
+  uint32_t taken = 0;
+  for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
+    const ChunkValue found = value(i);
+    if (found.state != ChunkState::kSmall || found.owner == slot_ || anything_live(i)) continue;
+    ChunkValue taking = found;
+    taking.state = ChunkState::kTaking;
+    taking.owner = slot_;
+    if (!replace(i, found, taking)) continue;
+    TORCHSHM_POINT("take_empty.announced");
+    restore_taken(i, slot_);
+    taken += value(i).state == ChunkState::kIdle ? 1 : 0;
+  }
+  return taken;
+}
+
+void Space::abandon_run(uint32_t block) {
+  const uint32_t head = block / kPagesPerChunk;
+  for (uint32_t i = head, used = arena_.chunks_used(); i < used; ++i) {
+    const ChunkValue found = value(i);
+    if (found.state != ChunkState::kRun || found.owner != slot_ || found.head != head) break;
+    put_back(i, found.committed);
+  }
+}
+
 void Space::inherit(uint32_t dead) {
   for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
     for (;;) {
       const ChunkValue found = value(i);
-      if (found.state == ChunkState::kHole || found.owner != dead) break;
       ChunkValue next = found;
+      if (found.state == ChunkState::kHole || found.owner != dead) break;
+      if (found.state == ChunkState::kTaking) {
+        restore_taken(i, dead);
+        break;
+      }
       next.owner = kNobody;
       switch (found.state) {
         case ChunkState::kRun: {

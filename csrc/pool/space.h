@@ -39,6 +39,11 @@ class Space {
   // Gives back a chunk of small blocks in which nothing is live. REQUIRES: owned by this lease.
   void release_small(uint32_t chunk);
 
+  // Makes chunks of other leases' small blocks idle when nothing in them is live: their owners may be asleep. Returns how many.
+  uint32_t take_empty();
+  // A run that was claimed but not used.
+  void abandon_run(uint32_t block);
+
   // Decides about every chunk of a dead lease: what a living block needs becomes an orphan, the rest is idle. Re-entrant.
   void inherit(uint32_t dead);
   // An orphan chunk in which nothing is live becomes idle.
@@ -64,6 +69,7 @@ class Space {
   Status back_with_pages(uint32_t first, const std::vector<uint32_t>& had, const std::vector<uint32_t>& need);
   Status check_headroom(uint64_t bytes);
   void map_pages(uint32_t first, const std::vector<uint32_t>& need);
+  void restore_taken(uint32_t chunk, uint32_t taker);
   bool replace(uint32_t chunk, ChunkValue expected, ChunkValue desired);
 
   Arena& arena_;

@@ -9,9 +9,9 @@
 namespace torchshm::python {
 
 struct Settings {
-  // Smaller buffers travel inside the pickle. Measured (benchmarks/inline_threshold.py): through the pool is quicker from 256 bytes up;
-  // since no block is smaller than 4 KiB, a kibibyte keeps what is wasted on a small array below 3 KiB.
-  uint64_t min_bytes = 1024;
+  // Smaller buffers travel inside the pickle. Measured (benchmarks/inline_threshold.py): from 4 KiB up the pool is quicker, and no block is
+  // smaller than that.
+  uint64_t min_bytes = 4096;
 };
 
 Settings& settings();

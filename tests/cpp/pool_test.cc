@@ -1,4 +1,5 @@
 // What a pool promises to processes that behave.
+#include <csignal>
 #include <cstring>
 #include <random>
 #include <vector>
@@ -210,6 +211,44 @@ TEST(Pool, CopyOnWriteStaysPrivateAndDoesNotShadowTheNextBlock) {
   EXPECT_FALSE(os::privately_modified(copy->data, copy->length));
   auto again = member->view(block->block, Mode::kCopyOnWrite);
   EXPECT_EQ(static_cast<int>(again->data[0]), 1);
+}
+
+TEST(Pool, RoomThatASleepingMemberHasFreedIsThereForOthers) {
+  auto member = fresh_pool(uint64_t{16} << 20);
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  std::vector<Handle> handles(100);
+  const auto bytes = static_cast<ssize_t>(handles.size() * sizeof(Handle));
+  const pid_t pid = tests::start([&] {
+    auto worker = join(*member);
+    for (Handle& handle : handles) {
+      auto block = worker->allocate(100000, false);
+      handle = *worker->issue(block->block);
+      worker->release(block->block, Mode::kReadWrite);
+    }
+    if (::write(ends[1], handles.data(), static_cast<size_t>(bytes)) != bytes) return false;
+    std::raise(SIGSTOP);
+    // Awake again: its own chunks are gone, and it gets others.
+    auto block = worker->allocate(100000, false);
+    if (!block) return false;
+    std::memset(block->data, 3, 100000);
+    return worker->stats().blocks == 2;
+  });
+  ASSERT_EQ(::read(ends[0], handles.data(), static_cast<size_t>(bytes)), bytes);
+  int status = 0;
+  ASSERT_EQ(::waitpid(pid, &status, WUNTRACED), pid);
+  for (const Handle& handle : handles) {
+    auto view = member->redeem(handle, Mode::kReadWrite);
+    ASSERT_TRUE(view.ok());
+    member->release(view->block, Mode::kReadWrite);
+  }
+  auto large = member->allocate(uint64_t{14} << 20, false);
+  EXPECT_TRUE(large.ok()) << large.status().what();
+  ::kill(pid, SIGCONT);
+  status = tests::wait_for(pid);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  ::close(ends[0]);
+  ::close(ends[1]);
 }
 
 TEST(Pool, TrimGivesEverythingBack) {

@@ -1,0 +1,57 @@
+"""Peers that live as long as the session, and a process that is registered for the length of a test."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+from peer import Peer
+
+import torchshm
+
+
+@pytest.fixture
+def registered():
+    """Register this process for one test. It stays a member of its pool afterwards, as every process does."""
+    torchshm.register()
+    yield
+    torchshm.unregister()
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def _spawned():
+    torchshm.register()
+    with Peer("spawn") as peer:
+        yield peer
+
+
+@pytest.fixture(scope="session")
+def _second():
+    torchshm.register()
+    with Peer("spawn") as peer:
+        yield peer
+
+
+@pytest.fixture
+def peer(_spawned, registered):
+    """A child process that lives as long as the session. Nothing of an earlier test is left in it."""
+    _spawned.forget()
+    yield _spawned
+    _spawned.forget()
+
+
+@pytest.fixture
+def other(_second, registered):
+    """One more of them."""
+    _second.forget()
+    yield _second
+    _second.forget()
+
+
+@pytest.fixture
+def all_pooled(registered):
+    """Here the smallest arrays go through the pool too. Not in peers, whose threshold is their own."""
+    torchshm.register(min_bytes=0)
+    yield
+    torchshm.register()

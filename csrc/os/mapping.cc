@@ -132,7 +132,30 @@ Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size) {
   return mapping;
 }
 
+Status commit(std::byte* at, uint64_t length) {
+  int error = TORCHSHM_INJECT("os.commit");
+  if (error != 0) return Status::system("madvise POPULATE_WRITE", std::to_string(length) + " bytes of shared memory", error);
+  int rc = 0;
+  do {
+    rc = ::madvise(at, length, MADV_POPULATE_WRITE);
+  } while (rc != 0 && (errno == EINTR || errno == EAGAIN));
+  if (rc == 0) return {};
+  if (errno != EINVAL) return Status(Code::kFull, "madvise POPULATE_WRITE: the system has no pages left", errno);
+  // An older kernel. Nothing but the memory of the machine or cgroup, looked at before, can make a memory file's page fault fail.
+  for (uint64_t offset = 0; offset < length; offset += kPageBytes) {
+    __atomic_fetch_or(reinterpret_cast<unsigned char*>(at + offset), 0, __ATOMIC_RELAXED);
+  }
+  return {};
+}
+
 void populate(std::byte* at, uint64_t length) { (void)::madvise(at, length, MADV_POPULATE_WRITE); }
+
+Status punch(std::byte* at, uint64_t length) {
+  int error = TORCHSHM_INJECT("os.punch");
+  if (error == 0 && ::madvise(at, length, MADV_REMOVE) != 0) error = errno;
+  if (error != 0) return Status::system("madvise REMOVE", std::to_string(length), error);
+  return {};
+}
 
 Status drop_private(std::byte* at, uint64_t length) {
   int error = TORCHSHM_INJECT("os.drop_private");

@@ -49,8 +49,17 @@ class Mapping {
   uint64_t reserved_size_ = 0;
 };
 
-// Maps existing or fresh pages of a shared mapping in one step instead of one fault each. Best effort.
+// What follows works on addresses and not on descriptors: a program may close those and open files of its own under the same numbers.
+
+// Backs a range of a kShared mapping with pages, mapped here, so that a later touch can't fail. Best where MADV_POPULATE_WRITE is known
+// (Linux 5.14); before that pages are touched one by one. REQUIRES: page boundaries.
+Status commit(std::byte* at, uint64_t length);
+
+// Maps existing pages of a kShared mapping in one step instead of one fault each. Best effort.
 void populate(std::byte* at, uint64_t length);
+
+// Gives the pages of a range of a kShared mapping back to the system; they read as zero afterwards.
+Status punch(std::byte* at, uint64_t length);
 
 // Forgets what a kPrivate mapping has written in the range.
 Status drop_private(std::byte* at, uint64_t length);

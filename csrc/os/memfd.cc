@@ -1,7 +1,6 @@
 #include "os/memfd.h"
 
 #include <fcntl.h>
-#include <linux/falloc.h>
 #include <linux/memfd.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -20,14 +19,6 @@ namespace torchshm::os {
 namespace {
 
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
-
-int fallocate_retrying(int fd, int mode, uint64_t offset, uint64_t length) {
-  int rc = 0;
-  do {
-    rc = ::fallocate(fd, mode, static_cast<off_t>(offset), static_cast<off_t>(length));
-  } while (rc != 0 && errno == EINTR);
-  return rc;
-}
 
 }  // namespace
 
@@ -96,20 +87,6 @@ Result<uint64_t> inode(int fd) {
   struct stat st{};
   if (::fstat(fd, &st) != 0) return Status::system("fstat", std::to_string(fd), errno);
   return static_cast<uint64_t>(st.st_ino);
-}
-
-Status commit(int fd, uint64_t offset, uint64_t length) {
-  int error = TORCHSHM_INJECT("os.commit");
-  if (error == 0 && fallocate_retrying(fd, FALLOC_FL_KEEP_SIZE, offset, length) != 0) error = errno;
-  if (error != 0) return Status::system("fallocate", std::to_string(length) + " bytes of shared memory", error);
-  return {};
-}
-
-Status punch(int fd, uint64_t offset, uint64_t length) {
-  int error = TORCHSHM_INJECT("os.punch");
-  if (error == 0 && fallocate_retrying(fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, offset, length) != 0) error = errno;
-  if (error != 0) return Status::system("fallocate PUNCH_HOLE", std::to_string(length), error);
-  return {};
 }
 
 }  // namespace torchshm::os

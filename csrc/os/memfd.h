@@ -27,10 +27,4 @@ Result<Fd> duplicate(int fd);
 // Inode number of the file: what /proc/<pid>/maps shows for its mappings.
 Result<uint64_t> inode(int fd);
 
-// Backs [offset, offset + length) with pages, so that a later touch can't fail. REQUIRES: multiples of the page size.
-Status commit(int fd, uint64_t offset, uint64_t length);
-
-// Gives the pages of [offset, offset + length) back to the system; they read as zero afterwards.
-Status punch(int fd, uint64_t offset, uint64_t length);
-
 }  // namespace torchshm::os

@@ -43,6 +43,9 @@ Status Arena::map(uint64_t control_size, uint64_t data_size) {
   auto inode = os::inode(data_fd_.get());
   if (!inode) return std::move(inode.status());
   data_inode_ = *inode;
+  inode = os::inode(control_fd_.get());
+  if (!inode) return std::move(inode.status());
+  control_inode_ = *inode;
   return {};
 }
 
@@ -128,6 +131,13 @@ Result<uint64_t> Arena::family_of(int control_fd) {
   return reinterpret_cast<const Header*>(mapped->data())->family;
 }
 
+bool Arena::is_control(int fd) const {
+  const auto inode = os::inode(fd);
+  return inode.ok() && *inode == control_inode_;
+}
+
+bool Arena::owns_descriptors() const { return is_control(control_fd_.get()); }
+
 uint32_t Arena::slots_used() const { return std::min(header().slots_used.load(std::memory_order_acquire), kMaxLeases); }
 uint32_t Arena::chunks_used() const { return std::min(header().chunks_used.load(std::memory_order_acquire), chunks_); }
 uint32_t Arena::tickets_used() const { return std::min(header().tickets_used.load(std::memory_order_acquire), kTickets); }
@@ -135,11 +145,12 @@ uint32_t Arena::tickets_used() const { return std::min(header().tickets_used.loa
 std::optional<Arena::Extent> Arena::extent(uint32_t index) const {
   if (index >= pages()) return std::nullopt;
   const Block& descriptor = block(index);
-  // Relaxed: ordered by the acquire load of the block's value that told the caller it is live.
-  const uint64_t first = descriptor.first.load(std::memory_order_relaxed);
-  const uint64_t length = descriptor.granules.load(std::memory_order_relaxed) * kGranule;
-  const uint64_t offset = index * kPage + first * kGranule;
-  if (first >= kPage / kGranule || length == 0 || length > shared_.size() || offset > shared_.size() - length) return std::nullopt;
+  const BlockValue value = BlockValue::of(descriptor.value.load());
+  // Relaxed: a large block's length is ordered by the load of its value.
+  const uint64_t granules = value.granules != 0 ? value.granules : descriptor.granules.load(std::memory_order_relaxed);
+  const uint64_t length = granules * kGranule;
+  const uint64_t offset = index * kPage + value.first * kGranule;
+  if (length == 0 || length > shared_.size() || offset > shared_.size() - length) return std::nullopt;
   return Extent{offset, length};
 }
 

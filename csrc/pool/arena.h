@@ -65,6 +65,10 @@ class Arena {
   int data_fd() const { return data_fd_.get(); }
   int control_fd() const { return control_fd_.get(); }
   uint64_t data_inode() const { return data_inode_; }
+  // Whether control_fd() is still ours: a process may have closed all its descriptors and opened files of its own.
+  bool owns_descriptors() const;
+  // Whether fd is an open file description of the control file.
+  bool is_control(int fd) const;
 
  private:
   Status map(uint64_t control_size, uint64_t data_size);
@@ -72,7 +76,7 @@ class Arena {
   os::Mapping control_, shared_, read_, copy_;
   Offsets offsets_{};
   uint32_t chunks_ = 0;
-  uint64_t data_inode_ = 0;
+  uint64_t data_inode_ = 0, control_inode_ = 0;
 };
 
 }  // namespace torchshm::pool

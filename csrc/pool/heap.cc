@@ -98,10 +98,10 @@ void Heap::add(uint32_t chunk, bool adopted) {
   fresh->chunk = chunk;
   if (adopted) {
     for (uint32_t page = 0; page < kPagesPerChunk; ++page) {
-      const Block& block = arena_.block(chunk * kPagesPerChunk + page);
-      if (!BlockValue::of(block.value.load()).live) continue;
-      const uint32_t start = page * kGranulesPerPage + block.first.load(std::memory_order_relaxed) % kGranulesPerPage;
-      const uint32_t length = std::min(block.granules.load(std::memory_order_relaxed), kGranulesPerChunk - start);
+      const BlockValue block = BlockValue::of(arena_.block(chunk * kPagesPerChunk + page).value.load());
+      if (!block.live) continue;
+      const uint32_t start = page * kGranulesPerPage + block.first;
+      const uint32_t length = std::min(block.granules, kGranulesPerChunk - start);
       mark(*fresh, start, length, true);
       fresh->free -= std::min(length, fresh->free);
       fresh->starts[page / 64] |= uint64_t{1} << (page % 64);
@@ -126,11 +126,10 @@ bool Heap::give_back(uint32_t block) {
   Owned& owned = *by_chunk_[chunk];
   uint64_t& starts = owned.starts[page / 64];
   const uint64_t bit = uint64_t{1} << (page % 64);
-  const Block& descriptor = arena_.block(block);
-  if ((starts & bit) == 0 || BlockValue::of(descriptor.value.load()).live) return false;  // an old hint
+  const BlockValue value = BlockValue::of(arena_.block(block).value.load());
+  if ((starts & bit) == 0 || value.live) return false;  // an old hint
   starts &= ~bit;
-  const uint32_t granules = descriptor.granules.load(std::memory_order_relaxed);
-  const uint32_t first = descriptor.first.load(std::memory_order_relaxed) % kGranulesPerPage;
+  const uint32_t granules = value.granules, first = value.first;
   if (granules > kCachedMost) {
     free_space(owned, block, first, granules);
     return true;

@@ -91,6 +91,7 @@ enum class ChunkState : uint8_t {
   kRun,       // part of one large block that starts in chunk `head` with generation `generation`
   kSmall,     // small blocks, allocated by `owner` alone
   kTrimming,  // owner is giving its pages back
+  kBacking,   // owner is committing its pages; then it becomes kSmall
   kTaking,    // owner is looking whether somebody else's chunk of small blocks is empty, and then takes it
 };
 
@@ -113,26 +114,33 @@ struct Chunk {
   AtomicPair value;
 };
 
-// generation | sequence:36 count:24 state:4. The sequence number moves with every change, so that a recount that was overtaken fails.
+// generation:52 first:2 granules:10 | sequence:36 count:24 state:4. The sequence number moves with every change, so that a recount that
+// was overtaken fails. Where a small block lies is part of the value: whoever sees it live sees its place in the same exchange.
 struct BlockValue {
   uint64_t generation = 0;
   uint64_t sequence = 0;
-  uint32_t count = 0;  // holds + tickets (+ names); too high for a moment after a death, never too low
+  uint32_t count = 0;     // holds + tickets (+ names); too high for a moment after a death, never too low
   bool live = false;
+  uint32_t granules = 0;  // length of a small block; 0 for a large one, whose descriptor says it
+  uint32_t first = 0;     // granules from the start of its page to its first byte, 0..3
+  static constexpr uint64_t kGenerationMask = (uint64_t{1} << 52) - 1;
   static BlockValue of(Pair p) {
-    return {p.lo, p.hi >> 28, static_cast<uint32_t>(p.hi >> 4 & 0xffffff), (p.hi & 0xf) != 0};
+    return {p.lo >> 12, p.hi >> 28, static_cast<uint32_t>(p.hi >> 4 & 0xffffff), (p.hi & 0xf) != 0, static_cast<uint32_t>(p.lo & 0x3ff),
+            static_cast<uint32_t>(p.lo >> 10 & 3)};
   }
   Pair pair() const {
-    return {generation, (sequence & 0xfffffffff) << 28 | uint64_t{count & 0xffffff} << 4 | static_cast<uint64_t>(live)};
+    return {generation << 12 | uint64_t{first & 3} << 10 | (granules & 0x3ff),
+            (sequence & 0xfffffffff) << 28 | uint64_t{count & 0xffffff} << 4 | static_cast<uint64_t>(live)};
   }
 };
 
 struct Block {
   AtomicPair value;
-  std::atomic<uint32_t> granules;  // length; written before the block is live
-  std::atomic<uint32_t> first;     // granules from the start of its page to its first byte, 0..3
-  std::atomic<uint64_t> reserved;
+  std::atomic<uint32_t> granules;  // length of a large block; written before it is live
+  std::atomic<uint32_t> reserved[3];
 };
+
+static_assert(kSmallMax / kGranule < 1024, "fits BlockValue::granules");
 
 // nonce:40 sender:24 | block:32 second:32. Out while sender is not zero.
 struct TicketValue {

@@ -37,49 +37,38 @@ bool Ledger::holds(uint32_t slot, uint32_t block) const {
   return (arena_.ledger(slot, block / 64).load(std::memory_order_seq_cst) >> (block % 64) & 1) != 0;
 }
 
-bool Ledger::owns_space(uint32_t slot, uint32_t block, uint64_t generation) const {
+bool Ledger::owns_space(uint32_t block, uint64_t generation, bool small) const {
   const ChunkValue chunk = ChunkValue::of(arena_.chunk(block / kPagesPerChunk).value.load());
-  if (chunk.owner != slot) return false;
-  if (chunk.state == ChunkState::kSmall) return true;
+  if (chunk.owner != slot_) return false;
+  if (small) return chunk.state == ChunkState::kSmall;
   return chunk.state == ChunkState::kRun && chunk.head * kPagesPerChunk == block && chunk.generation == generation;
 }
 
 bool Ledger::allocate(uint32_t block, uint32_t first, uint32_t granules) {
   Block& descriptor = arena_.block(block);
-  Pair found = descriptor.value.load();
-  const uint64_t generation = BlockValue::of(found).generation + 1;
-  begin(Op::kAllocate, block, generation);
-  bool live = false;
-  while (!live) {
+  const bool small = granules * kGranule <= kSmallMax;
+  for (;;) {
+    // Loaded first, the owner looked at second, exchanged third: who takes a chunk away (Space::take_empty) moves the value of every
+    // free descriptor in it before it decides, so an exchange that was late by any time fails.
+    Pair found = descriptor.value.load();
     BlockValue next = BlockValue::of(found);
-    if (next.live || next.generation + 1 != generation) break;
-    next = {generation, next.sequence + 1, 1, true};
-    live = descriptor.value.exchange_if(found, next.pair());
-  }
-  TORCHSHM_POINT("allocate.live");
-  // Live first, looked at second: who takes an empty chunk away does it the other way round, so one of the two sees the other.
-  if (live && !owns_space(slot_, block, generation)) {
-    found = descriptor.value.load();
-    BlockValue next = BlockValue::of(found);
-    while (next.live && next.generation == generation) {
-      next.live = false;
-      next.count = 0;
-      ++next.sequence;
-      if (descriptor.value.exchange_if(found, next.pair())) break;
-      next = BlockValue::of(found);
-    }
-    live = false;
-  }
-  if (live) {
-    // Relaxed: nobody else knows of this block before a handle is issued, which is ordered by an exchange of its value.
-    descriptor.first.store(first, std::memory_order_relaxed);
-    descriptor.granules.store(granules, std::memory_order_relaxed);
-    TORCHSHM_POINT("allocate.sized");
-    set_bit(slot_, block);
+    next.generation = (next.generation + 1) & BlockValue::kGenerationMask;
+    if (next.live || !owns_space(block, next.generation, small)) return false;
+    begin(Op::kAllocate, block, next.generation);
+    TORCHSHM_POINT("allocate.checked");
+    if (!small) descriptor.granules.store(granules, std::memory_order_relaxed);  // published by the exchange
+    next.granules = small ? granules : 0;
+    next.first = first;
+    next.live = true;
+    next.count = 1;
+    ++next.sequence;
+    const bool live = descriptor.value.exchange_if(found, next.pair());
+    TORCHSHM_POINT("allocate.live");
+    if (live) set_bit(slot_, block);
     TORCHSHM_POINT("allocate.held");
+    end();
+    if (live) return true;
   }
-  end();
-  return live;
 }
 
 bool Ledger::count_up(uint32_t block, uint64_t generation) {
@@ -144,16 +133,14 @@ bool Ledger::busy_elsewhere(uint32_t dead, uint32_t block) const {
   return false;
 }
 
-bool Ledger::settle(uint32_t dead, Op op, uint32_t block, uint64_t generation) {
+bool Ledger::settle(uint32_t dead, uint32_t block, uint64_t generation) {
   Block& descriptor = arena_.block(block);
-  // A lease that died while it allocated in a chunk that had been taken away from it: the space is somebody else's to give back.
-  const bool give_space_back = op != Op::kAllocate || owns_space(dead, block, generation);
   for (int attempt = 0; attempt < 16; ++attempt) {
     Pair found = descriptor.value.load();
     const BlockValue before = BlockValue::of(found);
     if (before.generation != generation) return true;  // never made live, or freed and used again: nothing of the dead is left
     if (!before.live) {
-      if (give_space_back) sink_.freed(block, generation);  // it may have died between the exchange and giving the space back
+      sink_.freed(block, generation);  // it may have died between the exchange and giving the space back
       return true;
     }
     if (busy_elsewhere(dead, block)) return false;
@@ -173,7 +160,7 @@ bool Ledger::settle(uint32_t dead, Op op, uint32_t block, uint64_t generation) {
     next.live = count != 0;
     if (descriptor.value.exchange_if(found, next.pair())) {
       TORCHSHM_POINT("settle.exchanged");
-      if (!next.live && give_space_back) sink_.freed(block, generation);
+      if (!next.live) sink_.freed(block, generation);
       return true;
     }
   }

@@ -40,7 +40,7 @@ class Ledger {
   // Ends the hold of a dead lease, if nobody else has ended it yet.
   void drop_of(uint32_t dead, uint32_t block);
   // Recounts the block that a dead lease's intent names. False when a living lease is at work on it: try again later.
-  bool settle(uint32_t dead, Op op, uint32_t block, uint64_t generation);
+  bool settle(uint32_t dead, uint32_t block, uint64_t generation);
 
   // For tickets (and names): a count without a ledger bit. An intent must stand.
   bool count_up(uint32_t block, uint64_t generation);
@@ -55,7 +55,7 @@ class Ledger {
  private:
   void set_bit(uint32_t slot, uint32_t block);
   bool clear_bit(uint32_t slot, uint32_t block);
-  bool owns_space(uint32_t slot, uint32_t block, uint64_t generation) const;
+  bool owns_space(uint32_t block, uint64_t generation, bool small) const;
   bool busy_elsewhere(uint32_t dead, uint32_t block) const;
   Arena& arena_;
   uint32_t slot_;

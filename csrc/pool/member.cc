@@ -15,10 +15,21 @@ constexpr uint32_t kMinGranules = kPage / kGranule;
 constexpr int kRunAttempts = 8;
 constexpr int kRoomSteps = 8;  // the last ones wait, 1 to 16 ms, for chunks that somebody is just giving back to the system
 
-uint32_t granules_for(uint64_t bytes, bool whole_pages) {
+uint64_t granules_for(uint64_t bytes, bool whole_pages) {
   const uint64_t unit = whole_pages ? kPage : kGranule;
   const uint64_t rounded = (std::max<uint64_t>(bytes, 1) + unit - 1) / unit * unit;
-  return static_cast<uint32_t>(std::max<uint64_t>(rounded / kGranule, kMinGranules));
+  return std::max<uint64_t>(rounded / kGranule, kMinGranules);
+}
+
+// Calls f(block) for every block that a lease holds.
+template <class F>
+void each_held(const Arena& arena, uint32_t slot, F f) {
+  const uint64_t end = std::min<uint64_t>(arena.lease(slot).ledger_end.load(std::memory_order_relaxed), arena.pages() / 64);
+  for (uint64_t word = 0; word < end; ++word) {
+    for (uint64_t bits = arena.ledger(slot, word).load(std::memory_order_relaxed); bits != 0; bits &= bits - 1) {
+      f(static_cast<uint32_t>(word * 64 + static_cast<uint64_t>(std::countr_zero(bits))));
+    }
+  }
 }
 
 }  // namespace
@@ -125,19 +136,20 @@ Result<uint32_t> Member::allocate_small(uint32_t granules, bool whole_pages) {
       continue;
     }
     if (work_->ledger.allocate(place->block, place->first, granules)) return place->block;
-    // Somebody has taken the chunk, or is looking whether it is empty.
+    // Somebody has taken the chunk, or is looking whether it is empty; what is live in it stays so.
     work_->heap.cancel(*place, granules);
     work_->heap.lose(place->block / kPagesPerChunk);
   }
 }
 
 Result<uint32_t> Member::allocate_block(uint64_t bytes, bool whole_pages) {
-  if (bytes > arena_.header().data_size) return Status(Code::kFull, "larger than the pool's address space");
-  const uint32_t granules = granules_for(bytes, whole_pages);
-  if (granules * kGranule <= kSmallMax) return allocate_small(granules, whole_pages);
+  if (bytes > uint64_t{arena_.pages()} * kPage) return Status(Code::kFull, "larger than the pool's address space");
+  const uint64_t granules = granules_for(bytes, whole_pages);
+  if (granules * kGranule <= kSmallMax) return allocate_small(static_cast<uint32_t>(granules), whole_pages);
+  if (granules > UINT32_MAX) return Status(Code::kFull, "larger than 4 TiB");
   for (int attempt = 0; attempt < kRunAttempts; ++attempt) {
     auto run = work_->space.claim_run(granules * kGranule);
-    if (!run || work_->ledger.allocate(*run, 0, granules)) return run;
+    if (!run || work_->ledger.allocate(*run, 0, static_cast<uint32_t>(granules))) return run;
     work_->space.abandon_run(*run);
   }
   return Status(Code::kFull, "others are busy where the free runs are");
@@ -148,7 +160,7 @@ void Member::release_empty() {
   take_hints();
   work_->heap.rescan();
   while (const auto empty = work_->heap.remove_empty(0)) work_->space.release_small(*empty);
-  (void)work_->space.take_empty();
+  work_->space.take_empty();
 }
 
 void Member::make_room_step(int step, uint64_t bytes) {
@@ -200,7 +212,7 @@ void Member::freed(uint32_t block, uint64_t generation) {
   if (chunk.owner == membership_.slot()) {
     (void)work_->heap.give_back(block);
   } else if (chunk.owner == kNobody) {
-    work_->space.release_orphan(block / kPagesPerChunk);
+    work_->space.take_if_empty(block / kPagesPerChunk);
   } else if (chunk.owner < kMaxLeases) {
     Lease& owner = arena_.lease(chunk.owner);
     const uint32_t at = owner.hints_end.fetch_add(1, std::memory_order_acq_rel) % kHints;
@@ -326,22 +338,17 @@ void Member::count_fallback() { arena_.lease(membership_.slot()).fallbacks.fetch
 // ---- fork
 
 void Member::hold_again_for(const Membership& heir) {
-  const Lease& lease = arena_.lease(membership_.slot());
-  const uint64_t end = lease.ledger_end.load(std::memory_order_relaxed);
-  for (uint64_t word = 0; word < end; ++word) {
-    for (uint64_t bits = arena_.ledger(membership_.slot(), word).load(std::memory_order_relaxed); bits != 0; bits &= bits - 1) {
-      const auto block = static_cast<uint32_t>(word * 64 + static_cast<uint64_t>(std::countr_zero(bits)));
-      (void)work_->ledger.attach_for(heir.slot(), block, work_->ledger.value(block).generation);
-      TORCHSHM_POINT("fork.block");
-    }
-  }
+  each_held(arena_, membership_.slot(), [&](uint32_t block) {
+    (void)work_->ledger.attach_for(heir.slot(), block, work_->ledger.value(block).generation);
+    TORCHSHM_POINT("fork.block");
+  });
 }
 
 void Member::prepare_fork() {
   mutex_.lock();
   if (stranded_) return;
-  auto heir = Membership::join(arena_);
-  if (!heir && heir.code() == Code::kNoSlot && work_->reaper.reap_all() > 0) heir = Membership::join(arena_);
+  auto heir = Membership::join(arena_, true);
+  if (!heir && heir.code() == Code::kNoSlot && work_->reaper.reap_all() > 0) heir = Membership::join(arena_, true);
   if (heir) {
     heir_.emplace(heir.take());
     TORCHSHM_POINT("fork.joined");
@@ -349,12 +356,7 @@ void Member::prepare_fork() {
     return;
   }
   // No slot for the child: what it inherits stays held by this lease, which lives as long as either of the two.
-  const Lease& lease = arena_.lease(membership_.slot());
-  for (uint64_t word = 0, end = lease.ledger_end.load(std::memory_order_relaxed); word < end; ++word) {
-    for (uint64_t bits = arena_.ledger(membership_.slot(), word).load(std::memory_order_relaxed); bits != 0; bits &= bits - 1) {
-      holds_.add(static_cast<uint32_t>(word * 64 + static_cast<uint64_t>(std::countr_zero(bits))), Mode::kReadWrite);
-    }
-  }
+  each_held(arena_, membership_.slot(), [&](uint32_t block) { holds_.add(block, Mode::kReadWrite); });
 }
 
 void Member::parent_after_fork() {
@@ -393,12 +395,9 @@ void Member::notice_fork() {
   const uint32_t parent = membership_.slot();
   leave_work();
   work_ = std::make_unique<Work>(*this, heir->slot());
-  for (uint64_t word = 0, end = arena_.lease(parent).ledger_end.load(std::memory_order_relaxed); word < end; ++word) {
-    for (uint64_t bits = arena_.ledger(parent, word).load(std::memory_order_relaxed); bits != 0; bits &= bits - 1) {
-      const auto block = static_cast<uint32_t>(word * 64 + static_cast<uint64_t>(std::countr_zero(bits)));
-      if (holds_.count(block) > 0) (void)work_->ledger.attach(block, work_->ledger.value(block).generation);
-    }
-  }
+  each_held(arena_, parent, [&](uint32_t block) {
+    if (holds_.count(block) > 0) (void)work_->ledger.attach(block, work_->ledger.value(block).generation);
+  });
   become(heir.take());
 }
 

@@ -26,9 +26,10 @@ void raise_to(std::atomic<uint32_t>& mark, uint32_t value) {
 
 }  // namespace
 
-Result<Membership> Membership::join(Arena& arena) {
+Result<Membership> Membership::join(Arena& arena, bool unsigned_yet) {
   auto life = os::reopen(arena.control_fd());
   if (!life) return std::move(life.status());
+  if (!arena.is_control(life->get())) return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
   Membership self;
   self.life_ = life.take();
   for (uint32_t slot = 0; slot < kMaxLeases; ++slot) {
@@ -46,7 +47,8 @@ Result<Membership> Membership::join(Arena& arena) {
       TORCHSHM_POINT("join.claimed");
       // A reaper that was half-way when the slot became free has either been seen above or sees the new word now.
       if (!being_reaped(arena, slot)) {
-        self.sign(arena);
+        lease.pid.store(0, std::memory_order_relaxed);
+        if (!unsigned_yet) self.sign(arena);
         TORCHSHM_POINT("join.signed");
         return self;
       }
@@ -82,6 +84,7 @@ bool Membership::dead(const Arena& arena, uint32_t me, uint32_t slot) {
   if (slot == me || (word & 0xff) != kLeaseLive) return false;
   // The lock is looked at through the control file's own description, which never holds one.
   if (os::locked_by_other(arena.control_fd(), slot)) return false;
+  if (!arena.owns_descriptors()) return false;  // somebody else's file was asked
   // A living process may have closed all its descriptors (a daemonising one does); what it has mapped it can still see.
   os::ProcessId id;
   id.pid = lease.pid.load(std::memory_order_relaxed);

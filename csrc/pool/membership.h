@@ -16,7 +16,8 @@ namespace torchshm::pool {
 class Membership {
  public:
   // Takes a free slot. Fails with kNoSlot when all are taken (after which the caller may reap and try again).
-  static Result<Membership> join(Arena& arena);
+  // unsigned_yet: for a child that is about to be forked, which signs for itself; until then its lock alone tells whether it lives.
+  static Result<Membership> join(Arena& arena, bool unsigned_yet = false);
 
   uint32_t slot() const { return slot_; }
   uint64_t incarnation() const { return incarnation_; }

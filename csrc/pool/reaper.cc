@@ -37,7 +37,7 @@ bool Reaper::reap(uint32_t dead) {
     if (block < arena_.pages()) {
       arena_.ledger(dead, block / 64).fetch_and(~(uint64_t{1} << (block % 64)), std::memory_order_seq_cst);
       TORCHSHM_POINT("reap.bit_cleared");
-      settled = ledger_.settle(dead, static_cast<Op>(intent >> 32), block, generation);
+      settled = ledger_.settle(dead, block, generation);
     }
     if (!settled) {  // a living lease is at work on the same block this very moment; next time
       self.reaping.store(0, std::memory_order_release);
@@ -62,6 +62,7 @@ bool Reaper::reap(uint32_t dead) {
   space_.inherit(dead);
   TORCHSHM_POINT("reap.chunks_done");
 
+  lease.reaping.store(0, std::memory_order_release);  // whom it was taking back itself when it died
   uint64_t expected = word;
   const bool mine = lease.word.compare_exchange_strong(expected, kLeaseFree, std::memory_order_seq_cst);
   if (mine) arena_.header().reaped.fetch_add(1, std::memory_order_relaxed);

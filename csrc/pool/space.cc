@@ -4,7 +4,6 @@
 
 #include "base/failpoint.h"
 #include "os/mapping.h"
-#include "os/memfd.h"
 #include "os/memory.h"
 #include "pool/ledger.h"
 
@@ -93,18 +92,22 @@ std::optional<uint32_t> Space::find_run(uint32_t n) const {
   return std::nullopt;
 }
 
-// Takes an idle chunk or a hole. The pages it is going to have are announced in the same exchange, before they are committed: a death in
-// between leaves the sum too high, never too low.
-bool Space::take(uint32_t chunk, ChunkValue wanted, uint32_t* had) {
-  const ChunkValue found = value(chunk);
-  if (found.state != ChunkState::kIdle && found.state != ChunkState::kHole) return false;
-  *had = found.committed;
-  wanted.owner = slot_;
-  wanted.committed = std::max(found.committed, wanted.committed);
-  if (!replace(chunk, found, wanted)) return false;
+void Space::raise_used(uint32_t chunk) {
   uint32_t used = arena_.header().chunks_used.load(std::memory_order_relaxed);
   while (used <= chunk && !arena_.header().chunks_used.compare_exchange_weak(used, chunk + 1, std::memory_order_seq_cst)) {
   }
+}
+
+// Takes an idle chunk or a hole. The pages it is going to have are announced in the same exchange, before they are committed: a death in
+// between leaves the sum too high, never too low. What scans are bounded by is raised first, so that no taken chunk is ever out of sight.
+bool Space::take(uint32_t chunk, ChunkValue wanted, Taken* taken) {
+  const ChunkValue found = value(chunk);
+  if (found.state != ChunkState::kIdle && found.state != ChunkState::kHole) return false;
+  raise_used(chunk);
+  wanted.owner = slot_;
+  wanted.committed = std::max(found.committed, wanted.committed);
+  if (!replace(chunk, found, wanted)) return false;
+  *taken = {found.committed, wanted};
   if (found.state == ChunkState::kIdle) {
     arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
   } else {
@@ -113,14 +116,13 @@ bool Space::take(uint32_t chunk, ChunkValue wanted, uint32_t* had) {
   return true;
 }
 
-void Space::put_back(uint32_t chunk, uint32_t had) {
+void Space::put_back(uint32_t chunk, const Taken& taken) {
   ChunkValue next;
-  next.state = had == 0 ? ChunkState::kHole : ChunkState::kIdle;
-  next.owner = had == 0 ? 0 : slot_;
-  next.committed = had;
-  const ChunkValue now = value(chunk);
-  if (had != 0) arena_.header().idle_estimate.fetch_add(had * kPage, std::memory_order_relaxed);
-  (void)replace(chunk, now, next);
+  next.state = taken.had == 0 ? ChunkState::kHole : ChunkState::kIdle;
+  next.owner = taken.had == 0 ? 0 : slot_;
+  next.committed = taken.had;
+  if (!replace(chunk, taken.word, next)) return;
+  if (taken.had != 0) arena_.header().idle_estimate.fetch_add(taken.had * kPage, std::memory_order_relaxed);
 }
 
 Status Space::within_limit() {
@@ -146,27 +148,27 @@ Status Space::check_headroom(uint64_t bytes) {
   return {};
 }
 
-Status Space::back_with_pages(uint32_t first, const std::vector<uint32_t>& had, const std::vector<uint32_t>& need) {
+Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need) {
   uint64_t growth = 0;
-  for (size_t i = 0; i < need.size(); ++i) growth += need[i] > had[i] ? (need[i] - had[i]) * kPage : 0;
+  for (size_t i = 0; i < need.size(); ++i) growth += need[i] > taken[i].had ? (need[i] - taken[i].had) * kPage : 0;
   if (growth == 0) return {};
   if (Status enough = check_headroom(growth); !enough) return enough;
   arena_.lease(slot_).grown.fetch_add(growth, std::memory_order_relaxed);
   // Neighbouring ranges in one call.
   uint64_t start = 0, end = 0;
   for (size_t i = 0; i <= need.size(); ++i) {
-    const bool more = i < need.size() && need[i] > had[i];
+    const bool more = i < need.size() && need[i] > taken[i].had;
     const uint64_t base = (uint64_t{first} + i) * kChunk;
-    if (more && end == base + had[i] * kPage && end != start) {
+    if (more && end == base + taken[i].had * kPage && end != start) {
       end = base + need[i] * kPage;
       continue;
     }
     if (end != start) {
-      if (Status done = os::commit(arena_.data_fd(), start, end - start); !done) return done;
+      if (Status done = os::commit(arena_.data() + start, end - start); !done) return done;
     }
     start = end = 0;
     if (more) {
-      start = base + had[i] * kPage;
+      start = base + taken[i].had * kPage;
       end = base + need[i] * kPage;
     }
   }
@@ -195,7 +197,8 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
   if (bytes == 0 || pages > arena_.pages()) return full("larger than the pool's address space");
   if (bytes > arena_.header().limit.load(std::memory_order_relaxed)) return full("larger than the pool's limit");
   const auto n = static_cast<uint32_t>((pages + kPagesPerChunk - 1) / kPagesPerChunk);
-  std::vector<uint32_t> had(n), need(n, kPagesPerChunk);
+  std::vector<Taken> taken(n);
+  std::vector<uint32_t> need(n, kPagesPerChunk);
   need.back() = static_cast<uint32_t>(pages - uint64_t{n - 1} * kPagesPerChunk);
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     const auto head = find_run(n);
@@ -204,40 +207,44 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
       before_growth_();
       continue;
     }
-    ChunkValue wanted;
-    wanted.state = ChunkState::kRun;
-    wanted.head = *head;
-    uint32_t taken = 0;
-    for (; taken < n; ++taken) {
-      wanted.committed = need[taken];
-      // Stable once the head is ours.
-      wanted.generation = BlockValue::of(arena_.block(*head * kPagesPerChunk).value.load()).generation + 1;
-      if (!take(*head + taken, wanted, &had[taken])) break;
-      TORCHSHM_POINT("claim_run.chunk");
+    const auto [held, generation] = take_run(*head, need, taken);
+    Status backed = held == n ? within_limit() : Status();
+    if (held == n && backed) backed = back_with_pages(*head, taken, need);
+    if (held == n && backed) {
+      map_pages(*head, need);
+      recent_.erase(std::remove(recent_.begin(), recent_.end(), *head), recent_.end());
+      if (recent_.size() == kRecent) recent_.erase(recent_.begin());
+      recent_.push_back(*head);
+      TORCHSHM_POINT("claim_run.backed");
+      return *head * kPagesPerChunk;
     }
-    if (taken == n) {
-      // The head was taken before its generation could be known for sure; now nobody else can change it.
-      const uint64_t generation = BlockValue::of(arena_.block(*head * kPagesPerChunk).value.load()).generation + 1;
-      const ChunkValue found = value(*head);
-      ChunkValue exact = found;
-      exact.generation = generation;
-      if (found.generation != generation) (void)replace(*head, found, exact);
-      Status backed = within_limit();
-      if (backed) backed = back_with_pages(*head, had, need);
-      if (backed) {
-        map_pages(*head, need);
-        recent_.erase(std::remove(recent_.begin(), recent_.end(), *head), recent_.end());
-        if (recent_.size() == kRecent) recent_.erase(recent_.begin());
-        recent_.push_back(*head);
-        TORCHSHM_POINT("claim_run.backed");
-        return *head * kPagesPerChunk;
-      }
-      for (; taken > 0; --taken) put_back(*head + taken - 1, had[taken - 1]);
-      return backed;
-    }
-    for (; taken > 0; --taken) put_back(*head + taken - 1, had[taken - 1]);
+    for (uint32_t i = held; i > 0; --i) put_back(*head + i - 1, taken[i - 1]);
+    if (!backed) return backed;
   }
   return full("other processes took every run of " + std::to_string(n) + " chunks first");
+}
+
+// Takes the chunks from `head` on until one is gone. Returns how many are held, and the generation that their block will have.
+std::pair<uint32_t, uint64_t> Space::take_run(uint32_t head, const std::vector<uint32_t>& need, std::vector<Taken>& taken) {
+  ChunkValue wanted;
+  wanted.state = ChunkState::kRun;
+  wanted.head = head;
+  const Block& first = arena_.block(head * kPagesPerChunk);
+  uint32_t held = 0;
+  for (; held < need.size(); ++held) {
+    wanted.committed = need[held];
+    wanted.generation = (BlockValue::of(first.value.load()).generation + 1) & BlockValue::kGenerationMask;
+    if (!take(head + held, wanted, &taken[held])) break;
+    if (held == 0) {
+      // Now that the head is ours the generation is what it is; it was read a moment before that.
+      ChunkValue exact = taken[0].word;
+      exact.generation = (BlockValue::of(first.value.load()).generation + 1) & BlockValue::kGenerationMask;
+      if (!replace(head, taken[0].word, exact)) return {0, 0};  // an old releaser took it for the run that was here before
+      taken[0].word = exact;
+    }
+    TORCHSHM_POINT("claim_run.chunk");
+  }
+  return {held, wanted.generation};
 }
 
 void Space::release_run(uint32_t block, uint64_t generation) {
@@ -278,11 +285,11 @@ std::optional<uint32_t> Space::adopt_orphan() {
 }
 
 Result<Space::SmallChunk> Space::claim_small() {
+  if (const auto orphan = adopt_orphan()) return SmallChunk{*orphan, true};
   ChunkValue wanted;
-  wanted.state = ChunkState::kSmall;
+  wanted.state = ChunkState::kBacking;  // not yet to be taken away as empty
   wanted.committed = kPagesPerChunk;
   const std::vector<uint32_t> need(1, kPagesPerChunk);
-  if (const auto orphan = adopt_orphan()) return SmallChunk{*orphan, true};
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     const auto chunk = find_run(1);
     if (!chunk) return full("no chunk is free");
@@ -291,18 +298,20 @@ Result<Space::SmallChunk> Space::claim_small() {
       if (const auto orphan = adopt_orphan()) return SmallChunk{*orphan, true};
       continue;
     }
-    std::vector<uint32_t> had(1);
-    if (!take(*chunk, wanted, &had[0])) continue;
+    std::vector<Taken> taken(1);
+    if (!take(*chunk, wanted, &taken[0])) continue;
     TORCHSHM_POINT("claim_small.taken");
     Status backed = within_limit();
-    if (backed) backed = back_with_pages(*chunk, had, need);
+    if (backed) backed = back_with_pages(*chunk, taken, need);
     if (!backed) {
-      put_back(*chunk, had[0]);
+      put_back(*chunk, taken[0]);
       return backed;
     }
     map_pages(*chunk, need);
     TORCHSHM_POINT("claim_small.backed");
-    return SmallChunk{*chunk, false};
+    ChunkValue ready = taken[0].word;
+    ready.state = ChunkState::kSmall;
+    if (replace(*chunk, taken[0].word, ready)) return SmallChunk{*chunk, false};
   }
   return full("other processes took every free chunk first");
 }
@@ -316,44 +325,50 @@ void Space::release_small(uint32_t chunk) {
   }
 }
 
-void Space::release_orphan(uint32_t chunk) {
-  const ChunkValue found = value(chunk);
-  if (found.state != ChunkState::kSmall || found.owner != kNobody || anything_live(chunk)) return;
-  ChunkValue next = found;
-  next.state = ChunkState::kIdle;
-  if (replace(chunk, found, next)) arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
-}
-
 // Ends kTaking by `taker`: idle when nothing is live, else an orphan. Not its owner's again, who may have given it up in between.
-void Space::restore_taken(uint32_t chunk, uint32_t taker) {
-  const bool empty = !anything_live(chunk);
+void Space::finish_taking(uint32_t chunk, uint32_t taker) {
+  // The owner may have looked at the chunk word before it changed, and be about to make a block live. Moving the sequence number of every
+  // free descriptor makes that exchange fail, however late it comes; what is live after that is all there is.
+  bool empty = true;
+  for (uint32_t page = 0; page < kPagesPerChunk; ++page) {
+    Block& block = arena_.block(chunk * kPagesPerChunk + page);
+    Pair found = block.value.load();
+    for (;;) {
+      BlockValue next = BlockValue::of(found);
+      if (next.live) {
+        empty = false;
+        break;
+      }
+      ++next.sequence;
+      if (block.value.exchange_if(found, next.pair())) break;
+    }
+  }
+  TORCHSHM_POINT("take_empty.looked");
   for (;;) {
     const ChunkValue found = value(chunk);
     if (found.state != ChunkState::kTaking || found.owner != taker) return;
     ChunkValue next = found;
     next.state = empty ? ChunkState::kIdle : ChunkState::kSmall;
     next.owner = empty ? slot_ : kNobody;
-    TORCHSHM_POINT("take_empty.looked");
     if (!replace(chunk, found, next)) continue;
     if (empty) arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
     return;
   }
 }
 
-uint32_t Space::take_empty() {
-  uint32_t taken = 0;
-  for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
-    const ChunkValue found = value(i);
-    if (found.state != ChunkState::kSmall || found.owner == slot_ || anything_live(i)) continue;
-    ChunkValue taking = found;
-    taking.state = ChunkState::kTaking;
-    taking.owner = slot_;
-    if (!replace(i, found, taking)) continue;
-    TORCHSHM_POINT("take_empty.announced");
-    restore_taken(i, slot_);
-    taken += value(i).state == ChunkState::kIdle ? 1 : 0;
-  }
-  return taken;
+void Space::take_if_empty(uint32_t chunk) {
+  const ChunkValue found = value(chunk);
+  if (found.state != ChunkState::kSmall || found.owner == slot_ || anything_live(chunk)) return;
+  ChunkValue taking = found;
+  taking.state = ChunkState::kTaking;
+  taking.owner = slot_;
+  if (!replace(chunk, found, taking)) return;
+  TORCHSHM_POINT("take_empty.announced");
+  finish_taking(chunk, slot_);
+}
+
+void Space::take_empty() {
+  for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) take_if_empty(i);
 }
 
 void Space::abandon_run(uint32_t block) {
@@ -361,44 +376,58 @@ void Space::abandon_run(uint32_t block) {
   for (uint32_t i = head, used = arena_.chunks_used(); i < used; ++i) {
     const ChunkValue found = value(i);
     if (found.state != ChunkState::kRun || found.owner != slot_ || found.head != head) break;
-    put_back(i, found.committed);
+    put_back(i, {found.committed, found});
   }
 }
 
+// Through kTrimming, so that a death on the way is finished by the next.
+void Space::give_to_system(uint32_t chunk, ChunkValue found) {
+  ChunkValue trimming = found;
+  trimming.state = ChunkState::kTrimming;
+  trimming.owner = slot_;
+  trimming.head = 0;
+  trimming.generation = 0;
+  if (!replace(chunk, found, trimming)) return;
+  TORCHSHM_POINT("inherit.trimming");
+  if (os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) (void)replace(chunk, trimming, ChunkValue{});
+}
+
 void Space::inherit(uint32_t dead) {
-  for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
-    for (;;) {
-      const ChunkValue found = value(i);
+  // From the end, so that of a run the head goes last: as long as it is there nobody can start a new one with the same generation.
+  for (uint32_t i = arena_.chunks_used(); i-- > 0;) {
+    ChunkValue found = value(i);
+    while (found.state != ChunkState::kHole && found.owner == dead) {
       ChunkValue next = found;
-      if (found.state == ChunkState::kHole || found.owner != dead) break;
-      if (found.state == ChunkState::kTaking) {
-        restore_taken(i, dead);
-        break;
-      }
       next.owner = kNobody;
+      TORCHSHM_POINT("inherit.chunk");
       switch (found.state) {
+        case ChunkState::kTaking: finish_taking(i, dead); break;
+        // Whether its pages are there is not known.
+        case ChunkState::kBacking:
+        case ChunkState::kTrimming: give_to_system(i, found); break;
         case ChunkState::kRun: {
           const bool named = found.head < arena_.chunks();
           const BlockValue head = named ? BlockValue::of(arena_.block(found.head * kPagesPerChunk).value.load()) : BlockValue{};
-          // Not live with this generation: it died before the block was made, or the block is freed and being released.
-          if (!head.live || head.generation != found.generation) next.state = ChunkState::kIdle;
+          if (named && head.generation == found.generation) {
+            if (!head.live) {  // freed and being released
+              next.state = ChunkState::kIdle;
+              next.head = 0;
+              next.generation = 0;
+            }
+            (void)replace(i, found, next);
+          } else {
+            give_to_system(i, found);  // never made live
+          }
           break;
         }
-        case ChunkState::kTrimming:
-          // Punched or not: as a hole it would count as no pages, so punch again.
-          next.owner = slot_;
-          if (!replace(i, found, next)) continue;
-          (void)os::punch(arena_.data_fd(), uint64_t{i} * kChunk, kChunk);
-          (void)replace(i, next, ChunkValue{});
+        case ChunkState::kSmall:
+          if (replace(i, found, next)) take_if_empty(i);
           break;
-        default: break;
+        default: (void)replace(i, found, next); break;
       }
-      if (found.state == ChunkState::kTrimming) break;
-      if (next.state == ChunkState::kIdle) next.head = 0, next.generation = 0;
-      TORCHSHM_POINT("inherit.chunk");
-      if (!replace(i, found, next)) continue;
-      if (next.state == ChunkState::kSmall) release_orphan(i);
-      break;
+      const ChunkValue now = value(i);
+      if (now.pair() == found.pair()) break;  // the system refused; the next reaper tries again
+      found = now;
     }
   }
 }
@@ -414,7 +443,7 @@ uint64_t Space::trim(uint64_t keep) {
     claimed.owner = slot_;
     if (!replace(i, found, claimed)) continue;
     TORCHSHM_POINT("trim.claimed");
-    const Status punched = os::punch(arena_.data_fd(), uint64_t{i} * kChunk, kChunk);
+    const Status punched = os::punch(arena_.data() + uint64_t{i} * kChunk, kChunk);
     TORCHSHM_POINT("trim.punched");
     (void)replace(i, claimed, punched ? ChunkValue{} : found);
     arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);

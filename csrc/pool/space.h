@@ -39,15 +39,14 @@ class Space {
   // Gives back a chunk of small blocks in which nothing is live. REQUIRES: owned by this lease.
   void release_small(uint32_t chunk);
 
-  // Makes chunks of other leases' small blocks idle when nothing in them is live: their owners may be asleep. Returns how many.
-  uint32_t take_empty();
+  // Makes a chunk of another lease's small blocks, or an orphan, idle when nothing in it is live: its owner may be asleep.
+  void take_if_empty(uint32_t chunk);
+  void take_empty();  // all of them
   // A run that was claimed but not used.
   void abandon_run(uint32_t block);
 
   // Decides about every chunk of a dead lease: what a living block needs becomes an orphan, the rest is idle. Re-entrant.
   void inherit(uint32_t dead);
-  // An orphan chunk in which nothing is live becomes idle.
-  void release_orphan(uint32_t chunk);
 
   // Gives idle chunks back to the system until at most `keep` bytes are idle. Returns the bytes given back.
   uint64_t trim(uint64_t keep);
@@ -63,13 +62,21 @@ class Space {
   std::optional<uint32_t> find_run(uint32_t chunks) const;
   bool all_idle(uint32_t first, uint32_t chunks) const;
   std::optional<uint32_t> adopt_orphan();
-  bool take(uint32_t chunk, ChunkValue wanted, uint32_t* had);
-  void put_back(uint32_t chunk, uint32_t had);
+  // What a chunk had before it was taken: pages, and the word that is there now.
+  struct Taken {
+    uint32_t had = 0;
+    ChunkValue word;
+  };
+  std::pair<uint32_t, uint64_t> take_run(uint32_t head, const std::vector<uint32_t>& need, std::vector<Taken>& taken);
+  bool take(uint32_t chunk, ChunkValue wanted, Taken* taken);
+  void put_back(uint32_t chunk, const Taken& taken);
+  void raise_used(uint32_t chunk);
+  void give_to_system(uint32_t chunk, ChunkValue found);
   Status within_limit();
-  Status back_with_pages(uint32_t first, const std::vector<uint32_t>& had, const std::vector<uint32_t>& need);
+  Status back_with_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need);
   Status check_headroom(uint64_t bytes);
   void map_pages(uint32_t first, const std::vector<uint32_t>& need);
-  void restore_taken(uint32_t chunk, uint32_t taker);
+  void finish_taking(uint32_t chunk, uint32_t taker);
   bool replace(uint32_t chunk, ChunkValue expected, ChunkValue desired);
 
   Arena& arena_;

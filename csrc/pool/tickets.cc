@@ -83,7 +83,8 @@ bool Tickets::redeem(TicketId id, uint32_t block, uint64_t generation) {
 
 uint32_t Tickets::take_back(uint32_t older_than, bool dead_only, uint64_t enough) {
   struct Candidate {
-    uint32_t second, index;
+    int64_t age;
+    uint32_t index;
     TicketValue ticket;
   };
   std::vector<Candidate> candidates;
@@ -100,12 +101,13 @@ uint32_t Tickets::take_back(uint32_t older_than, bool dead_only, uint64_t enough
       int8_t& known = gone[sender];
       if (same && known < 0) known = Membership::dead(arena_, slot_, sender) ? 1 : 0;
       if (same && known == 0) continue;
-    } else if (moment - ticket.second < older_than) {
-      continue;
     }
-    candidates.push_back({ticket.second, i, ticket});
+    // Signed: it may have been issued after `moment`.
+    const int64_t age = int64_t{moment} - ticket.second;
+    if (!dead_only && age < int64_t{older_than}) continue;
+    candidates.push_back({age, i, ticket});
   }
-  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) { return a.second < b.second; });
+  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) { return a.age > b.age; });
   uint32_t taken = 0;
   uint64_t bytes = 0;
   for (const Candidate& c : candidates) {

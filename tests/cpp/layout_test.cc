@@ -35,7 +35,6 @@ TEST(Layout, TablesHaveTheirSizes) {
   EXPECT_EQ(sizeof(Ticket), 16U);
   EXPECT_EQ(sizeof(Block), 32U);
   EXPECT_EQ(offsetof(Block, granules), 16U);
-  EXPECT_EQ(offsetof(Block, first), 20U);
   EXPECT_EQ(sizeof(Handle), 32U);
 }
 
@@ -51,13 +50,15 @@ TEST(Layout, TablesLieOneAfterAnother) {
 }
 
 TEST(Layout, WordsKeepTheirFields) {
-  const BlockValue block{0x123456789abcdef0, 0xfffffffff, 0xffffff, true};
+  const BlockValue block{BlockValue::kGenerationMask, 0xfffffffff, 0xffffff, true, 512, 3};
   const BlockValue same = BlockValue::of(block.pair());
   EXPECT_EQ(same.generation, block.generation);
   EXPECT_EQ(same.sequence, block.sequence);
   EXPECT_EQ(same.count, block.count);
   EXPECT_TRUE(same.live);
-  EXPECT_EQ((BlockValue{1, 2, 3, true}.pair()), (Pair{1, uint64_t{2} << 28 | 3 << 4 | 1}));
+  EXPECT_EQ(same.granules, 512U);
+  EXPECT_EQ(same.first, 3U);
+  EXPECT_EQ((BlockValue{1, 2, 3, true, 5, 1}.pair()), (Pair{1 << 12 | 1 << 10 | 5, uint64_t{2} << 28 | 3 << 4 | 1}));
 
   const ChunkValue chunk{ChunkState::kRun, kNobody, 512, 0xffffffff, 77};
   const ChunkValue chunk_again = ChunkValue::of(chunk.pair());

@@ -10,6 +10,10 @@ from peer import Peer
 import torchshm
 
 
+def pytest_collection_finish():
+    gc.freeze()  # collections during tests look at what the tests made
+
+
 @pytest.fixture
 def registered():
     """Register this process for one test. It stays a member of its pool afterwards, as every process does."""
@@ -54,4 +58,12 @@ def all_pooled(registered):
     """Here the smallest arrays go through the pool too. Not in peers, whose threshold is their own."""
     torchshm.register(min_bytes=0)
     yield
+    torchshm.register()
+
+
+@pytest.fixture(params=["pooled", "carried"])
+def way(request, registered):
+    """Small arrays go through the pool, or inside the pickle."""
+    torchshm.register(min_bytes=0 if request.param == "pooled" else 1 << 40)
+    yield request.param
     torchshm.register()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import signal
@@ -33,6 +34,7 @@ def give(value: Any) -> Any:
 def _forget() -> None:
     kept.clear()
     gc.collect()
+    gc.freeze()  # the next one is quick
 
 
 def _serve(pipe: Any) -> None:
@@ -45,6 +47,8 @@ def _serve(pipe: Any) -> None:
         except BaseException as error:
             pipe.send((False, (type(error), str(error), traceback.format_exc())))
             continue
+        if message is None:
+            return
         function, arguments = message
         del message
         try:
@@ -98,7 +102,10 @@ class Peer:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.pipe.close()
+        # Not by closing the pipe: peers that were forked later hold it open too.
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
         self.process.join(10)
         if self.process.is_alive():
             self.kill()
+        self.pipe.close()

@@ -73,7 +73,7 @@ class _Inherited:
 
         data, control = _C.fds()
         path = [entry or multiprocessing.process.ORIGINAL_DIR for entry in sys.path]
-        arguments = (_reducers.registered(), _C.min_bytes())
+        arguments = (_C.pool_id(), _reducers.registered(), _C.min_bytes())
         code = _JOIN.format(path=path, arguments=arguments, fds="_fds")
         fds = (multiprocessing.reduction.DupFd(data), multiprocessing.reduction.DupFd(control))
         return exec, (code, {"_fds": fds})
@@ -90,15 +90,18 @@ def _hook_children() -> None:
     multiprocessing.spawn.get_preparation_data = _preparation_data  # type: ignore[assignment]
 
 
-def join_from_parent(registered: bool, min_bytes: int, *, fds: tuple[Any, Any]) -> None:
-    """Join the parent's pool in a child that was spawned, with the descriptors that came along."""
+def join_from_parent(pool_id: int, registered: bool, min_bytes: int, *, fds: tuple[Any, Any]) -> None:
+    """Join the parent's pool in a child that was spawned, with the descriptors that came along.
+
+    A forkserver whose preloaded modules called register() has a pool of its own; its children change to that of the parent.
+    """
     from torchshm import _reducers
 
     owned = []
     try:
         owned = [fd.detach() for fd in fds]
-        if not _C.is_member():
-            _C.attach(*owned)
+        if not _C.is_member() or _C.pool_id() != pool_id:
+            _C.attach(*owned, current=True)
         _C.set_min_bytes(min_bytes)
         if registered:
             _reducers.install()

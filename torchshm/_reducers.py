@@ -14,6 +14,7 @@ from torchshm.errors import TorchshmError
 
 _INLINE_BELOW = _C.min_bytes()  # measured: benchmarks/inline_threshold
 _installed = False
+_replaced: dict[type, Any] = {}  # reducers that the program had for our types
 
 
 def _rebuild_masked(subtype: type, baseclass: type, data: Any, mask: Any, fill_value: Any) -> Any:
@@ -49,7 +50,10 @@ def registered() -> bool:
 def install() -> None:
     """Put the reducers on ForkingPickler's dispatch."""
     global _installed
+    extra = multiprocessing.reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
     for kind, reduce in reducers().items():
+        if extra.get(kind, reduce) is not reduce:
+            _replaced[kind] = extra[kind]
         multiprocessing.reduction.ForkingPickler.register(kind, reduce)
     _installed = True
 
@@ -90,6 +94,8 @@ def unregister() -> None:
     for kind, reduce in reducers().items():
         if extra.get(kind) is reduce:
             del extra[kind]
+            if kind in _replaced:
+                extra[kind] = _replaced.pop(kind)
     _installed = False
 
 

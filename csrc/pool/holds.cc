@@ -13,6 +13,9 @@ Result<Holds> Holds::create(uint32_t pages) {
   if (!copies) return std::move(copies.status());
   auto starts = Mapping::map(Mapping::Kind::kAnonymous, -1, uint64_t{pages} / 8);
   if (!starts) return std::move(starts.status());
+  auto exclusive = Mapping::map(Mapping::Kind::kAnonymous, -1, uint64_t{pages} / 8);
+  if (!exclusive) return std::move(exclusive.status());
+  holds.exclusive_ = exclusive.take();
   holds.counts_ = counts.take();
   holds.copies_ = copies.take();
   holds.starts_ = starts.take();
@@ -28,7 +31,11 @@ uint32_t Holds::add(uint32_t block, Mode mode) {
 Holds::Removed Holds::remove(uint32_t block, Mode mode) {
   Removed removed{--counts()[block], false};
   if (mode == Mode::kCopyOnWrite) removed.last_copy = --copies()[block] == 0;
-  if (removed.left == 0) starts()[block / 64] &= ~(uint64_t{1} << (block % 64));
+  if (removed.left == 0) {
+    const uint64_t others = ~(uint64_t{1} << (block % 64));
+    starts()[block / 64] &= others;
+    exclusive()[block / 64] &= others;
+  }
   return removed;
 }
 

@@ -19,6 +19,10 @@ class Holds {
   static Result<Holds> create(uint32_t pages);
 
   uint32_t count(uint32_t block) const { return counts()[block]; }
+  // A block that came in a message is this process's alone in the eyes of the program: until the last hold goes.
+  void mark_exclusive(uint32_t block) { exclusive()[block / 64] |= uint64_t{1} << (block % 64); }
+  bool is_exclusive(uint32_t block) const { return (exclusive()[block / 64] >> (block % 64) & 1) != 0; }
+
   // Returns the count before.
   uint32_t add(uint32_t block, Mode mode);
   // Returns the count after, and whether the last copy-on-write view has gone with it.
@@ -35,7 +39,8 @@ class Holds {
   uint32_t* counts() const { return reinterpret_cast<uint32_t*>(counts_.data()); }
   uint32_t* copies() const { return reinterpret_cast<uint32_t*>(copies_.data()); }
   uint64_t* starts() const { return reinterpret_cast<uint64_t*>(starts_.data()); }
-  os::Mapping counts_, copies_, starts_;
+  uint64_t* exclusive() const { return reinterpret_cast<uint64_t*>(exclusive_.data()); }
+  os::Mapping counts_, copies_, starts_, exclusive_;
 };
 
 }  // namespace torchshm::pool

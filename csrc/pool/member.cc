@@ -251,13 +251,14 @@ Result<Handle> Member::issue(uint32_t block) {
   return Handle{pool_id_, generation, block, ticket->index, ticket->nonce};
 }
 
-Result<Member::View> Member::redeem(const Handle& handle, Mode mode) {
+Result<Member::View> Member::redeem(const Handle& handle, Mode mode, bool exclusive) {
   const std::lock_guard lock(mutex_);
   notice_fork();
   if (handle.pool_id != pool_id_) return Status(Code::kForeign, "the handle belongs to another pool");
   if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
   if (handle.block >= arena_.pages() || handle.ticket >= kTickets) return Status(Code::kInvalid, "the handle names no block of this pool");
-  if (holds_.count(handle.block) > 0) {
+  // Both are looked at: after a fork without handlers there may be objects that look at a block which is not held any more.
+  if (holds_.count(handle.block) > 0 && work_->ledger.holds(membership_.slot(), handle.block)) {
     if (work_->ledger.value(handle.block).generation != handle.generation) return Status(Code::kStale, "the handle's block has been released");
   } else if (!work_->ledger.attach(handle.block, handle.generation)) {
     return Status(Code::kStale, "the handle's block has been released");
@@ -270,6 +271,7 @@ Result<Member::View> Member::redeem(const Handle& handle, Mode mode) {
     return Status(Code::kUnsupported, "no address space for this mode");
   }
   holds_.add(handle.block, mode);
+  if (exclusive) holds_.mark_exclusive(handle.block);
   (void)work_->tickets.redeem({handle.ticket, handle.nonce}, handle.block, handle.generation);
   return View{data, handle.block, extent->length};
 }
@@ -308,7 +310,7 @@ std::optional<Member::Found> Member::find(const void* address) {
   if (!block || holds_.count(*block) == 0) return std::nullopt;
   const auto extent = arena_.extent(*block);
   if (!extent || offset < extent->offset || offset >= extent->offset + extent->length) return std::nullopt;
-  return Found{*block, mode, offset - extent->offset, extent->length};
+  return Found{*block, mode, offset - extent->offset, extent->length, holds_.is_exclusive(*block)};
 }
 
 // ---- the rest

@@ -45,13 +45,15 @@ class Member final : public FreedSink {
   // A handle with a ticket of its own. REQUIRES: held.
   Result<Handle> issue(uint32_t block);
   // The block of a handle, held once more. kStale, kForeign and kInvalid are told apart.
-  Result<View> redeem(const Handle& handle, Mode mode);
+  // exclusive: the block was made for this message and belongs to whoever receives it.
+  Result<View> redeem(const Handle& handle, Mode mode, bool exclusive = false);
 
   struct Found {
     uint32_t block;
     Mode mode;
     uint64_t offset;  // of the address in the block
     uint64_t length;  // of the block
+    bool exclusive;   // it came in a message made for this process
   };
   // The held block in which an address lies. Constant time.
   std::optional<Found> find(const void* address);

@@ -30,21 +30,19 @@ bool Reaper::reap(uint32_t dead) {
 
   // The block it was at work on, if any: its count may be too high.
   const uint64_t intent = lease.intent.load(std::memory_order_acquire);
+  bool settled = true;
   if (intent >> 32 != 0) {
     const auto block = static_cast<uint32_t>(intent);
     const uint64_t generation = lease.intent_generation.load(std::memory_order_relaxed);
-    bool settled = true;
     if (block < arena_.pages()) {
       arena_.ledger(dead, block / 64).fetch_and(~(uint64_t{1} << (block % 64)), std::memory_order_seq_cst);
       TORCHSHM_POINT("reap.bit_cleared");
       settled = ledger_.settle(dead, block, generation);
     }
-    if (!settled) {  // a living lease is at work on the same block this very moment; next time
-      self.reaping.store(0, std::memory_order_release);
-      return false;
+    if (settled) {
+      uint64_t expected = intent;
+      (void)lease.intent.compare_exchange_strong(expected, 0, std::memory_order_seq_cst);
     }
-    uint64_t expected = intent;
-    (void)lease.intent.compare_exchange_strong(expected, 0, std::memory_order_seq_cst);
     TORCHSHM_POINT("reap.intent_done");
   }
 
@@ -61,6 +59,11 @@ bool Reaper::reap(uint32_t dead) {
 
   space_.inherit(dead);
   TORCHSHM_POINT("reap.chunks_done");
+
+  if (!settled) {  // a living lease, perhaps a paused one, is at work on that very block; all but this block and the slot is back
+    self.reaping.store(0, std::memory_order_release);
+    return false;
+  }
 
   lease.reaping.store(0, std::memory_order_release);  // whom it was taking back itself when it died
   uint64_t expected = word;

@@ -19,7 +19,7 @@ static_assert(sizeof(Fixed) == 56);
 static_assert(sizeof(Fixed) <= 64);
 
 constexpr uint8_t kWireVersion = 1;
-constexpr uint8_t kWriteable = 1, kSwapped = 2, kDtypeApart = 4, kCarries = 8, kOrderShift = 4;
+constexpr uint8_t kWriteable = 1, kSwapped = 2, kDtypeApart = 4, kCarries = 8, kExclusive = 64, kOrderShift = 4, kOrderMask = 3;
 
 void fill_strides(ArrayWire& wire) {
   npy_intp step = wire.item_size;
@@ -40,6 +40,7 @@ size_t encode(const ArrayWire& wire, char* to) {
   fixed.version = kWireVersion;
   fixed.mode = static_cast<uint8_t>(wire.mode);
   fixed.flags = static_cast<uint8_t>((wire.writeable ? kWriteable : 0) | (wire.swapped ? kSwapped : 0) | (wire.dtype_apart ? kDtypeApart : 0) | (wire.carries ? kCarries : 0) |
+                                     (wire.exclusive ? kExclusive : 0) |
                                      static_cast<uint8_t>(wire.order) << kOrderShift);
   fixed.ndim = static_cast<uint8_t>(wire.ndim);
   fixed.type_num = wire.type_num;
@@ -64,7 +65,8 @@ Result<ArrayWire> decode(const char* from, size_t length) {
   if (fixed.version != kWireVersion) return invalid("made by another version of torchshm");
   if (fixed.mode > static_cast<uint8_t>(pool::Mode::kCopyOnWrite)) return invalid("unknown mode");
   if (fixed.ndim > kMostDims) return invalid("too many dimensions");
-  if (fixed.flags >> kOrderShift > static_cast<uint8_t>(ArrayWire::Order::kStrided)) return invalid("unknown memory order");
+  const int order = fixed.flags >> kOrderShift & kOrderMask;
+  if (order > static_cast<int>(ArrayWire::Order::kStrided)) return invalid("unknown memory order");
   ArrayWire wire;
   wire.handle = fixed.handle;
   wire.mode = static_cast<pool::Mode>(fixed.mode);
@@ -72,7 +74,8 @@ Result<ArrayWire> decode(const char* from, size_t length) {
   wire.swapped = (fixed.flags & kSwapped) != 0;
   wire.dtype_apart = (fixed.flags & kDtypeApart) != 0;
   wire.carries = (fixed.flags & kCarries) != 0;
-  wire.order = static_cast<ArrayWire::Order>(fixed.flags >> kOrderShift);
+  wire.exclusive = (fixed.flags & kExclusive) != 0;
+  wire.order = static_cast<ArrayWire::Order>(order);
   wire.type_num = fixed.type_num;
   wire.item_size = fixed.item_size;
   wire.offset = fixed.offset;

@@ -22,6 +22,7 @@ struct ArrayWire {
   bool writeable = true;
   bool swapped = false;      // byte order; of a dtype that type_num and item_size describe
   bool dtype_apart = false;  // the dtype is pickled beside the wire
+  bool exclusive = false;    // the block was made for this message
   bool carries = false;      // no handle: the bytes themselves follow the wire, in C or Fortran order
   int type_num = 0;
   int64_t item_size = 0;

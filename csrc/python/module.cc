@@ -30,11 +30,11 @@ pool::Member& current() {
   return *member();
 }
 
-void start(Result<std::unique_ptr<pool::Member>> made) {
+void start(Result<std::unique_ptr<pool::Member>> made, bool current) {
   if (!made) fail(made.status());
   pool::Member* adopted = pool::adopt(made.take());
   if (adopted == nullptr) fail(Status(Code::kSystem, "this process is a member of too many pools"));
-  if (member() == nullptr) set_member(adopted);
+  if (current || member() == nullptr) set_member(adopted);
 }
 
 void create(uint64_t family, uint64_t limit, uint64_t warm) {
@@ -46,15 +46,15 @@ void create(uint64_t family, uint64_t limit, uint64_t warm) {
     py::gil_scoped_release release;
     made = pool::Member::create(family, limits);
   }
-  start(std::move(made));
+  start(std::move(made), true);
 }
 
-// The descriptors stay the caller's.
-void attach(int data, int control) {
+// The descriptors stay the caller's. current: this process's own data goes to that pool from now on.
+void attach(int data, int control, bool current) {
   auto own_data = os::duplicate(data), own_control = os::duplicate(control);
   if (!own_data) fail(own_data.status());
   if (!own_control) fail(own_control.status());
-  start(pool::Member::attach(own_data.take(), own_control.take()));
+  start(pool::Member::attach(own_data.take(), own_control.take()), current);
 }
 
 // The family of a pool that this process has not joined.
@@ -136,7 +136,7 @@ PYBIND11_MODULE(_C, m) {
     throw py::error_already_set();
   }
   m.def("create", &create, py::arg("family"), py::arg("limit") = 0, py::arg("warm") = 0);
-  m.def("attach", &attach, py::arg("data_fd"), py::arg("control_fd"));
+  m.def("attach", &attach, py::arg("data_fd"), py::arg("control_fd"), py::arg("current") = false);
   m.def("peek_family", &peek_family, py::arg("control_fd"));
   m.def("is_member", [] { return member() != nullptr; });
   m.def("pool_id", [] { return current().pool_id(); });

@@ -116,7 +116,7 @@ PyObject* rebuild(PyTypeObject*, PyObject* arguments, PyObject* keywords) {
     return array_with(subtype, dtype, wire, PyBytes_AS_STRING(bytes_object) + PyBytes_GET_SIZE(bytes_object) - bytes, bytes);
   }
   const auto touched = reach(wire.ndim, wire.shape.data(), wire.strides.data(), wire.item_size);
-  auto view = owner->redeem(wire.handle, wire.mode);
+  auto view = owner->redeem(wire.handle, wire.mode, wire.exclusive);
   if (!view) {
     Py_DECREF(dtype);
     return raise(view.status());

@@ -89,7 +89,8 @@ std::optional<Status> by_reference(const Source& source, ArrayWire& wire) {
   PyArrayObject* array = source.array;
   const auto* first = reinterpret_cast<const std::byte*>(PyArray_DATA(array));
   const auto found = source.member->find(first);
-  if (!found) return std::nullopt;
+  // What came in a message is the program's own, as it is after stock pickling: a later write here must not reach the next receiver.
+  if (!found || found->exclusive) return std::nullopt;
   const auto touched = reach(PyArray_NDIM(array), PyArray_DIMS(array), PyArray_STRIDES(array), wire.item_size);
   if (!touched || static_cast<int64_t>(found->offset) + touched->low < 0 ||
       static_cast<int64_t>(found->offset) + touched->high > static_cast<int64_t>(found->length)) {
@@ -163,6 +164,7 @@ int by_copy(const Source& source, ArrayWire& wire, Status& status) {
   const bool c_order = PyArray_IS_C_CONTIGUOUS(array), fortran = !c_order && PyArray_IS_F_CONTIGUOUS(array);
   wire.mode = now.sharing ? now.mode : pool::Mode::kReadWrite;
   wire.writeable = wire.mode != pool::Mode::kRead;
+  wire.exclusive = !now.sharing;
   wire.offset = 0;
   wire.order = fortran ? ArrayWire::Order::kFortran : ArrayWire::Order::kC;
   const int copied = fill(array, block->data, source.bytes, c_order || fortran);

@@ -282,10 +282,11 @@ import multiprocessing
 import multiprocessing.spawn
 
 import hidden
-import torchshm
 
 
 def main():
+    import torchshm
+
     torchshm.register()
     stock = multiprocessing.spawn.get_preparation_data
     multiprocessing.spawn.get_preparation_data = lambda name: {"first": hidden.Hide(), **stock(name)}

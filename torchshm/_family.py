@@ -47,21 +47,29 @@ def digest() -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8, person=b"torchshm").digest(), "little")
 
 
-def ensure() -> None:
+def ensure(limit: int | None = None) -> None:
     """Make this process a member of a pool, making the pool if its family has none.
+
+    Parameters
+    ----------
+    limit : int, optional
+        Bytes; of the pool that is made, or from now on of the one that is there.
 
     Raises
     ------
     TorchshmError
         When the system does not allow a pool (old kernel, no address space, file size limit).
     """
-    if _C.is_member():
+    if _C.is_member() and limit is None:
         return
     with _lock:
         if not _C.is_member():
-            limit = parse_size(os.environ.get("TORCHSHM_LIMIT", "0"))
-            warm = parse_size(os.environ.get("TORCHSHM_WARM", "0"))
-            _C.create(digest(), limit, warm)
+            environ = os.environ
+            size = parse_size(environ.get("TORCHSHM_LIMIT", "0")) if limit is None else limit
+            _C.create(digest(), size, parse_size(environ.get("TORCHSHM_WARM", "0")))
+            _C.set_ticket_age(int(environ.get("TORCHSHM_TICKET_AGE", "300")))
+        elif limit is not None:
+            _C.set_limit(limit)
         _hook_children()
 
 

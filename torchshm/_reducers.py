@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from torchshm import _C, _family
+from torchshm._size import parse_size
 from torchshm.errors import TorchshmError
 
 _INLINE_BELOW = _C.min_bytes()  # measured: benchmarks/inline_threshold
@@ -17,20 +18,26 @@ _installed = False
 _replaced: dict[type, Any] = {}  # reducers that the program had for our types
 
 
-def _rebuild_masked(subtype: type, baseclass: type, data: Any, mask: Any, fill_value: Any) -> Any:
-    array = np.ma.MaskedArray.__new__(subtype, data.view(baseclass), mask=mask, dtype=data.dtype)
+def _rebuild_masked(subtype: type, data: Any, mask: Any, fill_value: Any) -> Any:
+    array = data.view(subtype)
     array._mask = mask
+    array._sharedmask = True
     array.fill_value = fill_value
     return array
 
 
 def _reduce_masked(array: Any) -> Any:
-    # The parts of MaskedArray.__getstate__, the buffers as arrays of their own.
-    stock = np.ma.MaskedArray.__reduce__(array)
+    """Reduce an exact MaskedArray as its own ``__getstate__`` does, data and mask as arrays of their own.
+
+    What that can't deliver exactly (fields, a base class such as matrix) goes as it always went.
+    """
     data = np.ndarray.view(array, np.ndarray)
-    if stock[0] is not np.ma.core._mareconstruct or data.dtype.hasobject or data.nbytes < _C.min_bytes():
-        return stock
-    return _rebuild_masked, (type(array), array._baseclass, data, np.ma.getmaskarray(array), array._fill_value)
+    if data.dtype.names is not None or data.dtype.hasobject or array._baseclass is not np.ndarray or data.nbytes < _C.min_bytes():
+        return array.__reduce__()
+    mask = np.ma.getmaskarray(array)
+    if data.flags.fnc:
+        mask = np.asfortranarray(mask)
+    return _rebuild_masked, (type(array), data, mask, array._fill_value)
 
 
 def reducers() -> dict[type, Any]:
@@ -39,6 +46,7 @@ def reducers() -> dict[type, Any]:
         np.ndarray: _C.reduce_ndarray,
         np.matrix: _C.reduce_ndarray,
         np.recarray: _C.reduce_ndarray,
+        np.ma.MaskedArray: _reduce_masked,
     }
 
 
@@ -58,18 +66,21 @@ def install() -> None:
     _installed = True
 
 
-def register(min_bytes: int | None = None) -> None:
+def register(min_bytes: int | None = None, *, limit: int | str | None = None) -> None:
     """Carry what multiprocessing pickles through shared memory, in this process and in its children.
 
     After this call every exact ``numpy.ndarray`` that a DataLoader worker, a queue, a pipe or a process argument pickles crosses
     by one copy into shared memory, or by none when it lies there already. Children of every start method inherit it. Calling it
-    again changes ``min_bytes`` only.
+    again changes the settings only.
 
     Parameters
     ----------
     min_bytes : int, optional
         Buffers smaller than this many bytes travel inside the pickle, as without torchshm. ``None`` is the measured threshold,
         ``0`` sends every buffer through the pool.
+    limit : int or str, optional
+        Most memory that the pool takes, in bytes or as in ``"8GiB"``. Default: the environment's ``TORCHSHM_LIMIT``, else half of
+        what the machine or the cgroup allows. A pool that exists already takes the new limit at once, for all its processes.
 
     Warns
     -----
@@ -78,8 +89,11 @@ def register(min_bytes: int | None = None) -> None:
     """
     if min_bytes is not None and min_bytes < 0:
         raise ValueError(f"min_bytes is a number of bytes, 0 or more, not {min_bytes}")
+    size = None if limit is None else parse_size(limit)
+    if size is not None and size < 1:
+        raise ValueError(f"limit is a number of bytes, 1 or more, not {limit}")
     try:
-        _family.ensure()
+        _family.ensure(size)
     except TorchshmError as error:
         warnings.warn(f"torchshm: no shared-memory pool here, nothing is changed: {error}", RuntimeWarning, stacklevel=2)
         return

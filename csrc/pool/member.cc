@@ -189,7 +189,7 @@ Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages) {
   if (!block) {
     if (block.code() != Code::kFull) return std::move(block.status());
     return Status(Code::kFull, "no room for " + std::to_string(bytes) + " bytes: " + block.status().what() + " (" + summary(collect(arena_)) +
-                                   "). Drop arrays that are no longer needed, or set a higher limit (TORCHSHM_LIMIT)");
+                                   "). Drop arrays that are no longer needed, or raise the limit (torchshm.register(limit=...) or TORCHSHM_LIMIT)");
   }
   Lease& lease = arena_.lease(membership_.slot());
   // Relaxed store: statistics with a single writer.

@@ -190,15 +190,15 @@ def test_messages_never_received_stay_within_the_limit(tmp_path):
 OLD = """
 import numpy as np
 import torchshm
-import warnings
 
 torchshm.register()
 x = np.ones(500_000)
 messages = [torchshm.dumps(x) for n in range(20)]
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    assert all((torchshm.loads(torchshm.dumps(x)) == 1).all() for _ in range(3))
-assert torchshm.stats()["tickets_taken_back"] == 0
+for _ in range(3):
+    assert ((torchshm.loads(torchshm.dumps(x)) == 1).all())
+figures = torchshm.stats()
+assert figures["tickets_taken_back"] == 0
+assert figures["processes"][0]["fallbacks"] > 10
 for message in messages:
     assert (torchshm.loads(message) == 1).all()
 print(torchshm.stats()["tickets"])

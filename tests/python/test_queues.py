@@ -60,8 +60,8 @@ def test_executor_takes_and_gives_arrays(method):
 
 def test_executor_hands_out_the_exceptions_of_its_workers():
     with concurrent.futures.ProcessPoolExecutor(1) as executor:
-        with pytest.raises(AttributeError):
-            executor.submit(doubled, [numbers(1)]).result(60)
+        with pytest.raises(TypeError):
+            executor.submit(doubled, None).result(60)
         check([executor.submit(doubled, numbers(0)).result(60)], 1)
 
 

@@ -6,7 +6,13 @@
 
 from torchshm._reducers import is_shared, register, unregister
 from torchshm._sharing import dumps, empty, inline, loads, pooled, share, stats, trim
-from torchshm.errors import KeyExistsError, PoolFullError, StaleHandleError, StoreUnavailableError, TorchshmError
+from torchshm.errors import (
+    KeyExistsError,
+    PoolFullError,
+    StaleHandleError,
+    StoreUnavailableError,
+    TorchshmError,
+)
 
 __all__ = [
     "KeyExistsError",

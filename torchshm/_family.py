@@ -80,7 +80,8 @@ class _Inherited:
         from torchshm import _reducers
 
         data, control = _C.fds()
-        path = [entry or multiprocessing.process.ORIGINAL_DIR for entry in sys.path]
+        origin = getattr(multiprocessing.process, "ORIGINAL_DIR", None) or ""
+        path = [str(entry) or origin for entry in sys.path]
         arguments = (_C.pool_id(), _reducers.registered(), _C.min_bytes())
         code = _JOIN.format(path=path, arguments=arguments, fds="_fds")
         fds = (multiprocessing.reduction.DupFd(data), multiprocessing.reduction.DupFd(control))
@@ -109,12 +110,12 @@ def join_from_parent(pool_id: int, registered: bool, min_bytes: int, *, fds: tup
     try:
         owned = [fd.detach() for fd in fds]
         if not _C.is_member() or _C.pool_id() != pool_id:
-            _C.attach(*owned, current=True)
+            _C.attach(owned[0], owned[1], True)
         _C.set_min_bytes(min_bytes)
         if registered:
             _reducers.install()
         _hook_children()
-    except (TorchshmError, OSError) as error:
+    except Exception as error:  # whatever it is, the child must start as it always did
         warnings.warn(
             f"torchshm: this process can't join the pool of its parent ({error}); arrays that the parent sends through the pool "
             "can't be received here",
@@ -155,7 +156,7 @@ def _join_path(pool_id: int, paths: dict[str, Path]) -> bool:
             owned.append(os.open(paths[kind], os.O_RDWR | os.O_CLOEXEC))
         if _C.peek_family(owned[1]) != digest():
             return False
-        _C.attach(*owned)
+        _C.attach(owned[0], owned[1])
     except (OSError, TorchshmError):
         return False
     finally:

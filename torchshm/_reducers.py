@@ -32,7 +32,12 @@ def _reduce_masked(array: Any) -> Any:
     What that can't deliver exactly (fields, a base class such as matrix) goes as it always went.
     """
     data = np.ndarray.view(array, np.ndarray)
-    if data.dtype.names is not None or data.dtype.hasobject or array._baseclass is not np.ndarray or data.nbytes < _C.min_bytes():
+    if (
+        data.dtype.names is not None
+        or data.dtype.hasobject
+        or array._baseclass is not np.ndarray
+        or data.nbytes < _C.min_bytes()
+    ):
         return array.__reduce__()
     mask = np.ma.getmaskarray(array)
     if data.flags.fnc:
@@ -95,7 +100,9 @@ def register(min_bytes: int | None = None, *, limit: int | str | None = None) ->
     try:
         _family.ensure(size)
     except TorchshmError as error:
-        warnings.warn(f"torchshm: no shared-memory pool here, nothing is changed: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"torchshm: no shared-memory pool here, nothing is changed: {error}", RuntimeWarning, stacklevel=2
+        )
         return
     _C.set_min_bytes(_INLINE_BELOW if min_bytes is None else min_bytes)
     install()
@@ -129,4 +136,6 @@ def is_shared(x: Any) -> bool:
         view = memoryview(x)
     except TypeError:
         return False
-    return view.nbytes > 0 and _C.holds_address(np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0])
+    return view.nbytes > 0 and _C.holds_address(
+        np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0]
+    )

@@ -21,9 +21,9 @@ struct Plan {
 // Counts from zero again. Not for use while other threads pass points.
 void arm(const Plan& plan);
 void disarm();
-uint64_t reached();            // matching points passed since arm()
-const char* last();            // name of the point that acted or was passed last
-int pass(const char* name);    // 0, or the errno to fail with
+uint64_t reached();          // matching points passed since arm()
+const char* last();          // name of the point that acted or was passed last
+int pass(const char* name);  // 0, or the errno to fail with
 
 }  // namespace torchshm::failpoint
 

@@ -11,7 +11,7 @@ namespace torchshm::os {
 namespace {
 
 struct flock byte_range(short type, uint64_t byte) {
-  struct flock range{};
+  struct flock range {};
   range.l_type = type;
   range.l_whence = SEEK_SET;
   range.l_start = static_cast<off_t>(byte);

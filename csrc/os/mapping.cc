@@ -61,7 +61,8 @@ Answer read_entries(int pagemap, uint64_t start, uint64_t end) {
   std::array<uint64_t, 512> entries{};
   for (uint64_t page = start / kPageBytes; page < end / kPageBytes;) {
     const uint64_t want = std::min<uint64_t>(entries.size(), end / kPageBytes - page);
-    const ssize_t got = ::pread(pagemap, entries.data(), want * sizeof(uint64_t), static_cast<off_t>(page * sizeof(uint64_t)));
+    const ssize_t got =
+        ::pread(pagemap, entries.data(), want * sizeof(uint64_t), static_cast<off_t>(page * sizeof(uint64_t)));
     if (got <= 0) return Answer::kUnknown;
     const uint64_t n = static_cast<uint64_t>(got) / sizeof(uint64_t);
     for (uint64_t i = 0; i < n; ++i) {
@@ -106,15 +107,26 @@ Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size) {
     reserved = ::mmap(nullptr, reserved_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     error = errno;
   }
-  if (reserved == MAP_FAILED) return Status(Code::kUnsupported, "mmap: no address space for " + std::to_string(size) + " bytes", error);
+  if (reserved == MAP_FAILED)
+    return Status(Code::kUnsupported, "mmap: no address space for " + std::to_string(size) + " bytes", error);
   auto address = (reinterpret_cast<uintptr_t>(reserved) + kAlign - 1) & ~(kAlign - 1);
   int prot = PROT_READ | PROT_WRITE;
   int flags = MAP_FIXED | MAP_NORESERVE;
   switch (kind) {
-    case Kind::kShared: flags |= MAP_SHARED; break;
-    case Kind::kReadOnly: flags |= MAP_SHARED; prot = PROT_READ; break;
-    case Kind::kPrivate: flags |= MAP_PRIVATE; break;
-    case Kind::kAnonymous: flags |= MAP_PRIVATE | MAP_ANONYMOUS; fd = -1; break;
+    case Kind::kShared:
+      flags |= MAP_SHARED;
+      break;
+    case Kind::kReadOnly:
+      flags |= MAP_SHARED;
+      prot = PROT_READ;
+      break;
+    case Kind::kPrivate:
+      flags |= MAP_PRIVATE;
+      break;
+    case Kind::kAnonymous:
+      flags |= MAP_PRIVATE | MAP_ANONYMOUS;
+      fd = -1;
+      break;
   }
   void* at = ::mmap(reinterpret_cast<void*>(address), size, prot, flags, fd, 0);
   if (at == MAP_FAILED) {
@@ -134,7 +146,8 @@ Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size) {
 
 Status commit(std::byte* at, uint64_t length) {
   int error = TORCHSHM_INJECT("os.commit");
-  if (error != 0) return Status::system("madvise POPULATE_WRITE", std::to_string(length) + " bytes of shared memory", error);
+  if (error != 0)
+    return Status::system("madvise POPULATE_WRITE", std::to_string(length) + " bytes of shared memory", error);
   int rc = 0;
   do {
     rc = ::madvise(at, length, MADV_POPULATE_WRITE);

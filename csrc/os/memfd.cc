@@ -60,7 +60,7 @@ Result<uint64_t> check_memfd(int fd) {
   if ((seals & (F_SEAL_SHRINK | F_SEAL_GROW)) != (F_SEAL_SHRINK | F_SEAL_GROW)) {
     return Status(Code::kInvalid, "memory file " + std::to_string(fd) + " is not sealed against truncation");
   }
-  struct stat st{};
+  struct stat st {};
   if (::fstat(fd, &st) != 0) return Status::system("fstat", std::to_string(fd), errno);
   return static_cast<uint64_t>(st.st_size);
 }
@@ -84,7 +84,7 @@ Result<Fd> duplicate(int fd) {
 }
 
 Result<uint64_t> inode(int fd) {
-  struct stat st{};
+  struct stat st {};
   if (::fstat(fd, &st) != 0) return Status::system("fstat", std::to_string(fd), errno);
   return static_cast<uint64_t>(st.st_ino);
 }

@@ -27,7 +27,7 @@ uint64_t start_time(uint32_t pid) {
 }
 
 uint64_t pid_namespace() {
-  struct stat st{};
+  struct stat st {};
   return ::stat("/proc/self/ns/pid", &st) == 0 ? static_cast<uint64_t>(st.st_ino) : 0;
 }
 
@@ -56,7 +56,8 @@ bool maps_file(const ProcessId& process, uint64_t inode) {
     std::istringstream fields(line);
     std::string range, permissions, offset, device;
     uint64_t found = 0;
-    if (fields >> range >> permissions >> offset >> device >> found && found == inode && line.find("memfd:torchshm") != std::string::npos) {
+    if (fields >> range >> permissions >> offset >> device >> found && found == inode &&
+        line.find("memfd:torchshm") != std::string::npos) {
       return true;
     }
   }

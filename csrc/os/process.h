@@ -8,12 +8,12 @@ namespace torchshm::os {
 
 struct ProcessId {
   uint32_t pid = 0;
-  uint64_t started = 0;    // clock ticks since boot (field 22 of /proc/<pid>/stat); 0 when unknown
-  uint64_t namespace_ = 0; // inode of /proc/<pid>/ns/pid; 0 when unknown
+  uint64_t started = 0;     // clock ticks since boot (field 22 of /proc/<pid>/stat); 0 when unknown
+  uint64_t namespace_ = 0;  // inode of /proc/<pid>/ns/pid; 0 when unknown
 };
 
 ProcessId self();
-std::string self_name();   // at most 15 characters
+std::string self_name();  // at most 15 characters
 
 // True when the process, certainly the same one, is alive and has the file mapped: what counts when it has closed all its descriptors.
 bool maps_file(const ProcessId& process, uint64_t inode);

@@ -17,7 +17,8 @@ constexpr uint64_t kMaxChunks = uint64_t{1} << 22;  // 8 TiB; page indices fit 3
 Result<uint64_t> random_id() {
   std::ifstream random("/dev/urandom", std::ios::binary);
   uint64_t id = 0;
-  if (!random.read(reinterpret_cast<char*>(&id), sizeof id) || id == 0) return Status(Code::kUnsupported, "/dev/urandom can't be read");
+  if (!random.read(reinterpret_cast<char*>(&id), sizeof id) || id == 0)
+    return Status(Code::kUnsupported, "/dev/urandom can't be read");
   return id;
 }
 
@@ -110,11 +111,12 @@ Result<Arena> Arena::attach(os::Fd data, os::Fd control) {
   const uint32_t version = header.version, hash = header.layout_hash;
   if (magic != kMagic) return Status(Code::kInvalid, "not a torchshm control file");
   if (version != kVersion || hash != kLayoutHash) {
-    return Status(Code::kInvalid, "the pool was made by another version of torchshm (layout " + std::to_string(version) +
-                                      "); use the same version in every process");
+    return Status(Code::kInvalid, "the pool was made by another version of torchshm (layout " +
+                                      std::to_string(version) + "); use the same version in every process");
   }
   if (!ready) return Status(Code::kInvalid, "the pool's creator has not finished making it");
-  if (chunks < 1 || chunks > kMaxChunks || chunks * kChunk != *data_size || Offsets::of(chunks).total != *control_size) {
+  if (chunks < 1 || chunks > kMaxChunks || chunks * kChunk != *data_size ||
+      Offsets::of(chunks).total != *control_size) {
     return Status(Code::kCorrupt, "the pool's header contradicts the size of its files");
   }
   arena.chunks_ = static_cast<uint32_t>(chunks);
@@ -140,7 +142,9 @@ bool Arena::owns_descriptors() const { return is_control(control_fd_.get()); }
 
 uint32_t Arena::slots_used() const { return std::min(header().slots_used.load(std::memory_order_acquire), kMaxLeases); }
 uint32_t Arena::chunks_used() const { return std::min(header().chunks_used.load(std::memory_order_acquire), chunks_); }
-uint32_t Arena::tickets_used() const { return std::min(header().tickets_used.load(std::memory_order_acquire), kTickets); }
+uint32_t Arena::tickets_used() const {
+  return std::min(header().tickets_used.load(std::memory_order_acquire), kTickets);
+}
 
 std::optional<Arena::Extent> Arena::extent(uint32_t index) const {
   if (index >= pages()) return std::nullopt;

@@ -41,7 +41,8 @@ class Arena {
   Block& block(uint32_t index) const { return reinterpret_cast<Block*>(control_.data() + offsets_.blocks)[index]; }
   // 64 ledger bits of a lease. REQUIRES: slot < kMaxLeases, word < pages() / 64
   std::atomic<uint64_t>& ledger(uint32_t slot, uint64_t word) const {
-    return reinterpret_cast<std::atomic<uint64_t>*>(control_.data() + offsets_.ledgers + offsets_.ledger_stride * slot)[word];
+    return reinterpret_cast<std::atomic<uint64_t>*>(control_.data() + offsets_.ledgers +
+                                                    offsets_.ledger_stride * slot)[word];
   }
 
   uint32_t chunks() const { return chunks_; }

@@ -8,7 +8,7 @@ namespace {
 
 constexpr uint32_t kGranulesPerPage = kPage / kGranule;
 constexpr uint32_t kCachedMost = 64;  // granules; larger ones merge with their neighbours at once
-constexpr size_t kLook = 64;  // chunks looked at before a fresh one is asked for; arbitrary
+constexpr size_t kLook = 64;          // chunks looked at before a fresh one is asked for; arbitrary
 
 }  // namespace
 
@@ -154,7 +154,8 @@ void Heap::rescan() {
 void Heap::empty_cache() {
   for (Cached& cached : cache_) {
     if (cached.granules == 0) continue;
-    free_space(*by_chunk_[cached.place.block / kPagesPerChunk], cached.place.block, cached.place.first, cached.granules);
+    free_space(*by_chunk_[cached.place.block / kPagesPerChunk], cached.place.block, cached.place.first,
+               cached.granules);
     cached.granules = 0;
   }
 }

@@ -51,10 +51,10 @@ struct alignas(64) Header {
   std::atomic<uint64_t> limit;  // bytes of committed pages
   std::atomic<uint64_t> warm;   // watermark: bytes of idle chunks kept
   std::atomic<uint64_t> next_incarnation;
-  std::atomic<uint32_t> ready;        // 1 once the header is complete
-  std::atomic<uint32_t> slots_used;   // leases [0, slots_used) have ever been claimed
-  std::atomic<uint32_t> chunks_used;  // chunks [0, chunks_used) have ever been claimed
-  std::atomic<uint32_t> tickets_used; // tickets [0, tickets_used) have ever been issued
+  std::atomic<uint32_t> ready;          // 1 once the header is complete
+  std::atomic<uint32_t> slots_used;     // leases [0, slots_used) have ever been claimed
+  std::atomic<uint32_t> chunks_used;    // chunks [0, chunks_used) have ever been claimed
+  std::atomic<uint32_t> tickets_used;   // tickets [0, tickets_used) have ever been issued
   std::atomic<uint64_t> idle_estimate;  // bytes; wakes the janitor only, the truth is the chunk table
   std::atomic<uint64_t> reaped;         // leases taken back
   std::atomic<uint64_t> taken_back;     // tickets taken back
@@ -69,7 +69,8 @@ constexpr uint64_t lease_word(uint64_t incarnation) { return incarnation << 8 | 
 struct alignas(128) Lease {
   std::atomic<uint64_t> word;
   std::atomic<uint32_t> pid;
-  std::atomic<uint32_t> reaping;  // slot + 1 of the lease that this one takes back; that slot is not given out meanwhile
+  std::atomic<uint32_t>
+      reaping;  // slot + 1 of the lease that this one takes back; that slot is not given out meanwhile
   std::atomic<uint64_t> started;
   std::atomic<uint64_t> pid_namespace;
   std::atomic<uint64_t> intent;             // op << 32 | block
@@ -81,7 +82,7 @@ struct alignas(128) Lease {
   std::atomic<uint64_t> fallbacks;
   std::atomic<uint64_t> grown;  // bytes
   alignas(64) std::atomic<uint32_t> hints_end;
-  std::atomic<uint32_t> hints_lost;  // a hint was overwritten: look at every chunk
+  std::atomic<uint32_t> hints_lost;     // a hint was overwritten: look at every chunk
   std::atomic<uint32_t> hints[kHints];  // block + 1 freed by somebody else
 };
 
@@ -97,16 +98,17 @@ enum class ChunkState : uint8_t {
 
 struct ChunkValue {
   ChunkState state = ChunkState::kHole;
-  uint32_t owner = 0;      // 12 bits; kNobody for an orphan
-  uint32_t committed = 0;  // pages; 16 bits. An upper bound after a death
-  uint32_t head = 0;       // 32 bits
-  uint64_t generation = 0; // kRun: of the block, so that an old releaser can't free a new run
+  uint32_t owner = 0;       // 12 bits; kNobody for an orphan
+  uint32_t committed = 0;   // pages; 16 bits. An upper bound after a death
+  uint32_t head = 0;        // 32 bits
+  uint64_t generation = 0;  // kRun: of the block, so that an old releaser can't free a new run
   static ChunkValue of(Pair p) {
-    return {static_cast<ChunkState>(p.lo & 0xf), static_cast<uint32_t>(p.lo >> 4 & 0xfff), static_cast<uint32_t>(p.lo >> 16 & 0xffff),
-            static_cast<uint32_t>(p.lo >> 32), p.hi};
+    return {static_cast<ChunkState>(p.lo & 0xf), static_cast<uint32_t>(p.lo >> 4 & 0xfff),
+            static_cast<uint32_t>(p.lo >> 16 & 0xffff), static_cast<uint32_t>(p.lo >> 32), p.hi};
   }
   Pair pair() const {
-    return {static_cast<uint64_t>(state) | uint64_t{owner} << 4 | uint64_t{committed} << 16 | uint64_t{head} << 32, generation};
+    return {static_cast<uint64_t>(state) | uint64_t{owner} << 4 | uint64_t{committed} << 16 | uint64_t{head} << 32,
+            generation};
   }
 };
 
@@ -119,13 +121,17 @@ struct Chunk {
 struct BlockValue {
   uint64_t generation = 0;
   uint64_t sequence = 0;
-  uint32_t count = 0;     // holds + tickets (+ names); too high for a moment after a death, never too low
+  uint32_t count = 0;  // holds + tickets (+ names); too high for a moment after a death, never too low
   bool live = false;
   uint32_t granules = 0;  // length of a small block; 0 for a large one, whose descriptor says it
   uint32_t first = 0;     // granules from the start of its page to its first byte, 0..3
   static constexpr uint64_t kGenerationMask = (uint64_t{1} << 52) - 1;
   static BlockValue of(Pair p) {
-    return {p.lo >> 12, p.hi >> 28, static_cast<uint32_t>(p.hi >> 4 & 0xffffff), (p.hi & 0xf) != 0, static_cast<uint32_t>(p.lo & 0x3ff),
+    return {p.lo >> 12,
+            p.hi >> 28,
+            static_cast<uint32_t>(p.hi >> 4 & 0xffffff),
+            (p.hi & 0xf) != 0,
+            static_cast<uint32_t>(p.lo & 0x3ff),
             static_cast<uint32_t>(p.lo >> 10 & 3)};
   }
   Pair pair() const {
@@ -149,9 +155,12 @@ struct TicketValue {
   uint32_t block = 0;
   uint32_t second = 0;  // CLOCK_MONOTONIC
   static constexpr uint64_t kNonceMask = (uint64_t{1} << 40) - 1;
-  static uint32_t sender_of(uint32_t slot, uint64_t incarnation) { return static_cast<uint32_t>(incarnation & 0xfff) << 12 | (slot + 1); }
+  static uint32_t sender_of(uint32_t slot, uint64_t incarnation) {
+    return static_cast<uint32_t>(incarnation & 0xfff) << 12 | (slot + 1);
+  }
   static TicketValue of(Pair p) {
-    return {p.lo >> 24, static_cast<uint32_t>(p.lo & 0xffffff), static_cast<uint32_t>(p.hi), static_cast<uint32_t>(p.hi >> 32)};
+    return {p.lo >> 24, static_cast<uint32_t>(p.lo & 0xffffff), static_cast<uint32_t>(p.hi),
+            static_cast<uint32_t>(p.hi >> 32)};
   }
   Pair pair() const { return {nonce << 24 | sender, uint64_t{second} << 32 | block}; }
 };
@@ -165,8 +174,9 @@ static_assert(sizeof(Ticket) == 16);
 static_assert(sizeof(Chunk) == 16);
 static_assert(std::atomic<uint64_t>::is_always_lock_free);
 
-constexpr uint32_t kLayoutHash = static_cast<uint32_t>(sizeof(Header) * 2654435761u ^ sizeof(Lease) * 40503u ^ kMaxLeases * 31u ^
-                                                       kTickets ^ kHints * 7u ^ sizeof(Block) * 131u ^ kVersion);
+constexpr uint32_t kLayoutHash =
+    static_cast<uint32_t>(sizeof(Header) * 2654435761u ^ sizeof(Lease) * 40503u ^ kMaxLeases * 31u ^ kTickets ^
+                          kHints * 7u ^ sizeof(Block) * 131u ^ kVersion);
 
 // Offsets of the tables for a pool of so many chunks.
 struct Offsets {

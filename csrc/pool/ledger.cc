@@ -24,7 +24,8 @@ void Ledger::set_bit(uint32_t slot, uint32_t block) {
   const uint64_t word = block / 64;
   Lease& lease = arena_.lease(slot);
   // Relaxed: only this lease (or the parent that makes it) moves its end, and a reaper reads it after the death.
-  if (lease.ledger_end.load(std::memory_order_relaxed) <= word) lease.ledger_end.store(word + 1, std::memory_order_relaxed);
+  if (lease.ledger_end.load(std::memory_order_relaxed) <= word)
+    lease.ledger_end.store(word + 1, std::memory_order_relaxed);
   arena_.ledger(slot, word).fetch_or(uint64_t{1} << (block % 64), std::memory_order_seq_cst);
 }
 
@@ -138,7 +139,8 @@ bool Ledger::settle(uint32_t dead, uint32_t block, uint64_t generation) {
   for (int attempt = 0; attempt < 16; ++attempt) {
     Pair found = descriptor.value.load();
     const BlockValue before = BlockValue::of(found);
-    if (before.generation != generation) return true;  // never made live, or freed and used again: nothing of the dead is left
+    if (before.generation != generation)
+      return true;  // never made live, or freed and used again: nothing of the dead is left
     if (!before.live) {
       sink_.freed(block, generation);  // it may have died between the exchange and giving the space back
       return true;

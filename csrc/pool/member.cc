@@ -13,7 +13,8 @@ namespace {
 
 constexpr uint32_t kMinGranules = kPage / kGranule;
 constexpr int kRunAttempts = 8;
-constexpr int kRoomSteps = 8;  // the last ones wait, 1 to 16 ms, for chunks that somebody is just giving back to the system
+constexpr int kRoomSteps =
+    8;  // the last ones wait, 1 to 16 ms, for chunks that somebody is just giving back to the system
 
 uint64_t granules_for(uint64_t bytes, bool whole_pages) {
   const uint64_t unit = whole_pages ? kPage : kGranule;
@@ -24,7 +25,8 @@ uint64_t granules_for(uint64_t bytes, bool whole_pages) {
 // Calls f(block) for every block that a lease holds.
 template <class F>
 void each_held(const Arena& arena, uint32_t slot, F f) {
-  const uint64_t end = std::min<uint64_t>(arena.lease(slot).ledger_end.load(std::memory_order_relaxed), arena.pages() / 64);
+  const uint64_t end =
+      std::min<uint64_t>(arena.lease(slot).ledger_end.load(std::memory_order_relaxed), arena.pages() / 64);
   for (uint64_t word = 0; word < end; ++word) {
     for (uint64_t bits = arena.ledger(slot, word).load(std::memory_order_relaxed); bits != 0; bits &= bits - 1) {
       f(static_cast<uint32_t>(word * 64 + static_cast<uint64_t>(std::countr_zero(bits))));
@@ -166,9 +168,15 @@ void Member::release_empty() {
 void Member::make_room_step(int step, uint64_t bytes) {
   (void)work_->reaper.reap_all();
   switch (step) {
-    case 0: release_empty(); break;
-    case 1: (void)work_->tickets.take_back(0, true, bytes); break;
-    case 2: (void)work_->tickets.take_back(ticket_age_, false, bytes); break;
+    case 0:
+      release_empty();
+      break;
+    case 1:
+      (void)work_->tickets.take_back(0, true, bytes);
+      break;
+    case 2:
+      (void)work_->tickets.take_back(ticket_age_, false, bytes);
+      break;
     default:
       // Bounded, whatever the other does: a paused one costs this much once, and the chunk counts as used.
       if (work_->space.trimming()) std::this_thread::sleep_for(std::chrono::milliseconds(1 << (step - 3)));
@@ -188,8 +196,10 @@ Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages) {
   }
   if (!block) {
     if (block.code() != Code::kFull) return std::move(block.status());
-    return Status(Code::kFull, "no room for " + std::to_string(bytes) + " bytes: " + block.status().what() + " (" + summary(collect(arena_)) +
-                                   "). Drop arrays that are no longer needed, or raise the limit (torchshm.register(limit=...) or TORCHSHM_LIMIT)");
+    return Status(Code::kFull, "no room for " + std::to_string(bytes) + " bytes: " + block.status().what() + " (" +
+                                   summary(collect(arena_)) +
+                                   "). Drop arrays that are no longer needed, or raise the limit "
+                                   "(torchshm.register(limit=...) or TORCHSHM_LIMIT)");
   }
   Lease& lease = arena_.lease(membership_.slot());
   // Relaxed store: statistics with a single writer.
@@ -217,7 +227,8 @@ void Member::freed(uint32_t block, uint64_t generation) {
     Lease& owner = arena_.lease(chunk.owner);
     const uint32_t at = owner.hints_end.fetch_add(1, std::memory_order_acq_rel) % kHints;
     TORCHSHM_POINT("freed.hint_counted");
-    if (owner.hints[at].exchange(block + 1, std::memory_order_acq_rel) != 0) owner.hints_lost.store(1, std::memory_order_release);
+    if (owner.hints[at].exchange(block + 1, std::memory_order_acq_rel) != 0)
+      owner.hints_lost.store(1, std::memory_order_release);
   }
 }
 
@@ -233,7 +244,8 @@ void Member::release(uint32_t block, Mode mode) {
   if (removed.last_copy) {
     // What was written here privately would shadow the block's next contents.
     if (const auto extent = arena_.extent(block)) {
-      if (std::byte* copy = arena_.address(Mode::kCopyOnWrite, extent->offset)) (void)os::drop_private(copy, extent->length);
+      if (std::byte* copy = arena_.address(Mode::kCopyOnWrite, extent->offset))
+        (void)os::drop_private(copy, extent->length);
     }
   }
   if (removed.left == 0 && !stranded_) work_->ledger.drop(block);
@@ -256,10 +268,12 @@ Result<Member::View> Member::redeem(const Handle& handle, Mode mode, bool exclus
   notice_fork();
   if (handle.pool_id != pool_id_) return Status(Code::kForeign, "the handle belongs to another pool");
   if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
-  if (handle.block >= arena_.pages() || handle.ticket >= kTickets) return Status(Code::kInvalid, "the handle names no block of this pool");
+  if (handle.block >= arena_.pages() || handle.ticket >= kTickets)
+    return Status(Code::kInvalid, "the handle names no block of this pool");
   // Both are looked at: after a fork without handlers there may be objects that look at a block which is not held any more.
   if (holds_.count(handle.block) > 0 && work_->ledger.holds(membership_.slot(), handle.block)) {
-    if (work_->ledger.value(handle.block).generation != handle.generation) return Status(Code::kStale, "the handle's block has been released");
+    if (work_->ledger.value(handle.block).generation != handle.generation)
+      return Status(Code::kStale, "the handle's block has been released");
   } else if (!work_->ledger.attach(handle.block, handle.generation)) {
     return Status(Code::kStale, "the handle's block has been released");
   }

@@ -17,7 +17,8 @@ std::mutex adding;
 
 template <class F>
 void each(F f) {
-  for (size_t i = 0, n = count.load(std::memory_order_acquire); i < n; ++i) f(*members[i].load(std::memory_order_relaxed));
+  for (size_t i = 0, n = count.load(std::memory_order_acquire); i < n; ++i)
+    f(*members[i].load(std::memory_order_relaxed));
 }
 
 void before() {

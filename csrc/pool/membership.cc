@@ -29,7 +29,8 @@ void raise_to(std::atomic<uint32_t>& mark, uint32_t value) {
 Result<Membership> Membership::join(Arena& arena, bool unsigned_yet) {
   auto life = os::reopen(arena.control_fd());
   if (!life) return std::move(life.status());
-  if (!arena.is_control(life->get())) return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
+  if (!arena.is_control(life->get()))
+    return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
   Membership self;
   self.life_ = life.take();
   for (uint32_t slot = 0; slot < kMaxLeases; ++slot) {
@@ -56,7 +57,8 @@ Result<Membership> Membership::join(Arena& arena, bool unsigned_yet) {
     }
     (void)os::unlock(self.life_.get(), slot);
   }
-  return Status(Code::kNoSlot, "all " + std::to_string(kMaxLeases) + " leases of the pool are taken by living processes");
+  return Status(Code::kNoSlot,
+                "all " + std::to_string(kMaxLeases) + " leases of the pool are taken by living processes");
 }
 
 void Membership::sign(Arena& arena) const {

@@ -14,7 +14,8 @@ namespace torchshm::pool {
 
 class Reaper {
  public:
-  Reaper(Arena& arena, uint32_t slot, Ledger& ledger, Space& space) : arena_(arena), slot_(slot), ledger_(ledger), space_(space) {}
+  Reaper(Arena& arena, uint32_t slot, Ledger& ledger, Space& space)
+      : arena_(arena), slot_(slot), ledger_(ledger), space_(space) {}
 
   // Looks at every lease and takes back the dead ones. Returns how many were finished.
   uint32_t reap_all();

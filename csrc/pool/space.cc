@@ -94,7 +94,8 @@ std::optional<uint32_t> Space::find_run(uint32_t n) const {
 
 void Space::raise_used(uint32_t chunk) {
   uint32_t used = arena_.header().chunks_used.load(std::memory_order_relaxed);
-  while (used <= chunk && !arena_.header().chunks_used.compare_exchange_weak(used, chunk + 1, std::memory_order_seq_cst)) {
+  while (used <= chunk &&
+         !arena_.header().chunks_used.compare_exchange_weak(used, chunk + 1, std::memory_order_seq_cst)) {
   }
 }
 
@@ -225,7 +226,8 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
 }
 
 // Takes the chunks from `head` on until one is gone. Returns how many are held, and the generation that their block will have.
-std::pair<uint32_t, uint64_t> Space::take_run(uint32_t head, const std::vector<uint32_t>& need, std::vector<Taken>& taken) {
+std::pair<uint32_t, uint64_t> Space::take_run(uint32_t head, const std::vector<uint32_t>& need,
+                                              std::vector<Taken>& taken) {
   ChunkValue wanted;
   wanted.state = ChunkState::kRun;
   wanted.head = head;
@@ -239,7 +241,8 @@ std::pair<uint32_t, uint64_t> Space::take_run(uint32_t head, const std::vector<u
       // Now that the head is ours the generation is what it is; it was read a moment before that.
       ChunkValue exact = taken[0].word;
       exact.generation = (BlockValue::of(first.value.load()).generation + 1) & BlockValue::kGenerationMask;
-      if (!replace(head, taken[0].word, exact)) return {0, 0};  // an old releaser took it for the run that was here before
+      if (!replace(head, taken[0].word, exact))
+        return {0, 0};  // an old releaser took it for the run that was here before
       taken[0].word = exact;
     }
     TORCHSHM_POINT("claim_run.chunk");
@@ -401,13 +404,18 @@ void Space::inherit(uint32_t dead) {
       next.owner = kNobody;
       TORCHSHM_POINT("inherit.chunk");
       switch (found.state) {
-        case ChunkState::kTaking: finish_taking(i, dead); break;
+        case ChunkState::kTaking:
+          finish_taking(i, dead);
+          break;
         // Whether its pages are there is not known.
         case ChunkState::kBacking:
-        case ChunkState::kTrimming: give_to_system(i, found); break;
+        case ChunkState::kTrimming:
+          give_to_system(i, found);
+          break;
         case ChunkState::kRun: {
           const bool named = found.head < arena_.chunks();
-          const BlockValue head = named ? BlockValue::of(arena_.block(found.head * kPagesPerChunk).value.load()) : BlockValue{};
+          const BlockValue head =
+              named ? BlockValue::of(arena_.block(found.head * kPagesPerChunk).value.load()) : BlockValue{};
           if (named && head.generation == found.generation) {
             if (!head.live) {  // freed and being released
               next.state = ChunkState::kIdle;
@@ -423,7 +431,9 @@ void Space::inherit(uint32_t dead) {
         case ChunkState::kSmall:
           if (replace(i, found, next)) take_if_empty(i);
           break;
-        default: (void)replace(i, found, next); break;
+        default:
+          (void)replace(i, found, next);
+          break;
       }
       const ChunkValue now = value(i);
       if (now.pair() == found.pair()) break;  // the system refused; the next reaper tries again

@@ -82,9 +82,9 @@ class Space {
   Arena& arena_;
   uint32_t slot_;
   std::function<void()> before_growth_;
-  std::vector<uint16_t> mapped_;   // pages of each chunk that this process has in its page tables
-  std::vector<uint32_t> recent_;   // heads of runs that this lease had lately
-  uint64_t headroom_ = 0;          // what was left when last looked
+  std::vector<uint16_t> mapped_;  // pages of each chunk that this process has in its page tables
+  std::vector<uint32_t> recent_;  // heads of runs that this lease had lately
+  uint64_t headroom_ = 0;         // what was left when last looked
 };
 
 }  // namespace torchshm::pool

@@ -31,7 +31,8 @@ LeaseStats describe(const Arena& arena, uint32_t slot) {
   LeaseStats out;
   out.slot = slot;
   out.pid = lease.pid.load(std::memory_order_relaxed);
-  const uint64_t words[2] = {lease.name[0].load(std::memory_order_relaxed), lease.name[1].load(std::memory_order_relaxed)};
+  const uint64_t words[2] = {lease.name[0].load(std::memory_order_relaxed),
+                             lease.name[1].load(std::memory_order_relaxed)};
   char name[sizeof words + 1] = {};
   std::memcpy(name, words, sizeof words);
   out.name = name;
@@ -41,7 +42,8 @@ LeaseStats describe(const Arena& arena, uint32_t slot) {
   const uint64_t end = std::min<uint64_t>(lease.ledger_end.load(std::memory_order_relaxed), arena.pages() / 64);
   for (uint64_t word = 0; word < end; ++word) {
     for (uint64_t bits = arena.ledger(slot, word).load(std::memory_order_relaxed); bits != 0; bits &= bits - 1) {
-      if (const auto extent = arena.extent(static_cast<uint32_t>(word * 64 + static_cast<uint64_t>(std::countr_zero(bits))))) {
+      if (const auto extent =
+              arena.extent(static_cast<uint32_t>(word * 64 + static_cast<uint64_t>(std::countr_zero(bits))))) {
         ++out.held_blocks;
         out.held_bytes += extent->length;
       }
@@ -72,16 +74,19 @@ Stats collect(const Arena& arena) {
     stats.tickets += TicketValue::of(arena.ticket(i).value.load()).sender != 0 ? 1 : 0;
   }
   for (uint32_t slot = 0, used = arena.slots_used(); slot < used; ++slot) {
-    if ((arena.lease(slot).word.load(std::memory_order_acquire) & 0xff) == kLeaseLive) stats.leases.push_back(describe(arena, slot));
+    if ((arena.lease(slot).word.load(std::memory_order_acquire) & 0xff) == kLeaseLive)
+      stats.leases.push_back(describe(arena, slot));
   }
-  stats.control = stats.blocks * sizeof(Block) + arena.chunks_used() * sizeof(Chunk) + arena.tickets_used() * sizeof(Ticket) +
+  stats.control = stats.blocks * sizeof(Block) + arena.chunks_used() * sizeof(Chunk) +
+                  arena.tickets_used() * sizeof(Ticket) +
                   stats.leases.size() * (arena.chunks_used() * (kPagesPerChunk / 8) + sizeof(Lease));
   return stats;
 }
 
 std::string summary(const Stats& stats) {
-  std::string text = readable(stats.live) + " live in " + std::to_string(stats.blocks) + " blocks, " + readable(stats.warm) + " warm, limit " +
-                     readable(stats.limit) + ", " + std::to_string(stats.tickets) + " unreceived";
+  std::string text = readable(stats.live) + " live in " + std::to_string(stats.blocks) + " blocks, " +
+                     readable(stats.warm) + " warm, limit " + readable(stats.limit) + ", " +
+                     std::to_string(stats.tickets) + " unreceived";
   std::vector<LeaseStats> largest = stats.leases;
   std::sort(largest.begin(), largest.end(), [](const auto& a, const auto& b) { return a.held_bytes > b.held_bytes; });
   if (largest.size() > 4) largest.resize(4);

@@ -23,7 +23,7 @@ struct Stats {
   uint64_t warm = 0;       // bytes of idle chunks
   uint64_t blocks = 0, tickets = 0;
   uint64_t reaped = 0, taken_back = 0;
-  uint64_t control = 0;    // bytes of the control file in use by live blocks' descriptors and tables
+  uint64_t control = 0;  // bytes of the control file in use by live blocks' descriptors and tables
   std::vector<LeaseStats> leases;
 };
 

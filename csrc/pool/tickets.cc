@@ -35,7 +35,8 @@ std::optional<TicketId> Tickets::claim(uint32_t block) {
       TicketValue ticket = TicketValue::of(found);
       if (ticket.sender != 0) continue;
       uint32_t used = arena_.header().tickets_used.load(std::memory_order_relaxed);
-      while (used <= index && !arena_.header().tickets_used.compare_exchange_weak(used, index + 1, std::memory_order_seq_cst)) {
+      while (used <= index &&
+             !arena_.header().tickets_used.compare_exchange_weak(used, index + 1, std::memory_order_seq_cst)) {
       }
       const uint64_t incarnation = arena_.lease(slot_).word.load(std::memory_order_relaxed) >> 8;
       ticket = {(ticket.nonce + 1) & TicketValue::kNonceMask, TicketValue::sender_of(slot_, incarnation), block, now()};

@@ -19,7 +19,8 @@ static_assert(sizeof(Fixed) == 56);
 static_assert(sizeof(Fixed) <= 64);
 
 constexpr uint8_t kWireVersion = 1;
-constexpr uint8_t kWriteable = 1, kSwapped = 2, kDtypeApart = 4, kCarries = 8, kExclusive = 64, kOrderShift = 4, kOrderMask = 3;
+constexpr uint8_t kWriteable = 1, kSwapped = 2, kDtypeApart = 4, kCarries = 8, kExclusive = 64, kOrderShift = 4,
+                  kOrderMask = 3;
 
 void fill_strides(ArrayWire& wire) {
   npy_intp step = wire.item_size;
@@ -39,9 +40,10 @@ size_t encode(const ArrayWire& wire, char* to) {
   fixed.handle = wire.handle;
   fixed.version = kWireVersion;
   fixed.mode = static_cast<uint8_t>(wire.mode);
-  fixed.flags = static_cast<uint8_t>((wire.writeable ? kWriteable : 0) | (wire.swapped ? kSwapped : 0) | (wire.dtype_apart ? kDtypeApart : 0) | (wire.carries ? kCarries : 0) |
-                                     (wire.exclusive ? kExclusive : 0) |
-                                     static_cast<uint8_t>(wire.order) << kOrderShift);
+  fixed.flags =
+      static_cast<uint8_t>((wire.writeable ? kWriteable : 0) | (wire.swapped ? kSwapped : 0) |
+                           (wire.dtype_apart ? kDtypeApart : 0) | (wire.carries ? kCarries : 0) |
+                           (wire.exclusive ? kExclusive : 0) | static_cast<uint8_t>(wire.order) << kOrderShift);
   fixed.ndim = static_cast<uint8_t>(wire.ndim);
   fixed.type_num = wire.type_num;
   fixed.item_size = wire.item_size;
@@ -83,7 +85,8 @@ Result<ArrayWire> decode(const char* from, size_t length) {
   const size_t bytes = sizeof(npy_intp) * fixed.ndim;
   const bool strided = wire.order == ArrayWire::Order::kStrided;
   const size_t described = sizeof fixed + bytes * (strided ? 2 : 1);
-  if (wire.carries ? length < described || strided : length != described) return invalid("its length does not fit its dimensions");
+  if (wire.carries ? length < described || strided : length != described)
+    return invalid("its length does not fit its dimensions");
   if (wire.item_size <= 0 || wire.item_size > INT32_MAX) return invalid("impossible item size");
   std::memcpy(wire.shape.data(), from + sizeof fixed, bytes);
   // The product first: the strides of a contiguous array are made from it.
@@ -93,7 +96,8 @@ Result<ArrayWire> decode(const char* from, size_t length) {
       if (!strided || wire.shape[i] < 1) return invalid("impossible shape");
     }
   }
-  if (wire.carries && static_cast<uint64_t>(total) != length - described) return invalid("it does not carry all its bytes");
+  if (wire.carries && static_cast<uint64_t>(total) != length - described)
+    return invalid("it does not carry all its bytes");
   if (strided) {
     std::memcpy(wire.strides.data(), from + sizeof fixed + bytes, bytes);
   } else {
@@ -106,7 +110,9 @@ std::optional<Reach> reach(int ndim, const npy_intp* shape, const npy_intp* stri
   Reach r{0, item_size};
   for (int i = 0; i < ndim; ++i) {
     int64_t span = 0;
-    if (shape[i] < 1 || __builtin_mul_overflow(static_cast<int64_t>(shape[i] - 1), static_cast<int64_t>(strides[i]), &span)) return std::nullopt;
+    if (shape[i] < 1 ||
+        __builtin_mul_overflow(static_cast<int64_t>(shape[i] - 1), static_cast<int64_t>(strides[i]), &span))
+      return std::nullopt;
     int64_t& edge = span < 0 ? r.low : r.high;
     if (__builtin_add_overflow(edge, span, &edge)) return std::nullopt;
   }

@@ -4,8 +4,7 @@ namespace torchshm::python {
 namespace {
 
 struct BlockRef {
-  PyObject_HEAD
-  pool::Member* member;
+  PyObject_HEAD pool::Member* member;
   std::byte* data;
   uint64_t length;
   uint32_t block;
@@ -21,7 +20,8 @@ void dealloc(PyObject* self) {
 
 PyObject* repr(PyObject* self) {
   auto* ref = reinterpret_cast<BlockRef*>(self);
-  return PyUnicode_FromFormat("<torchshm block %u, %llu bytes>", ref->block, static_cast<unsigned long long>(ref->length));
+  return PyUnicode_FromFormat("<torchshm block %u, %llu bytes>", ref->block,
+                              static_cast<unsigned long long>(ref->length));
 }
 
 PyTypeObject block_ref_type() {

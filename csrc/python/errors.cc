@@ -13,18 +13,24 @@ PyObject* raise_named(const char* name, const std::string& message) {
 
 PyObject* raise(const Status& status) {
   switch (status.code()) {
-    case Code::kFull: return raise_named("PoolFullError", status.what());
+    case Code::kFull:
+      return raise_named("PoolFullError", status.what());
     case Code::kStale:
-      return raise_named("StaleHandleError", status.what() +
-                                                 ". A message can be unpickled once; again only while somebody still uses what it carried");
+      return raise_named(
+          "StaleHandleError",
+          status.what() + ". A message can be unpickled once; again only while somebody still uses what it carried");
     case Code::kForeign:
-      return raise_named("StoreUnavailableError",
-                         "this array lies in the shared-memory pool of another family of processes. Only processes that were started by "
-                         "one another through multiprocessing, after torchshm.register(), share a pool. To hand it to an unrelated "
-                         "process use a store: torchshm.start(name) in one and torchshm.connect(name) in the other; or pickle inside "
-                         "`with torchshm.inline():`");
-    case Code::kInvalid: return raise_named("StaleHandleError", "not a valid torchshm handle: " + status.what());
-    default: return raise_named("TorchshmError", status.what());
+      return raise_named(
+          "StoreUnavailableError",
+          "this array lies in the shared-memory pool of another family of processes. Only processes that were started "
+          "by "
+          "one another through multiprocessing, after torchshm.register(), share a pool. To hand it to an unrelated "
+          "process use a store: torchshm.start(name) in one and torchshm.connect(name) in the other; or pickle inside "
+          "`with torchshm.inline():`");
+    case Code::kInvalid:
+      return raise_named("StaleHandleError", "not a valid torchshm handle: " + status.what());
+    default:
+      return raise_named("TorchshmError", status.what());
   }
 }
 

@@ -26,7 +26,8 @@ pool::Member* member_of(uint64_t pool_id) {
   if (current != nullptr && current->pool_id() == pool_id) return current;
   if (pool::Member* known = pool::find_pool(pool_id)) return known;
   PyObject* family = PyImport_ImportModule("torchshm._family");
-  PyObject* joined = family == nullptr ? nullptr : PyObject_CallMethod(family, "find", "K", static_cast<unsigned long long>(pool_id));
+  PyObject* joined =
+      family == nullptr ? nullptr : PyObject_CallMethod(family, "find", "K", static_cast<unsigned long long>(pool_id));
   Py_XDECREF(family);
   if (joined == nullptr) return nullptr;
   Py_DECREF(joined);

@@ -24,8 +24,8 @@ pool::Member* member_of(uint64_t pool_id);
 
 // What this thread is doing to the pickles it makes.
 struct Scope {
-  int inline_depth = 0;        // with torchshm.inline()
-  bool sharing = false;        // inside share(): every array goes to the pool, in whole pages, or it is an error
+  int inline_depth = 0;  // with torchshm.inline()
+  bool sharing = false;  // inside share(): every array goes to the pool, in whole pages, or it is an error
   pool::Mode mode = pool::Mode::kReadWrite;  // of the arrays that share() makes
 };
 Scope& scope();

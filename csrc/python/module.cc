@@ -114,9 +114,11 @@ uint64_t trim(uint64_t keep) {
 }
 
 PyMethodDef hot[] = {
-    {"reduce_ndarray", reduce_ndarray, METH_O, "reduce_ndarray(array)\n--\n\nThe reduce value of an array; registered with ForkingPickler."},
+    {"reduce_ndarray", reduce_ndarray, METH_O,
+     "reduce_ndarray(array)\n--\n\nThe reduce value of an array; registered with ForkingPickler."},
     {"empty", empty, METH_VARARGS, "empty(shape, dtype)\n--\n\nAn uninitialised array in the pool."},
-    {"enter_pooled", enter_pooled, METH_NOARGS, "enter_pooled()\n--\n\nInstalls the pool as NumPy's allocator; returns the handler before."},
+    {"enter_pooled", enter_pooled, METH_NOARGS,
+     "enter_pooled()\n--\n\nInstalls the pool as NumPy's allocator; returns the handler before."},
     {"leave_pooled", leave_pooled, METH_O, "leave_pooled(handler)\n--\n\nInstalls the handler that was there before."},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -132,7 +134,8 @@ int load_numpy() {
 PYBIND11_MODULE(_C, m) {
   using namespace torchshm;
   using namespace torchshm::python;
-  if (load_numpy() < 0 || add_block_ref_type(m.ptr()) < 0 || add_array_type(m.ptr()) < 0 || PyModule_AddFunctions(m.ptr(), hot) < 0) {
+  if (load_numpy() < 0 || add_block_ref_type(m.ptr()) < 0 || add_array_type(m.ptr()) < 0 ||
+      PyModule_AddFunctions(m.ptr(), hot) < 0) {
     throw py::error_already_set();
   }
   m.def("create", &create, py::arg("family"), py::arg("limit") = 0, py::arg("warm") = 0);
@@ -146,11 +149,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("reap", [] { return current().reap(); });
   m.def("trim", &trim, py::arg("keep") = 0);
   m.def("holds_address", &holds_address, py::arg("address"));
-  m.def("set_min_bytes", [](uint64_t bytes) { settings().min_bytes = bytes; }, py::arg("bytes"));
+  m.def(
+      "set_min_bytes", [](uint64_t bytes) { settings().min_bytes = bytes; }, py::arg("bytes"));
   m.def("min_bytes", [] { return settings().min_bytes; });
-  m.def("set_limit", [](uint64_t bytes) { current().arena().header().limit.store(bytes); }, py::arg("bytes"));
-  m.def("set_ticket_age", [](uint32_t seconds) { current().set_ticket_age(seconds); }, py::arg("seconds"));
-  m.def("nest_inline", [](int step) { scope().inline_depth += step; }, py::arg("step"));
+  m.def(
+      "set_limit", [](uint64_t bytes) { current().arena().header().limit.store(bytes); }, py::arg("bytes"));
+  m.def(
+      "set_ticket_age", [](uint32_t seconds) { current().set_ticket_age(seconds); }, py::arg("seconds"));
+  m.def(
+      "nest_inline", [](int step) { scope().inline_depth += step; }, py::arg("step"));
   m.def(
       "set_sharing",
       [](bool sharing, uint8_t mode) {

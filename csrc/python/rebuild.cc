@@ -52,15 +52,17 @@ PyArray_Descr* dtype_of(const ArrayWire& wire, PyObject* apart) {
 }
 
 // Steals dtype. New reference.
-PyObject* array_over(PyTypeObject* subtype, PyArray_Descr* dtype, const ArrayWire& wire, pool::Member* member, const pool::Member::View& view) {
+PyObject* array_over(PyTypeObject* subtype, PyArray_Descr* dtype, const ArrayWire& wire, pool::Member* member,
+                     const pool::Member::View& view) {
   PyObject* base = make_block_ref(member, view, wire.mode);
   if (base == nullptr) {
     Py_DECREF(dtype);
     return nullptr;
   }
   const int flags = wire.writeable && wire.mode != pool::Mode::kRead ? NPY_ARRAY_WRITEABLE : 0;
-  PyObject* made = PyArray_NewFromDescr(subtype, dtype, wire.ndim, const_cast<npy_intp*>(wire.shape.data()),
-                                        const_cast<npy_intp*>(wire.strides.data()), view.data + wire.offset, flags, nullptr);
+  PyObject* made =
+      PyArray_NewFromDescr(subtype, dtype, wire.ndim, const_cast<npy_intp*>(wire.shape.data()),
+                           const_cast<npy_intp*>(wire.strides.data()), view.data + wire.offset, flags, nullptr);
   if (made == nullptr) {
     Py_DECREF(base);
     return nullptr;
@@ -74,9 +76,11 @@ PyObject* array_over(PyTypeObject* subtype, PyArray_Descr* dtype, const ArrayWir
 }
 
 // An array of its own with the bytes that came along. Steals dtype. New reference.
-PyObject* array_with(PyTypeObject* subtype, PyArray_Descr* dtype, const ArrayWire& wire, const char* payload, npy_intp bytes) {
+PyObject* array_with(PyTypeObject* subtype, PyArray_Descr* dtype, const ArrayWire& wire, const char* payload,
+                     npy_intp bytes) {
   const int fortran = wire.order == ArrayWire::Order::kFortran ? NPY_ARRAY_F_CONTIGUOUS : 0;
-  PyObject* made = PyArray_NewFromDescr(subtype, dtype, wire.ndim, const_cast<npy_intp*>(wire.shape.data()), nullptr, nullptr, fortran, nullptr);
+  PyObject* made = PyArray_NewFromDescr(subtype, dtype, wire.ndim, const_cast<npy_intp*>(wire.shape.data()), nullptr,
+                                        nullptr, fortran, nullptr);
   if (made == nullptr) return nullptr;
   auto* array = reinterpret_cast<PyArrayObject*>(made);
   if (PyArray_NBYTES(array) != bytes) {
@@ -89,7 +93,8 @@ PyObject* array_with(PyTypeObject* subtype, PyArray_Descr* dtype, const ArrayWir
 
 PyObject* rebuild(PyTypeObject*, PyObject* arguments, PyObject* keywords) {
   const Py_ssize_t n = PyTuple_GET_SIZE(arguments);
-  if (n < 1 || n > 3 || !PyBytes_Check(PyTuple_GET_ITEM(arguments, 0)) || (keywords != nullptr && PyDict_GET_SIZE(keywords) != 0)) {
+  if (n < 1 || n > 3 || !PyBytes_Check(PyTuple_GET_ITEM(arguments, 0)) ||
+      (keywords != nullptr && PyDict_GET_SIZE(keywords) != 0)) {
     PyErr_SetString(PyExc_TypeError, "torchshm._C.array takes the bytes of a handle, and at most a dtype and a type");
     return nullptr;
   }
@@ -113,7 +118,8 @@ PyObject* rebuild(PyTypeObject*, PyObject* arguments, PyObject* keywords) {
   if (wire.carries) {
     npy_intp bytes = wire.item_size;
     for (int i = 0; i < wire.ndim; ++i) bytes *= wire.shape[i];  // checked by decode()
-    return array_with(subtype, dtype, wire, PyBytes_AS_STRING(bytes_object) + PyBytes_GET_SIZE(bytes_object) - bytes, bytes);
+    return array_with(subtype, dtype, wire, PyBytes_AS_STRING(bytes_object) + PyBytes_GET_SIZE(bytes_object) - bytes,
+                      bytes);
   }
   const auto touched = reach(wire.ndim, wire.shape.data(), wire.strides.data(), wire.item_size);
   auto view = owner->redeem(wire.handle, wire.mode, wire.exclusive);
@@ -134,7 +140,9 @@ PyTypeObject make_type() {
   PyTypeObject type{};
   type.ob_base = {PyObject_HEAD_INIT(nullptr) 0};
   type.tp_name = "torchshm._C.array";
-  type.tp_doc = "array(wire, dtype=None, type=numpy.ndarray)\n--\n\nThe array that a handle in a pickle stands for. Called by pickle.";
+  type.tp_doc =
+      "array(wire, dtype=None, type=numpy.ndarray)\n--\n\nThe array that a handle in a pickle stands for. Called by "
+      "pickle.";
   type.tp_basicsize = sizeof(PyObject);
   type.tp_flags = Py_TPFLAGS_DEFAULT;
   type.tp_new = rebuild;
@@ -169,7 +177,8 @@ PyObject* empty(PyObject*, PyObject* arguments) {
   if (!fits) {
     PyErr_SetString(PyExc_ValueError, "torchshm.empty: negative dimensions, or more bytes than fit 64 bits");
   } else if (!PyDataType_ISLEGACY(dtype) || PyDataType_REFCHK(dtype)) {
-    PyErr_Format(PyExc_TypeError, "torchshm.empty: dtype %R holds Python objects, which can't lie in shared memory", dtype);
+    PyErr_Format(PyExc_TypeError, "torchshm.empty: dtype %R holds Python objects, which can't lie in shared memory",
+                 dtype);
   } else if (PyDataType_ELSIZE(dtype) == 0) {
     PyErr_Format(PyExc_TypeError, "torchshm.empty: give dtype %R a size, as in 'S10'", dtype);
   } else if (PyDataType_HASSUBARRAY(dtype)) {

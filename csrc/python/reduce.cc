@@ -26,7 +26,8 @@ PyObject* as_numpy_does(PyObject* array) {
 // Once for the whole family: a DataLoader with many workers is one program.
 void warn_once(pool::Member* member, const Status& status) {
   if (member->arena().header().warned.exchange(1, std::memory_order_relaxed) != 0) return;
-  const std::string text = "torchshm: an array was pickled the ordinary way, which is slower, since the pool has " + status.what();
+  const std::string text =
+      "torchshm: an array was pickled the ordinary way, which is slower, since the pool has " + status.what();
   if (PyErr_WarnEx(PyExc_RuntimeWarning, text.c_str(), 1) < 0) PyErr_WriteUnraisable(nullptr);
 }
 
@@ -39,7 +40,8 @@ bool describe_dtype(PyArrayObject* array, ArrayWire& wire) {
   wire.swapped = !PyArray_ISNBO(dtype->byteorder);
   const bool numeric = (num >= NPY_BOOL && num <= NPY_CLONGDOUBLE) || num == NPY_HALF;
   const bool flexible = num == NPY_STRING || num == NPY_UNICODE ||
-                        (num == NPY_VOID && !PyDataType_HASFIELDS(dtype) && !PyDataType_HASSUBARRAY(dtype) && dtype->typeobj == &PyVoidArrType_Type);
+                        (num == NPY_VOID && !PyDataType_HASFIELDS(dtype) && !PyDataType_HASSUBARRAY(dtype) &&
+                         dtype->typeobj == &PyVoidArrType_Type);
   // NULL or None: which of them differs between versions of NumPy.
   PyObject* metadata = PyDataType_METADATA(dtype);
   const bool plain = metadata == nullptr || metadata == Py_None;
@@ -61,13 +63,16 @@ PyObject* message(PyObject* array, const ArrayWire& wire, npy_intp carried = 0) 
   if (bytes == nullptr) return nullptr;
   std::memcpy(PyBytes_AS_STRING(bytes), buffer, length);
   if (carried != 0) {
-    std::memcpy(PyBytes_AS_STRING(bytes) + length, PyArray_DATA(reinterpret_cast<PyArrayObject*>(array)), static_cast<size_t>(carried));
+    std::memcpy(PyBytes_AS_STRING(bytes) + length, PyArray_DATA(reinterpret_cast<PyArrayObject*>(array)),
+                static_cast<size_t>(carried));
   }
   PyObject* arguments = nullptr;
   if (!PyArray_CheckExact(array)) {
-    arguments = PyTuple_Pack(3, bytes, reinterpret_cast<PyObject*>(PyArray_DESCR(reinterpret_cast<PyArrayObject*>(array))), Py_TYPE(array));
+    arguments = PyTuple_Pack(
+        3, bytes, reinterpret_cast<PyObject*>(PyArray_DESCR(reinterpret_cast<PyArrayObject*>(array))), Py_TYPE(array));
   } else if (wire.dtype_apart) {
-    arguments = PyTuple_Pack(2, bytes, reinterpret_cast<PyObject*>(PyArray_DESCR(reinterpret_cast<PyArrayObject*>(array))));
+    arguments =
+        PyTuple_Pack(2, bytes, reinterpret_cast<PyObject*>(PyArray_DESCR(reinterpret_cast<PyArrayObject*>(array))));
   } else {
     arguments = PyTuple_Pack(1, bytes);
   }
@@ -125,7 +130,8 @@ int fill(PyArrayObject* array, std::byte* to, npy_intp bytes, bool contiguous) {
     // In one pass, in C order, byte order kept. CopyInto lets go of the GIL by itself.
     PyArray_Descr* dtype = PyArray_DESCR(array);
     Py_INCREF(dtype);
-    PyObject* target = PyArray_NewFromDescr(&PyArray_Type, dtype, PyArray_NDIM(array), PyArray_DIMS(array), nullptr, to, NPY_ARRAY_CARRAY, nullptr);
+    PyObject* target = PyArray_NewFromDescr(&PyArray_Type, dtype, PyArray_NDIM(array), PyArray_DIMS(array), nullptr, to,
+                                            NPY_ARRAY_CARRAY, nullptr);
     if (target == nullptr) return -1;
     const int copied = PyArray_CopyInto(reinterpret_cast<PyArrayObject*>(target), array);
     Py_DECREF(target);
@@ -199,7 +205,8 @@ PyObject* reduce_ndarray(PyObject*, PyObject* object) {
   auto* array = reinterpret_cast<PyArrayObject*>(object);
   const Scope& now = scope();
   const Source source{array, member(), PyArray_NBYTES(array)};
-  if (source.member == nullptr || source.bytes == 0 || now.inline_depth > 0 || !can_be_pooled(array)) return as_numpy_does(object);
+  if (source.member == nullptr || source.bytes == 0 || now.inline_depth > 0 || !can_be_pooled(array))
+    return as_numpy_does(object);
 
   ArrayWire wire;
   wire.ndim = PyArray_NDIM(array);
@@ -211,7 +218,8 @@ PyObject* reduce_ndarray(PyObject*, PyObject* object) {
     if (referred->ok()) return message(object, wire);
     status = std::move(*referred);
   } else {
-    if (!now.sharing && static_cast<uint64_t>(source.bytes) < settings().min_bytes) return inside_the_pickle(source, wire);
+    if (!now.sharing && static_cast<uint64_t>(source.bytes) < settings().min_bytes)
+      return inside_the_pickle(source, wire);
     const int copied = by_copy(source, wire, status);
     if (copied < 0) return nullptr;
     if (copied > 0) return message(object, wire);

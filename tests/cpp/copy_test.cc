@@ -18,7 +18,8 @@ TEST(Copy, IsExactAndStaysInItsBounds) {
       for (const size_t from : {size_t{0}, size_t{3}}) {
         std::fill(target.begin(), target.end(), uint8_t{0xee});
         copy_bytes(target.data() + to, source.data() + from, length);
-        ASSERT_TRUE(std::equal(source.begin() + static_cast<std::ptrdiff_t>(from), source.begin() + static_cast<std::ptrdiff_t>(from + length),
+        ASSERT_TRUE(std::equal(source.begin() + static_cast<std::ptrdiff_t>(from),
+                               source.begin() + static_cast<std::ptrdiff_t>(from + length),
                                target.begin() + static_cast<std::ptrdiff_t>(to)))
             << length << " " << to << " " << from;
         ASSERT_EQ(target[to - 1], 0xee);

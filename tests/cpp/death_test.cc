@@ -18,7 +18,8 @@ TEST(Death, WhatOnlyTheDeadUsedComesBack) {
   auto member = fresh_pool();
   const pid_t pid = tests::start([&] {
     auto worker = join(*member);
-    for (const uint64_t bytes : {uint64_t{5000}, uint64_t{90000}, uint64_t{3} << 20}) (void)worker->allocate(bytes, false);
+    for (const uint64_t bytes : {uint64_t{5000}, uint64_t{90000}, uint64_t{3} << 20})
+      (void)worker->allocate(bytes, false);
     std::raise(SIGKILL);
     return true;
   });

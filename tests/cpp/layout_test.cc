@@ -14,7 +14,8 @@ namespace {
 
 static_assert(std::is_standard_layout_v<Header> && std::is_standard_layout_v<Lease>);
 static_assert(std::is_trivially_copyable_v<Handle>);
-static_assert(std::is_trivially_destructible_v<Header> && std::is_trivially_destructible_v<Lease> && std::is_trivially_destructible_v<Block>);
+static_assert(std::is_trivially_destructible_v<Header> && std::is_trivially_destructible_v<Lease> &&
+              std::is_trivially_destructible_v<Block>);
 
 TEST(Layout, HeaderStartsWithWhatAnyVersionCanRead) {
   EXPECT_EQ(offsetof(Header, magic), 0U);

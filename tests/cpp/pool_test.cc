@@ -254,7 +254,8 @@ TEST(Pool, RoomThatASleepingMemberHasFreedIsThereForOthers) {
 TEST(Pool, TrimGivesEverythingBack) {
   auto member = fresh_pool();
   std::vector<uint32_t> blocks;
-  for (const uint64_t bytes : {uint64_t{4096}, uint64_t{100000}, uint64_t{6} << 20}) blocks.push_back(member->allocate(bytes, false)->block);
+  for (const uint64_t bytes : {uint64_t{4096}, uint64_t{100000}, uint64_t{6} << 20})
+    blocks.push_back(member->allocate(bytes, false)->block);
   for (const uint32_t block : blocks) member->release(block, Mode::kReadWrite);
   EXPECT_GT(member->stats().committed, 0U);
   EXPECT_GT(member->trim(0), 0U);

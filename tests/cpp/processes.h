@@ -46,7 +46,8 @@ inline std::unique_ptr<pool::Member> fresh_pool(uint64_t limit = uint64_t{256} <
 }
 
 inline std::unique_ptr<pool::Member> join(pool::Member& other) {
-  auto member = pool::Member::attach(os::duplicate(other.arena().data_fd()).take(), os::duplicate(other.arena().control_fd()).take());
+  auto member = pool::Member::attach(os::duplicate(other.arena().data_fd()).take(),
+                                     os::duplicate(other.arena().control_fd()).take());
   EXPECT_TRUE(member.ok()) << member.status().what();
   return member.take();
 }

@@ -50,8 +50,8 @@ bool intact(const Held& held) {
     uint64_t word = 0;
     std::memcpy(&word, held.data + i * 8, 8);
     if (word != word_at(held.seed, i)) {
-      std::fprintf(stderr, "pid %d: block %u of %lu bytes differs at word %lu: %lx, expected %lx\n", ::getpid(), held.block, held.bytes, i,
-                   word, word_at(held.seed, i));
+      std::fprintf(stderr, "pid %d: block %u of %lu bytes differs at word %lu: %lx, expected %lx\n", ::getpid(),
+                   held.block, held.bytes, i, word, word_at(held.seed, i));
       return false;
     }
   }
@@ -68,11 +68,31 @@ class Worker {
       ::alarm(30);
       bool fine = true;
       switch (random_() % 16) {
-        case 0: case 1: case 2: case 3: allocate(); break;
-        case 4: case 5: case 6: case 7: send(); break;
-        case 8: case 9: case 10: case 11: fine = receive(); break;
-        case 12: case 13: fine = release(); break;
-        case 14: fine = random_() % 20 != 0 || fork_and_check(); break;
+        case 0:
+        case 1:
+        case 2:
+        case 3:
+          allocate();
+          break;
+        case 4:
+        case 5:
+        case 6:
+        case 7:
+          send();
+          break;
+        case 8:
+        case 9:
+        case 10:
+        case 11:
+          fine = receive();
+          break;
+        case 12:
+        case 13:
+          fine = release();
+          break;
+        case 14:
+          fine = random_() % 20 != 0 || fork_and_check();
+          break;
         default:
           if (random_() % 30 == 0) (void)member_.trim(random_() % 2 == 0 ? 0 : uint64_t{4} << 20);
           if (random_() % 30 == 0) (void)member_.stats();
@@ -104,7 +124,9 @@ class Worker {
 
   bool receive() {
     Message message{};
-    if (held_.size() >= 24 || ::read(pipes_[static_cast<size_t>(index_)][0], &message, sizeof message) != sizeof message) return true;
+    if (held_.size() >= 24 ||
+        ::read(pipes_[static_cast<size_t>(index_)][0], &message, sizeof message) != sizeof message)
+      return true;
     auto view = member_.redeem(message.handle, Mode::kReadWrite);
     if (!view) {
       // Only a full pool takes tickets back.

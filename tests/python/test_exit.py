@@ -23,9 +23,7 @@ PROGRAMS = {
         class Holder:
             array = torchshm.share(x)
             def __del__(self):
-                self.array[0] = 1
-                own.sum()
-                torchshm.loads(torchshm.dumps(self.array))
+                self.array[1] = own[1]
         own = torchshm.share(x)
         holder = Holder()
     """,
@@ -182,7 +180,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_children_end_well_with_live_arrays(tmp_path, method):
-    assert passes(CHILD, tmp_path, method) == "0 1 0\n0 1 0\n5 1 0\n" or True
+    assert passes(CHILD, tmp_path, method) == "0 1 0\n0 1 0\n5 1 0\n"
 
 
 def test_interrupt_ends_a_program_as_ever(tmp_path):

@@ -170,6 +170,12 @@ def test_masked_array_arrives_as_pickle_delivers_it(peer, name, way):
     assert got._optinfo == wanted._optinfo
 
 
+def test_large_masked_array_takes_its_buffers_through_the_pool(peer):
+    got = peer.call(give, np.ma.masked_less(np.arange(5000.0), 7))
+    assert torchshm.is_shared(got.data)
+    assert torchshm.is_shared(got.mask)
+
+
 @pytest.mark.parametrize("name", VIEWS)
 def test_matrix_and_recarray_arrive_through_the_pool_as_pickle_delivers_them(peer, name):
     x = VIEWS[name]

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from peer import give, keep, kept
+from peer import Peer, give, keep, kept
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import torchshm
@@ -58,6 +58,18 @@ def test_received_array_that_is_sent_on_is_the_next_receivers_own(peer, other):
     assert other.call(first_and_last, "x") == [1.0, 1.0]
     other.call(overwrite, "x", 3.0)
     assert x[0] == 2.0
+
+
+def test_received_array_that_is_inherited_by_fork_is_the_childs_own(peer):
+    """As any memory of a program is: after fork, everyone's writes are their own."""
+    x = peer.call(give, np.ones(SIZE))
+    keep("x", x)
+    with Peer("fork") as child:
+        kept.clear()
+        child.call(overwrite, "x", 2.0)
+        assert (x == 1).all()
+        x[...] = 3
+        assert child.call(first_and_last, "x") == [2.0, 2.0]
 
 
 def test_what_a_manager_hands_out_is_each_receivers_own():

@@ -90,7 +90,7 @@ class _Inherited:
 
 def _preparation_data(name: str) -> dict[str, Any]:
     data: dict[str, Any] = _stock_preparation_data(name)
-    if _C.is_member() and multiprocessing.reduction.HAVE_SEND_HANDLE:
+    if _C.is_member() and multiprocessing.reduction.HAVE_SEND_HANDLE and _C.owns_descriptors():
         data["torchshm"] = _Inherited()
     return data
 

@@ -51,6 +51,7 @@ def reducers() -> dict[type, Any]:
         np.ndarray: _C.reduce_ndarray,
         np.matrix: _C.reduce_ndarray,
         np.recarray: _C.reduce_ndarray,
+        np.memmap: _C.reduce_ndarray,
         np.ma.MaskedArray: _reduce_masked,
     }
 

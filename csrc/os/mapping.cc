@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -144,6 +145,15 @@ Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size) {
   return mapping;
 }
 
+Status Mapping::remap(Kind kind, int fd, uint64_t offset, uint64_t length) {
+  const int flags = MAP_FIXED | MAP_NORESERVE | (kind == Kind::kPrivate ? MAP_PRIVATE : MAP_SHARED);
+  int error = TORCHSHM_INJECT("os.remap");
+  if (error == 0 && ::mmap(data_ + offset, length, PROT_READ | PROT_WRITE, flags, fd, static_cast<off_t>(offset)) == MAP_FAILED) error = errno;
+  if (error != 0) return Status::system("mmap", "remap", error);
+  ::madvise(data_ + offset, length, MADV_DONTDUMP);
+  return {};
+}
+
 Status commit(std::byte* at, uint64_t length) {
   int error = TORCHSHM_INJECT("os.commit");
   if (error != 0)
@@ -186,6 +196,12 @@ bool privately_modified(const std::byte* at, uint64_t length) {
   Answer answer = scan(pagemap.get(), start, end);
   if (answer == Answer::kUnknown) answer = read_entries(pagemap.get(), start, end);
   return answer != Answer::kNo;
+}
+
+uint64_t page_faults() {
+  rusage usage{};
+  if (::getrusage(RUSAGE_SELF, &usage) != 0) return 0;
+  return static_cast<uint64_t>(usage.ru_minflt) + static_cast<uint64_t>(usage.ru_majflt);
 }
 
 uint64_t* fork_detector() {

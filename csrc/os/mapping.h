@@ -32,6 +32,10 @@ class Mapping {
   // fd is ignored for kAnonymous. Aligned to 2 MiB, so that huge pages can be used where the system allows them.
   static Result<Mapping> map(Kind kind, int fd, uint64_t size);
 
+  // Makes a range of a kShared mapping private to this process (kPrivate), or kShared again; what was written privately is dropped then.
+  // REQUIRES: page boundaries; fd is the mapped file's.
+  Status remap(Kind kind, int fd, uint64_t offset, uint64_t length);
+
   std::byte* data() const { return data_; }
   uint64_t size() const { return size_; }
   bool valid() const { return data_ != nullptr; }
@@ -67,6 +71,9 @@ Status drop_private(std::byte* at, uint64_t length);
 // Whether this process has written to any page of the range of a kPrivate mapping (PAGEMAP_SCAN, else /proc/self/pagemap). Says true
 // when the kernel does not tell.
 bool privately_modified(const std::byte* at, uint64_t length);
+
+// Page faults of this process so far, of all its threads. When it has not moved, no page has been written for the first time.
+uint64_t page_faults();
 
 // A word that reads 1 in this process and 0 in every child made by any kind of fork (MADV_WIPEONFORK); null where the kernel has none.
 uint64_t* fork_detector();

@@ -12,6 +12,7 @@ namespace {
 
 // Address space, not memory: large runs need contiguous chunks, and holes between them cost nothing.
 constexpr uint64_t kReserveFactors[] = {4, 2, 1};
+constexpr uint32_t kTicketAge = 300;  // five minutes: longer than any queue is meant to hold a message
 constexpr uint64_t kMaxChunks = uint64_t{1} << 22;  // 8 TiB; page indices fit 32 bits
 
 Result<uint64_t> random_id() {
@@ -54,6 +55,8 @@ Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
   const uint64_t limit = std::max<uint64_t>(limits.limit != 0 ? limits.limit : os::memory_allowed() / 2, kChunk);
   auto id = random_id();
   if (!id) return std::move(id.status());
+  auto secret = random_id();
+  if (!secret) return std::move(secret.status());
   Status last;
   for (const uint64_t factor : kReserveFactors) {
     const uint64_t chunks = std::clamp<uint64_t>((limit * factor + kChunk - 1) / kChunk, 16, kMaxChunks);
@@ -79,12 +82,14 @@ Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
     header.version = kVersion;
     header.layout_hash = kLayoutHash;
     header.pool_id = *id;
+    header.secret = *secret;
     header.family = family;
     header.chunks = chunks;
     header.data_size = chunks * kChunk;
     header.control_size = arena.offsets_.total;
     header.limit.store(limit, std::memory_order_relaxed);
     header.warm.store(limits.warm != 0 ? limits.warm : limit / 4, std::memory_order_relaxed);
+    header.ticket_age.store(kTicketAge, std::memory_order_relaxed);
     header.next_incarnation.store(1, std::memory_order_relaxed);
     TORCHSHM_POINT("create.before_ready");
     header.ready.store(1, std::memory_order_release);  // publishes the header to whoever attaches
@@ -131,6 +136,12 @@ Result<uint64_t> Arena::family_of(int control_fd) {
   auto mapped = os::Mapping::map(os::Mapping::Kind::kReadOnly, control_fd, sizeof(Header));
   if (!mapped) return std::move(mapped.status());
   return reinterpret_cast<const Header*>(mapped->data())->family;
+}
+
+Status Arena::make_private(uint64_t offset, uint64_t length, bool on) {
+  const auto inode = os::inode(data_fd_.get());
+  if (!inode.ok() || *inode != data_inode_) return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
+  return shared_.remap(on ? os::Mapping::Kind::kPrivate : os::Mapping::Kind::kShared, data_fd_.get(), offset, length);
 }
 
 bool Arena::is_control(int fd) const {

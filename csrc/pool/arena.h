@@ -68,6 +68,8 @@ class Arena {
   uint64_t data_inode() const { return data_inode_; }
   // Whether control_fd() is still ours: a process may have closed all its descriptors and opened files of its own.
   bool owns_descriptors() const;
+  // Makes a range of the shared face private to this process, or shared again.
+  Status make_private(uint64_t offset, uint64_t length, bool on);
   // Whether fd is an open file description of the control file.
   bool is_control(int fd) const;
 

@@ -67,6 +67,7 @@ std::optional<Heap::Place> Heap::place(uint32_t granules, bool whole_pages) {
     if (owned.free >= granules && owned.longest >= granules) {
       if (const auto start = find_gap(owned, granules, align)) {
         mark(owned, *start, granules, true);
+        if (owned.free == kGranulesPerChunk) --empty_;
         owned.free -= granules;
         const uint32_t page = *start / kGranulesPerPage;
         owned.starts[page / 64] |= uint64_t{1} << (page % 64);
@@ -89,6 +90,7 @@ void Heap::lose(uint32_t chunk) {
   for (Cached& cached : cache_) {
     if (cached.granules != 0 && cached.place.block / kPagesPerChunk == chunk) cached.granules = 0;
   }
+  if (by_chunk_[chunk]->free == kGranulesPerChunk) --empty_;
   owned_.erase(std::find(owned_.begin(), owned_.end(), by_chunk_[chunk].get()));
   by_chunk_[chunk].reset();
 }
@@ -107,6 +109,7 @@ void Heap::add(uint32_t chunk, bool adopted) {
       fresh->starts[page / 64] |= uint64_t{1} << (page % 64);
     }
   }
+  if (fresh->free == kGranulesPerChunk) ++empty_;
   owned_.push_back(fresh.get());
   current_ = owned_.size() - 1;
   by_chunk_[chunk] = std::move(fresh);
@@ -118,6 +121,7 @@ void Heap::free_space(Owned& owned, uint32_t block, uint32_t first, uint32_t gra
   mark(owned, start, length, false);
   owned.free += length;
   owned.longest = std::min(kGranulesPerChunk, owned.free);
+  if (owned.free == kGranulesPerChunk) ++empty_;
 }
 
 bool Heap::give_back(uint32_t block) {
@@ -166,6 +170,7 @@ std::optional<uint32_t> Heap::remove_empty(uint32_t keep) {
   for (size_t i = 0; i < owned_.size(); ++i) {
     if (owned_[i]->free != kGranulesPerChunk || ++empty <= keep) continue;
     const uint32_t chunk = owned_[i]->chunk;
+    --empty_;
     owned_.erase(owned_.begin() + static_cast<std::ptrdiff_t>(i));
     by_chunk_[chunk].reset();
     return chunk;
@@ -178,6 +183,7 @@ void Heap::forget() {
   for (auto& owned : by_chunk_) owned.reset();
   for (Cached& cached : cache_) cached.granules = 0;
   current_ = 0;
+  empty_ = 0;
 }
 
 }  // namespace torchshm::pool

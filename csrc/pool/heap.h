@@ -36,6 +36,7 @@ class Heap {
   void rescan();
   // A chunk with nothing in it that need not be kept, removed from the heap.
   std::optional<uint32_t> remove_empty(uint32_t keep);
+  uint32_t empty_chunks() const { return empty_; }
   bool owns(uint32_t chunk) const { return chunk < by_chunk_.size() && by_chunk_[chunk] != nullptr; }
   // Forgets every chunk (in a forked child: they are the parent's).
   void forget();
@@ -61,6 +62,7 @@ class Heap {
   std::vector<std::unique_ptr<Owned>> by_chunk_;
   std::vector<Owned*> owned_;
   size_t current_ = 0;
+  uint32_t empty_ = 0;  // chunks with nothing in them, not even a cached block
   static constexpr uint32_t kCacheLines = 64;
   Cached cache_[kCacheLines];  // the last freed block of a size, by granules: warm in the processor's caches too
 };

@@ -15,6 +15,9 @@ Result<Holds> Holds::create(uint32_t pages) {
   if (!starts) return std::move(starts.status());
   auto exclusive = Mapping::map(Mapping::Kind::kAnonymous, -1, uint64_t{pages} / 8);
   if (!exclusive) return std::move(exclusive.status());
+  auto private_words = Mapping::map(Mapping::Kind::kAnonymous, -1, uint64_t{pages} / 8);
+  if (!private_words) return std::move(private_words.status());
+  holds.private_ = private_words.take();
   holds.exclusive_ = exclusive.take();
   holds.counts_ = counts.take();
   holds.copies_ = copies.take();

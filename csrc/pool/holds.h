@@ -23,6 +23,14 @@ class Holds {
   void mark_exclusive(uint32_t block) { exclusive()[block / 64] |= uint64_t{1} << (block % 64); }
   bool is_exclusive(uint32_t block) const { return (exclusive()[block / 64] >> (block % 64) & 1) != 0; }
 
+  // Its range of the shared face is private since a fork.
+  void mark_private(uint32_t block, bool on) {
+    const uint64_t bit = uint64_t{1} << (block % 64);
+    uint64_t& word = private_words()[block / 64];
+    word = on ? word | bit : word & ~bit;
+  }
+  bool is_private(uint32_t block) const { return (private_words()[block / 64] >> (block % 64) & 1) != 0; }
+
   // Returns the count before.
   uint32_t add(uint32_t block, Mode mode);
   // Returns the count after, and whether the last copy-on-write view has gone with it.
@@ -40,7 +48,8 @@ class Holds {
   uint32_t* copies() const { return reinterpret_cast<uint32_t*>(copies_.data()); }
   uint64_t* starts() const { return reinterpret_cast<uint64_t*>(starts_.data()); }
   uint64_t* exclusive() const { return reinterpret_cast<uint64_t*>(exclusive_.data()); }
-  os::Mapping counts_, copies_, starts_, exclusive_;
+  uint64_t* private_words() const { return reinterpret_cast<uint64_t*>(private_.data()); }
+  os::Mapping counts_, copies_, starts_, exclusive_, private_;
 };
 
 }  // namespace torchshm::pool

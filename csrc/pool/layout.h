@@ -44,6 +44,7 @@ struct alignas(64) Header {
   uint32_t version;
   uint32_t layout_hash;
   uint64_t pool_id;
+  uint64_t secret;  // random; keys the checksums of handles
   uint64_t family;  // digest of what the family shares; a stranger has another one
   uint64_t chunks;
   uint64_t data_size;
@@ -58,6 +59,7 @@ struct alignas(64) Header {
   std::atomic<uint64_t> idle_estimate;  // bytes; wakes the janitor only, the truth is the chunk table
   std::atomic<uint64_t> reaped;         // leases taken back
   std::atomic<uint64_t> taken_back;     // tickets taken back
+  std::atomic<uint32_t> ticket_age;     // seconds after which a full pool takes a living sender's ticket back
   std::atomic<uint32_t> warned;         // 1 once some member has said that the pool is full
 };
 

@@ -12,6 +12,7 @@ namespace torchshm::pool {
 namespace {
 
 constexpr uint32_t kMinGranules = kPage / kGranule;
+constexpr uint32_t kEmptyKept = 4;  // chunks of small blocks; arbitrary: 8 MiB
 constexpr int kRunAttempts = 8;
 constexpr int kRoomSteps =
     8;  // the last ones wait, 1 to 16 ms, for chunks that somebody is just giving back to the system
@@ -120,6 +121,7 @@ void Member::take_hints() {
       (void)work_->heap.give_back(hint - 1);
     }
   }
+  keep_few_empty();
 }
 
 Result<uint32_t> Member::allocate_small(uint32_t granules, bool whole_pages) {
@@ -145,7 +147,7 @@ Result<uint32_t> Member::allocate_small(uint32_t granules, bool whole_pages) {
 }
 
 Result<uint32_t> Member::allocate_block(uint64_t bytes, bool whole_pages) {
-  if (bytes > uint64_t{arena_.pages()} * kPage) return Status(Code::kFull, "larger than the pool's address space");
+  if (bytes > uint64_t{arena_.pages()} * kPage) return Status(Code::kFull, "larger than the address space that the pool was made with, four times its first limit");
   const uint64_t granules = granules_for(bytes, whole_pages);
   if (granules * kGranule <= kSmallMax) return allocate_small(static_cast<uint32_t>(granules), whole_pages);
   if (granules > UINT32_MAX) return Status(Code::kFull, "larger than 4 TiB");
@@ -165,6 +167,13 @@ void Member::release_empty() {
   work_->space.take_empty();
 }
 
+// Empty chunks beyond a few become idle, which everyone can use and the watermark counts.
+void Member::keep_few_empty() {
+  if (work_->heap.empty_chunks() <= 2 * kEmptyKept) return;
+  while (const auto empty = work_->heap.remove_empty(kEmptyKept)) work_->space.release_small(*empty);
+  work_->janitor.look();
+}
+
 void Member::make_room_step(int step, uint64_t bytes) {
   (void)work_->reaper.reap_all();
   switch (step) {
@@ -175,7 +184,7 @@ void Member::make_room_step(int step, uint64_t bytes) {
       (void)work_->tickets.take_back(0, true, bytes);
       break;
     case 2:
-      (void)work_->tickets.take_back(ticket_age_, false, bytes);
+      (void)work_->tickets.take_back(arena_.header().ticket_age.load(std::memory_order_relaxed), false, bytes);
       break;
     default:
       // Bounded, whatever the other does: a paused one costs this much once, and the chunk counts as used.
@@ -248,7 +257,15 @@ void Member::release(uint32_t block, Mode mode) {
         (void)os::drop_private(copy, extent->length);
     }
   }
-  if (removed.left == 0 && !stranded_) work_->ledger.drop(block);
+  if (removed.left != 0 || stranded_) return;
+  if (holds_.is_private(block)) {
+    const auto extent = arena_.extent(block);
+    // Kept for good where it can't be mapped as before: its next owner here would write to nobody's but this process's memory.
+    if (!extent || !arena_.make_private(extent->offset, extent->length, false)) return;
+    holds_.mark_private(block, false);
+  }
+  work_->ledger.drop(block);
+  keep_few_empty();
 }
 
 // ---- hand over
@@ -327,6 +344,16 @@ std::optional<Member::Found> Member::find(const void* address) {
   return Found{*block, mode, offset - extent->offset, extent->length, holds_.is_exclusive(*block)};
 }
 
+bool Member::modified(const Found& found, const std::byte* low, const std::byte* high) {
+  const std::lock_guard lock(mutex_);
+  Unwritten& known = unwritten_[found.block / kPagesPerChunk % std::size(unwritten_)];
+  const uint64_t faults = os::page_faults();  // before the look: a write during it moves the number
+  if (faults != 0 && known.faults == faults && known.low <= low && high <= known.high) return false;
+  if (os::privately_modified(low, static_cast<uint64_t>(high - low))) return true;
+  known = {low, high, faults};
+  return false;
+}
+
 // ---- the rest
 
 uint32_t Member::reap() {
@@ -360,9 +387,36 @@ void Member::hold_again_for(const Membership& heir) {
   });
 }
 
+// What came in a message is the program's own: after a fork parent and child each have their own of it, as of any memory. From here on
+// neither writes to the file's pages, so both see what was there at the fork until they write themselves.
+void Member::part_with_child() {
+  uint64_t start = 0, end = 0;
+  const auto flush = [&] {
+    if (end != start && !arena_.make_private(start, end - start, true)) return false;
+    for (uint64_t page = start / kPage; page < end / kPage; ++page) {
+      const auto block = static_cast<uint32_t>(page);
+      if (holds_.count(block) > 0 && holds_.is_exclusive(block)) holds_.mark_private(block, true);
+    }
+    return true;
+  };
+  bool mapped = true;
+  each_held(arena_, membership_.slot(), [&](uint32_t block) {
+    if (!mapped || !holds_.is_exclusive(block) || holds_.is_private(block)) return;
+    const auto extent = arena_.extent(block);
+    if (!extent || extent->offset % kPage != 0 || extent->length % kPage != 0) return;  // small: shares pages with others
+    if (extent->offset != end || end == start) {
+      mapped = flush();
+      start = extent->offset;
+    }
+    end = extent->offset + extent->length;
+  });
+  if (mapped) (void)flush();
+}
+
 void Member::prepare_fork() {
   mutex_.lock();
   if (stranded_) return;
+  part_with_child();
   auto heir = Membership::join(arena_, true);
   if (!heir && heir.code() == Code::kNoSlot && work_->reaper.reap_all() > 0) heir = Membership::join(arena_, true);
   if (heir) {

@@ -57,6 +57,9 @@ class Member final : public FreedSink {
   };
   // The held block in which an address lies. Constant time.
   std::optional<Found> find(const void* address);
+  // Whether this process has written to [low, high) of a held block's copy-on-write view. Costs with the pages that are mapped here, unless
+  // nothing in this process has faulted since it was last found unwritten.
+  bool modified(const Found& found, const std::byte* low, const std::byte* high);
   // A further view of a held block under another mode. Fails with kUnsupported where the block does not consist of whole pages (for
   // kCopyOnWrite) or the face can't be mapped.
   Result<View> view(uint32_t block, Mode mode);
@@ -64,7 +67,7 @@ class Member final : public FreedSink {
   uint32_t reap();
   uint64_t trim(uint64_t keep);
   Stats stats();
-  void set_ticket_age(uint32_t seconds) { ticket_age_ = seconds; }
+  void set_ticket_age(uint32_t seconds) { arena_.header().ticket_age.store(seconds, std::memory_order_relaxed); }
   void count_fallback();
 
   uint64_t pool_id() const { return pool_id_; }
@@ -91,6 +94,8 @@ class Member final : public FreedSink {
   void notice_fork();
   void take_hints();
   void release_empty();
+  void keep_few_empty();
+  void part_with_child();
   Result<uint32_t> allocate_block(uint64_t bytes, bool whole_pages);
   Result<uint32_t> allocate_small(uint32_t granules, bool whole_pages);
   void make_room_step(int step, uint64_t bytes);
@@ -105,8 +110,14 @@ class Member final : public FreedSink {
   uint64_t pool_id_;
   uint64_t* fork_detector_;
   std::optional<Membership> heir_;  // between prepare_fork and its end
+  // Ranges that were unwritten when the process had had so many page faults; a first write to a page is a fault.
+  struct Unwritten {
+    const std::byte* low = nullptr;
+    const std::byte* high = nullptr;
+    uint64_t faults = 0;
+  };
+  Unwritten unwritten_[16];
   bool stranded_ = false;           // forked when no slot was left: may read what it inherited, and nothing else
-  uint32_t ticket_age_ = 300;       // seconds; DESIGN: five minutes
 
  public:
   ~Member() override;

@@ -195,7 +195,7 @@ void Space::map_pages(uint32_t first, const std::vector<uint32_t>& need) {
 
 Result<uint32_t> Space::claim_run(uint64_t bytes) {
   const uint64_t pages = (bytes + kPage - 1) / kPage;
-  if (bytes == 0 || pages > arena_.pages()) return full("larger than the pool's address space");
+  if (bytes == 0 || pages > arena_.pages()) return full("larger than the address space that the pool was made with");
   if (bytes > arena_.header().limit.load(std::memory_order_relaxed)) return full("larger than the pool's limit");
   const auto n = static_cast<uint32_t>((pages + kPagesPerChunk - 1) / kPagesPerChunk);
   std::vector<Taken> taken(n);

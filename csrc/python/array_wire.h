@@ -34,11 +34,14 @@ struct ArrayWire {
 };
 
 // Bytes needed at most.
-constexpr size_t kWireMost = 64 + 2 * 8 * kMostDims;
-// Writes the wire, returns its length.
-size_t encode(const ArrayWire& wire, char* to);
+constexpr size_t kWireMost = 72 + 2 * 8 * kMostDims;
+// Writes the wire, returns its length. key: the pool's secret; 0 for a wire that carries its bytes.
+size_t encode(const ArrayWire& wire, char* to, uint64_t key);
 // kInvalid with a reason for anything that encode() does not write. With `carries`, the bytes are the last ones of the input.
 Result<ArrayWire> decode(const char* from, size_t length);
+
+// Whether the wire is as it was encoded with that key: a bit that was damaged must not name another block.
+bool intact(const char* from, size_t length, uint64_t key);
 
 // Lowest and one past the highest byte that an array touches, relative to its first element. Nothing on overflow.
 struct Reach {

@@ -145,6 +145,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_id", [] { return current().pool_id(); });
   m.def("family", [] { return current().family(); });
   m.def("fds", [] { return py::make_tuple(current().arena().data_fd(), current().arena().control_fd()); });
+  m.def("owns_descriptors", [] { return current().arena().owns_descriptors(); });
   m.def("stats", &stats);
   m.def("reap", [] { return current().reap(); });
   m.def("trim", &trim, py::arg("keep") = 0);

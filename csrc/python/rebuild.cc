@@ -101,7 +101,7 @@ PyObject* rebuild(PyTypeObject*, PyObject* arguments, PyObject* keywords) {
   PyObject* bytes_object = PyTuple_GET_ITEM(arguments, 0);
   auto decoded = decode(PyBytes_AS_STRING(bytes_object), static_cast<size_t>(PyBytes_GET_SIZE(bytes_object)));
   if (!decoded) return raise(decoded.status());
-  const ArrayWire& wire = *decoded;
+  ArrayWire& wire = *decoded;
   PyTypeObject* subtype = &PyArray_Type;
   if (n == 3) {
     PyObject* given = PyTuple_GET_ITEM(arguments, 2);
@@ -113,6 +113,10 @@ PyObject* rebuild(PyTypeObject*, PyObject* arguments, PyObject* keywords) {
   }
   pool::Member* owner = wire.carries ? nullptr : member_of(wire.handle.pool_id);
   if (owner == nullptr && !wire.carries) return nullptr;
+  if (owner != nullptr && !intact(PyBytes_AS_STRING(bytes_object), static_cast<size_t>(PyBytes_GET_SIZE(bytes_object)),
+                                  owner->arena().header().secret)) {
+    return raise(Status(Code::kInvalid, "it is damaged"));
+  }
   PyArray_Descr* dtype = dtype_of(wire, n > 1 ? PyTuple_GET_ITEM(arguments, 1) : nullptr);
   if (dtype == nullptr) return nullptr;
   if (wire.carries) {
@@ -123,17 +127,30 @@ PyObject* rebuild(PyTypeObject*, PyObject* arguments, PyObject* keywords) {
   }
   const auto touched = reach(wire.ndim, wire.shape.data(), wire.strides.data(), wire.item_size);
   auto view = owner->redeem(wire.handle, wire.mode, wire.exclusive);
+  const bool no_face = view.code() == Code::kUnsupported;
+  if (no_face) {
+    // No address space for the mode's own mapping (ulimit -v): through the one there is, read-only by flag, or as a copy.
+    wire.writeable = false;
+    view = owner->redeem(wire.handle, pool::Mode::kReadWrite);
+  }
   if (!view) {
     Py_DECREF(dtype);
     return raise(view.status());
   }
   const auto length = static_cast<int64_t>(view->length), offset = static_cast<int64_t>(wire.offset);
   if (!touched || wire.offset > view->length || offset + touched->low < 0 || touched->high > length - offset) {
-    owner->release(view->block, wire.mode);
+    owner->release(view->block, no_face ? pool::Mode::kReadWrite : wire.mode);
     Py_DECREF(dtype);
     return raise(Status(Code::kInvalid, "its extent is larger than the block"));
   }
-  return array_over(subtype, dtype, wire, owner, *view);
+  if (!no_face) return array_over(subtype, dtype, wire, owner, *view);
+  const bool copy = wire.mode == pool::Mode::kCopyOnWrite;
+  wire.mode = pool::Mode::kReadWrite;
+  PyObject* shared = array_over(subtype, dtype, wire, owner, *view);
+  if (shared == nullptr || !copy) return shared;
+  PyObject* own = PyArray_NewCopy(reinterpret_cast<PyArrayObject*>(shared), NPY_KEEPORDER);
+  Py_DECREF(shared);
+  return own;
 }
 
 PyTypeObject make_type() {

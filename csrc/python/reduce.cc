@@ -58,7 +58,7 @@ bool can_be_pooled(PyArrayObject* array) {
 // The reduce value: (torchshm._C.array, (wire[, dtype[, type]])). `carried` bytes go behind the wire.
 PyObject* message(PyObject* array, const ArrayWire& wire, npy_intp carried = 0) {
   char buffer[kWireMost];
-  const size_t length = encode(wire, buffer);
+  const size_t length = encode(wire, buffer, wire.carries ? 0 : member()->arena().header().secret);
   PyObject* bytes = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(length) + carried);
   if (bytes == nullptr) return nullptr;
   std::memcpy(PyBytes_AS_STRING(bytes), buffer, length);
@@ -102,7 +102,7 @@ std::optional<Status> by_reference(const Source& source, ArrayWire& wire) {
     return std::nullopt;
   }
   if (found->mode == pool::Mode::kCopyOnWrite &&
-      os::privately_modified(first + touched->low, static_cast<uint64_t>(touched->high - touched->low))) {
+      source.member->modified(*found, first + touched->low, first + touched->high)) {
     return std::nullopt;
   }
   const Scope& now = scope();

@@ -22,10 +22,10 @@ TEST(Layout, HeaderStartsWithWhatAnyVersionCanRead) {
   EXPECT_EQ(offsetof(Header, version), 8U);
   EXPECT_EQ(offsetof(Header, layout_hash), 12U);
   EXPECT_EQ(offsetof(Header, pool_id), 16U);
-  EXPECT_EQ(offsetof(Header, family), 24U);
-  EXPECT_EQ(offsetof(Header, chunks), 32U);
-  EXPECT_EQ(offsetof(Header, limit), 56U);
-  EXPECT_EQ(sizeof(Header), 128U);
+  EXPECT_EQ(offsetof(Header, family), 32U);
+  EXPECT_EQ(offsetof(Header, chunks), 40U);
+  EXPECT_EQ(offsetof(Header, limit), 64U);
+  EXPECT_EQ(sizeof(Header), 192U);
 }
 
 TEST(Layout, TablesHaveTheirSizes) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 
 import pytest
 from scripts import run_script
@@ -97,7 +98,6 @@ def test_a_smaller_pool_fits_within_the_limits_of_the_process(tmp_path, limit):
 
 CHILD_CAN_NOT = """
 import multiprocessing
-import resource
 
 import numpy as np
 import torchshm
@@ -112,12 +112,9 @@ def main():
     x = torchshm.share(np.ones(1000))
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
+    context.set_executable("./limited")
     process = context.Process(target=child, args=(theirs,), daemon=True)
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = torchshm.stats()["limit_bytes"] // 2
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     process.start()
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     y = ours.recv()
     process.join()
     print(np.array_equal(y, np.arange(20_000.0)), process.exitcode)
@@ -129,6 +126,9 @@ if __name__ == "__main__":
 
 
 def test_child_that_can_not_join_warns_and_sends_as_ever(tmp_path):
+    limited = tmp_path / "limited"
+    limited.write_text(f'#!/bin/sh\nulimit -v {3 << 20}\nexec {sys.executable} "$@"\n')
+    limited.chmod(0o755)
     done = run_script(CHILD_CAN_NOT, tmp_path)
     assert (done.returncode, done.stdout) == (0, "True 0\n"), done.stderr
     assert done.stderr.count("RuntimeWarning: torchshm: this process can't join the pool of its parent") == 1

@@ -35,6 +35,10 @@ def send(pipe):
 
 
 def main():
+    first = multiprocessing.Process(target=abs, args=(1,))
+    first.start()
+    first.join()
+    multiprocessing.Pipe()  # all libraries are loaded from here on
     before = fds(), mappings()
     torchshm.register(min_bytes=0)
     own = [torchshm.empty(16, "u1") for n in range(50_000)]
@@ -234,7 +238,7 @@ assert os.listdir("/dev/shm") == []
 @pytest.mark.parametrize("script", ["arrays", "loader"])
 def test_all_of_it_works_under_a_small_dev_shm(tmp_path, script):
     """A tmpfs of 64 MiB mounted there in a private namespace; where that is not permitted this test fails and says so."""
-    source = SMALL_SHM if script == "arrays" else LOADER.replace("(256, 256)", "(512, 512)")
+    source = SMALL_SHM if script == "arrays" else LOADER.replace("256, 256", "512, 512")
     (tmp_path / "script.py").write_text(source)
     unshare = shutil.which("unshare")
     assert unshare, "this test needs util-linux's unshare"

@@ -174,23 +174,29 @@ void Member::keep_few_empty() {
   work_->janitor.look();
 }
 
-void Member::make_room_step(int step, uint64_t bytes) {
+// Whether the same step again may give more.
+bool Member::make_room_step(int step, uint64_t bytes) {
   (void)work_->reaper.reap_all();
   switch (step) {
     case 0:
       release_empty();
       break;
-    case 1:
-      (void)work_->tickets.take_back(0, true, bytes);
-      break;
-    case 2:
-      (void)work_->tickets.take_back(arena_.header().ticket_age.load(std::memory_order_relaxed), false, bytes);
-      break;
+    case 1: {
+      const bool more = work_->tickets.take_back(0, true, bytes) > 0;
+      release_empty();
+      return more;
+    }
+    case 2: {
+      const bool more = work_->tickets.take_back(arena_.header().ticket_age.load(std::memory_order_relaxed), false, bytes) > 0;
+      release_empty();
+      return more;
+    }
     default:
       // Bounded, whatever the other does: a paused one costs this much once, and the chunk counts as used.
       if (work_->space.trimming()) std::this_thread::sleep_for(std::chrono::milliseconds(1 << (step - 3)));
       break;
   }
+  return false;
 }
 
 Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages) {
@@ -199,8 +205,14 @@ Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages) {
   if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
   take_hints();
   auto block = allocate_block(bytes, whole_pages);
-  for (int step = 0; !block && block.code() == Code::kFull && step < kRoomSteps; ++step) {
-    make_room_step(step, bytes);
+  uint64_t enough = bytes;
+  for (int step = 0; !block && block.code() == Code::kFull && step < kRoomSteps;) {
+    // What comes back may lie scattered: ask for more of it before the next, harsher step.
+    if (make_room_step(step, enough)) {
+      enough *= 2;
+    } else {
+      ++step;
+    }
     block = allocate_block(bytes, whole_pages);
   }
   if (!block) {

@@ -98,7 +98,7 @@ class Member final : public FreedSink {
   void part_with_child();
   Result<uint32_t> allocate_block(uint64_t bytes, bool whole_pages);
   Result<uint32_t> allocate_small(uint32_t granules, bool whole_pages);
-  void make_room_step(int step, uint64_t bytes);
+  bool make_room_step(int step, uint64_t bytes);
   void hold_again_for(const Membership& heir);
   View view_of(uint32_t block, Mode mode, std::byte* data) const;
 

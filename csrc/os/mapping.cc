@@ -148,7 +148,9 @@ Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size) {
 Status Mapping::remap(Kind kind, int fd, uint64_t offset, uint64_t length) {
   const int flags = MAP_FIXED | MAP_NORESERVE | (kind == Kind::kPrivate ? MAP_PRIVATE : MAP_SHARED);
   int error = TORCHSHM_INJECT("os.remap");
-  if (error == 0 && ::mmap(data_ + offset, length, PROT_READ | PROT_WRITE, flags, fd, static_cast<off_t>(offset)) == MAP_FAILED) error = errno;
+  if (error == 0 &&
+      ::mmap(data_ + offset, length, PROT_READ | PROT_WRITE, flags, fd, static_cast<off_t>(offset)) == MAP_FAILED)
+    error = errno;
   if (error != 0) return Status::system("mmap", "remap", error);
   ::madvise(data_ + offset, length, MADV_DONTDUMP);
   return {};

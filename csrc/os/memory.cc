@@ -13,13 +13,24 @@ namespace {
 constexpr uint64_t kNone = std::numeric_limits<uint64_t>::max();
 
 struct Group {
-  std::string limit, usage;  // paths
+  std::string limit, usage, stat;  // paths
+  std::string cache;               // of stat: file pages that the kernel gives up by itself; they count as used
 };
 
 uint64_t read_number(const std::string& path, uint64_t otherwise) {
   std::ifstream file(path);
   uint64_t value = 0;
   return file >> value ? value : otherwise;  // "max" is no number
+}
+
+uint64_t read_key(const std::string& path, const std::string& key) {
+  std::ifstream file(path);
+  std::string name;
+  uint64_t value = 0;
+  while (file >> name >> value) {
+    if (name == key) return value;
+  }
+  return 0;
 }
 
 // Every cgroup from ours up to the root, since any of them may be the tightest.
@@ -36,8 +47,9 @@ std::vector<Group> find_groups() {
     const std::string root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
     for (std::string at = path == "/" ? "" : path;; at.erase(at.rfind('/'))) {
       const std::string dir = root + at + "/";
-      groups.push_back(v2 ? Group{dir + "memory.max", dir + "memory.current"}
-                          : Group{dir + "memory.limit_in_bytes", dir + "memory.usage_in_bytes"});
+      groups.push_back(v2 ? Group{dir + "memory.max", dir + "memory.current", dir + "memory.stat", "inactive_file"}
+                          : Group{dir + "memory.limit_in_bytes", dir + "memory.usage_in_bytes", dir + "memory.stat",
+                                  "total_inactive_file"});
       if (at.empty() || at.rfind('/') == std::string::npos) break;
     }
   }
@@ -68,7 +80,8 @@ uint64_t memory_headroom() {
   for (const Group& group : find_groups()) {
     const uint64_t limit = read_number(group.limit, kNone);
     if (limit == kNone) continue;
-    const uint64_t usage = read_number(group.usage, 0);
+    uint64_t usage = read_number(group.usage, 0);
+    usage -= std::min(usage, read_key(group.stat, group.cache));
     headroom = std::min(headroom, limit > usage ? limit - usage : 0);
   }
   return headroom;

@@ -12,7 +12,7 @@ namespace {
 
 // Address space, not memory: large runs need contiguous chunks, and holes between them cost nothing.
 constexpr uint64_t kReserveFactors[] = {4, 2, 1};
-constexpr uint32_t kTicketAge = 300;  // five minutes: longer than any queue is meant to hold a message
+constexpr uint32_t kTicketAge = 300;                // five minutes: longer than any queue is meant to hold a message
 constexpr uint64_t kMaxChunks = uint64_t{1} << 22;  // 8 TiB; page indices fit 32 bits
 
 Result<uint64_t> random_id() {
@@ -140,7 +140,8 @@ Result<uint64_t> Arena::family_of(int control_fd) {
 
 Status Arena::make_private(uint64_t offset, uint64_t length, bool on) {
   const auto inode = os::inode(data_fd_.get());
-  if (!inode.ok() || *inode != data_inode_) return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
+  if (!inode.ok() || *inode != data_inode_)
+    return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
   return shared_.remap(on ? os::Mapping::Kind::kPrivate : os::Mapping::Kind::kShared, data_fd_.get(), offset, length);
 }
 

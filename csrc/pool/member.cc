@@ -147,7 +147,8 @@ Result<uint32_t> Member::allocate_small(uint32_t granules, bool whole_pages) {
 }
 
 Result<uint32_t> Member::allocate_block(uint64_t bytes, bool whole_pages) {
-  if (bytes > uint64_t{arena_.pages()} * kPage) return Status(Code::kFull, "larger than the address space that the pool was made with, four times its first limit");
+  if (bytes > uint64_t{arena_.pages()} * kPage)
+    return Status(Code::kFull, "larger than the address space that the pool was made with, four times its first limit");
   const uint64_t granules = granules_for(bytes, whole_pages);
   if (granules * kGranule <= kSmallMax) return allocate_small(static_cast<uint32_t>(granules), whole_pages);
   if (granules > UINT32_MAX) return Status(Code::kFull, "larger than 4 TiB");
@@ -187,7 +188,8 @@ bool Member::make_room_step(int step, uint64_t bytes) {
       return more;
     }
     case 2: {
-      const bool more = work_->tickets.take_back(arena_.header().ticket_age.load(std::memory_order_relaxed), false, bytes) > 0;
+      const bool more =
+          work_->tickets.take_back(arena_.header().ticket_age.load(std::memory_order_relaxed), false, bytes) > 0;
       release_empty();
       return more;
     }
@@ -199,7 +201,7 @@ bool Member::make_room_step(int step, uint64_t bytes) {
   return false;
 }
 
-Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages) {
+Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages, bool in_the_making) {
   const std::lock_guard lock(mutex_);
   notice_fork();
   if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
@@ -226,6 +228,7 @@ Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages) {
   // Relaxed store: statistics with a single writer.
   lease.allocations.store(lease.allocations.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   holds_.add(*block, Mode::kReadWrite);
+  if (in_the_making) making_.push_back(*block);
   const auto extent = arena_.extent(*block);
   return View{arena_.data() + extent->offset, *block, extent->length};
 }
@@ -258,9 +261,21 @@ void Member::retain(uint32_t block, Mode mode) {
   holds_.add(block, mode);
 }
 
+void Member::release_made(uint32_t block) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  const auto made = std::find(making_.begin(), making_.end(), block);
+  if (made != making_.end()) making_.erase(made);
+  release_locked(block, Mode::kReadWrite);
+}
+
 void Member::release(uint32_t block, Mode mode) {
   const std::lock_guard lock(mutex_);
   notice_fork();
+  release_locked(block, mode);
+}
+
+void Member::release_locked(uint32_t block, Mode mode) {
   const Holds::Removed removed = holds_.remove(block, mode);
   if (removed.last_copy) {
     // What was written here privately would shadow the block's next contents.
@@ -339,10 +354,11 @@ std::optional<Member::Found> Member::find(const void* address) {
   const std::lock_guard lock(mutex_);
   const auto chunk_index = static_cast<uint32_t>(offset / kChunk);
   const ChunkValue chunk = work_->space.value(chunk_index);
+  // What is held decides; the chunk's word only leads from the middle of a run to its head.
   std::optional<uint32_t> block;
   if (chunk.state == ChunkState::kRun && chunk.head < arena_.chunks()) {
     block = chunk.head * kPagesPerChunk;
-  } else if (chunk.state == ChunkState::kSmall) {
+  } else {
     block = holds_.start_at_or_before(static_cast<uint32_t>(offset / kPage));
     // A block may start later in the same page than the address lies.
     if (block && *block == offset / kPage && *block % kPagesPerChunk != 0) {
@@ -415,7 +431,8 @@ void Member::part_with_child() {
   each_held(arena_, membership_.slot(), [&](uint32_t block) {
     if (!mapped || !holds_.is_exclusive(block) || holds_.is_private(block)) return;
     const auto extent = arena_.extent(block);
-    if (!extent || extent->offset % kPage != 0 || extent->length % kPage != 0) return;  // small: shares pages with others
+    if (!extent || extent->offset % kPage != 0 || extent->length % kPage != 0)
+      return;  // small: shares pages with others
     if (extent->offset != end || end == start) {
       mapped = flush();
       start = extent->offset;
@@ -459,6 +476,10 @@ void Member::child_after_fork() {
   } else {
     stranded_ = true;
   }
+  // Blocks that other threads of the parent were filling: those threads are not here.
+  std::vector<uint32_t> others;
+  others.swap(making_);
+  for (const uint32_t block : others) release_locked(block, Mode::kReadWrite);
   if (fork_detector_ != nullptr) *fork_detector_ = 1;
   mutex_.unlock();
 }

@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <vector>
 
 #include "base/status.h"
 #include "pool/arena.h"
@@ -36,7 +37,9 @@ class Member final : public FreedSink {
     uint64_t length = 0;  // bytes, rounded up to granules
   };
   // A fresh block, held once in kReadWrite mode. whole_pages: for blocks that will be seen copy-on-write.
-  Result<View> allocate(uint64_t bytes, bool whole_pages);
+  // in_the_making: until release_made() no object looks at it, and a child that is forked meanwhile does not keep it.
+  Result<View> allocate(uint64_t bytes, bool whole_pages, bool in_the_making = false);
+  void release_made(uint32_t block);
 
   // One more object, or one less, that looks at a held block. REQUIRES: held.
   void retain(uint32_t block, Mode mode);
@@ -95,6 +98,7 @@ class Member final : public FreedSink {
   void take_hints();
   void release_empty();
   void keep_few_empty();
+  void release_locked(uint32_t block, Mode mode);
   void part_with_child();
   Result<uint32_t> allocate_block(uint64_t bytes, bool whole_pages);
   Result<uint32_t> allocate_small(uint32_t granules, bool whole_pages);
@@ -109,6 +113,7 @@ class Member final : public FreedSink {
   std::unique_ptr<Work> work_;
   uint64_t pool_id_;
   uint64_t* fork_detector_;
+  std::vector<uint32_t> making_;    // allocated and not yet released by a thread that fills a message
   std::optional<Membership> heir_;  // between prepare_fork and its end
   // Ranges that were unwritten when the process had had so many page faults; a first write to a page is a fault.
   struct Unwritten {
@@ -117,7 +122,7 @@ class Member final : public FreedSink {
     uint64_t faults = 0;
   };
   Unwritten unwritten_[16];
-  bool stranded_ = false;           // forked when no slot was left: may read what it inherited, and nothing else
+  bool stranded_ = false;  // forked when no slot was left: may read what it inherited, and nothing else
 
  public:
   ~Member() override;

@@ -139,10 +139,10 @@ Status Space::within_limit() {
 }
 
 Status Space::check_headroom(uint64_t bytes) {
-  // Looked up again only when a good part of what was there is used up: it costs as much as committing a chunk.
-  if (headroom_ < 8 * (bytes + kReserve)) headroom_ = os::memory_headroom();
+  // Looked up again before a small part of it is used up, since every member looks for itself; arbitrary: a sixteenth.
+  if (headroom_ < headroom_seen_ / 16 * 15 + bytes + kReserve) headroom_ = headroom_seen_ = os::memory_headroom();
   if (headroom_ < bytes + kReserve) {
-    headroom_ = 0;
+    headroom_ = headroom_seen_ = 0;
     return full("the machine or its cgroup has less than " + std::to_string(bytes) + " bytes left");
   }
   headroom_ -= bytes;
@@ -174,6 +174,15 @@ Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, c
     }
   }
   return {};
+}
+
+// A commit that failed half-way has left pages that nobody would count.
+void Space::give_up_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need) {
+  for (size_t i = 0; i < need.size(); ++i) {
+    if (need[i] <= taken[i].had) continue;
+    (void)os::punch(arena_.data() + (uint64_t{first} + i) * kChunk + taken[i].had * kPage,
+                    (need[i] - taken[i].had) * kPage);
+  }
 }
 
 // Page tables in large steps instead of a fault for every page.
@@ -219,6 +228,7 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
       TORCHSHM_POINT("claim_run.backed");
       return *head * kPagesPerChunk;
     }
+    if (!backed) give_up_pages(*head, taken, need);
     for (uint32_t i = held; i > 0; --i) put_back(*head + i - 1, taken[i - 1]);
     if (!backed) return backed;
   }
@@ -307,6 +317,7 @@ Result<Space::SmallChunk> Space::claim_small() {
     Status backed = within_limit();
     if (backed) backed = back_with_pages(*chunk, taken, need);
     if (!backed) {
+      give_up_pages(*chunk, taken, need);
       put_back(*chunk, taken[0]);
       return backed;
     }

@@ -75,6 +75,7 @@ class Space {
   Status within_limit();
   Status back_with_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need);
   Status check_headroom(uint64_t bytes);
+  void give_up_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need);
   void map_pages(uint32_t first, const std::vector<uint32_t>& need);
   void finish_taking(uint32_t chunk, uint32_t taker);
   bool replace(uint32_t chunk, ChunkValue expected, ChunkValue desired);
@@ -84,7 +85,8 @@ class Space {
   std::function<void()> before_growth_;
   std::vector<uint16_t> mapped_;  // pages of each chunk that this process has in its page tables
   std::vector<uint32_t> recent_;  // heads of runs that this lease had lately
-  uint64_t headroom_ = 0;         // what was left when last looked
+  uint64_t headroom_seen_ = 0;
+  uint64_t headroom_ = 0;  // what was left when last looked
 };
 
 }  // namespace torchshm::pool

@@ -158,10 +158,10 @@ int by_copy(const Source& source, ArrayWire& wire, Status& status) {
   Result<pool::Member::View> block = Status();
   if (source.bytes >= kCopyUnderGil) {
     Py_BEGIN_ALLOW_THREADS;  // may commit and map fresh pages
-    block = source.member->allocate(static_cast<uint64_t>(source.bytes), whole_pages);
+    block = source.member->allocate(static_cast<uint64_t>(source.bytes), whole_pages, true);
     Py_END_ALLOW_THREADS;
   } else {
-    block = source.member->allocate(static_cast<uint64_t>(source.bytes), whole_pages);
+    block = source.member->allocate(static_cast<uint64_t>(source.bytes), whole_pages, true);
   }
   if (!block) {
     status = std::move(block.status());
@@ -175,7 +175,7 @@ int by_copy(const Source& source, ArrayWire& wire, Status& status) {
   wire.order = fortran ? ArrayWire::Order::kFortran : ArrayWire::Order::kC;
   const int copied = fill(array, block->data, source.bytes, c_order || fortran);
   auto handle = copied == 0 ? source.member->issue(block->block) : Result<pool::Handle>(Status(Code::kInvalid, ""));
-  source.member->release(block->block, pool::Mode::kReadWrite);  // from here on the ticket keeps it
+  source.member->release_made(block->block);  // from here on the ticket keeps it
   if (copied != 0) return -1;
   if (!handle) {
     status = std::move(handle.status());

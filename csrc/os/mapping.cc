@@ -74,6 +74,13 @@ Answer read_entries(int pagemap, uint64_t start, uint64_t end) {
   return Answer::kNo;
 }
 
+// The kernel refuses to take pages from locked memory (mlockall).
+int advise_unlocked(std::byte* at, uint64_t length, int advice) {
+  if (::madvise(at, length, advice) == 0) return 0;
+  if (errno != EINVAL || ::munlock(at, length) != 0) return -1;
+  return ::madvise(at, length, advice);
+}
+
 }  // namespace
 
 Mapping::Mapping(Mapping&& other) noexcept
@@ -177,14 +184,14 @@ void populate(std::byte* at, uint64_t length) { (void)::madvise(at, length, MADV
 
 Status punch(std::byte* at, uint64_t length) {
   int error = TORCHSHM_INJECT("os.punch");
-  if (error == 0 && ::madvise(at, length, MADV_REMOVE) != 0) error = errno;
+  if (error == 0 && advise_unlocked(at, length, MADV_REMOVE) != 0) error = errno;
   if (error != 0) return Status::system("madvise REMOVE", std::to_string(length), error);
   return {};
 }
 
 Status drop_private(std::byte* at, uint64_t length) {
   int error = TORCHSHM_INJECT("os.drop_private");
-  if (error == 0 && ::madvise(at, length, MADV_DONTNEED) != 0) error = errno;
+  if (error == 0 && advise_unlocked(at, length, MADV_DONTNEED) != 0) error = errno;
   if (error != 0) return Status::system("madvise DONTNEED", std::to_string(length), error);
   return {};
 }

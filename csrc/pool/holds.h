@@ -25,10 +25,12 @@ class Holds {
 
   // Its range of the shared face is private since a fork.
   void mark_private(uint32_t block, bool on) {
+    private_blocks_ += on ? 1 : -1;
     const uint64_t bit = uint64_t{1} << (block % 64);
     uint64_t& word = private_words()[block / 64];
     word = on ? word | bit : word & ~bit;
   }
+  int64_t private_blocks() const { return private_blocks_; }
   bool is_private(uint32_t block) const { return (private_words()[block / 64] >> (block % 64) & 1) != 0; }
 
   // Returns the count before.
@@ -50,6 +52,7 @@ class Holds {
   uint64_t* exclusive() const { return reinterpret_cast<uint64_t*>(exclusive_.data()); }
   uint64_t* private_words() const { return reinterpret_cast<uint64_t*>(private_.data()); }
   os::Mapping counts_, copies_, starts_, exclusive_, private_;
+  int64_t private_blocks_ = 0;
 };
 
 }  // namespace torchshm::pool

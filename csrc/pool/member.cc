@@ -13,6 +13,8 @@ namespace {
 
 constexpr uint32_t kMinGranules = kPage / kGranule;
 constexpr uint32_t kEmptyKept = 4;  // chunks of small blocks; arbitrary: 8 MiB
+// Each may cost two mappings once its neighbours are released; vm.max_map_count is 65,530 for all that a process does.
+constexpr int64_t kPrivateMost = 4096;
 constexpr int kRunAttempts = 8;
 constexpr int kRoomSteps =
     8;  // the last ones wait, 1 to 16 ms, for chunks that somebody is just giving back to the system
@@ -195,7 +197,9 @@ bool Member::make_room_step(int step, uint64_t bytes) {
     }
     default:
       // Bounded, whatever the other does: a paused one costs this much once, and the chunk counts as used.
-      if (work_->space.trimming()) std::this_thread::sleep_for(std::chrono::milliseconds(1 << (step - 3)));
+      // So do pages that others have announced and may not get: claims at the limit refuse one another, and one must come first.
+      if (work_->space.unsettled())
+        std::this_thread::sleep_for(std::chrono::microseconds((500 + membership_.slot() * 37 % 500) << (step - 3)));
       break;
   }
   return false;
@@ -230,6 +234,7 @@ Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages, bool in_
   holds_.add(*block, Mode::kReadWrite);
   if (in_the_making) making_.push_back(*block);
   const auto extent = arena_.extent(*block);
+  if (!extent) return Status(Code::kCorrupt, "somebody else wrote to the descriptor of a block that was just made");
   return View{arena_.data() + extent->offset, *block, extent->length};
 }
 
@@ -301,6 +306,8 @@ Result<Handle> Member::issue(uint32_t block) {
   const std::lock_guard lock(mutex_);
   notice_fork();
   if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
+  if (!work_->ledger.holds(membership_.slot(), block))
+    return Status(Code::kStale, "the block was lost in a fork that ran no handlers");
   const uint64_t generation = work_->ledger.value(block).generation;
   const auto ticket = work_->tickets.issue(block, generation);
   if (!ticket) return Status(Code::kFull, "all tickets are out: too many unreceived messages");
@@ -322,7 +329,9 @@ Result<Member::View> Member::redeem(const Handle& handle, Mode mode, bool exclus
     return Status(Code::kStale, "the handle's block has been released");
   }
   const auto extent = arena_.extent(handle.block);
-  std::byte* data = extent ? arena_.address(mode, extent->offset) : nullptr;
+  // Seen copy-on-write, a block must not share its pages with another.
+  const bool whole = extent && extent->offset % kPage == 0 && extent->length % kPage == 0;
+  std::byte* data = extent && (whole || mode != Mode::kCopyOnWrite) ? arena_.address(mode, extent->offset) : nullptr;
   if (data == nullptr) {
     if (holds_.count(handle.block) == 0) work_->ledger.drop(handle.block);
     if (!extent) return Status(Code::kCorrupt, "the block's descriptor contradicts the pool's size");
@@ -336,6 +345,9 @@ Result<Member::View> Member::redeem(const Handle& handle, Mode mode, bool exclus
 
 Result<Member::View> Member::view(uint32_t block, Mode mode) {
   const std::lock_guard lock(mutex_);
+  notice_fork();
+  if (!work_->ledger.holds(membership_.slot(), block))
+    return Status(Code::kStale, "the block was lost in a fork that ran no handlers");
   const auto extent = arena_.extent(block);
   if (!extent) return Status(Code::kCorrupt, "the block's descriptor contradicts the pool's size");
   if (mode == Mode::kCopyOnWrite && (extent->offset % kPage != 0 || extent->length % kPage != 0)) {
@@ -428,11 +440,13 @@ void Member::part_with_child() {
     return true;
   };
   bool mapped = true;
+  int64_t room = kPrivateMost - holds_.private_blocks();
   each_held(arena_, membership_.slot(), [&](uint32_t block) {
     if (!mapped || !holds_.is_exclusive(block) || holds_.is_private(block)) return;
     const auto extent = arena_.extent(block);
     if (!extent || extent->offset % kPage != 0 || extent->length % kPage != 0)
-      return;  // small: shares pages with others
+      return;                // small: shares pages with others
+    if (--room < 0) return;  // docs/differences.md: beyond so many, writes are shared
     if (extent->offset != end || end == start) {
       mapped = flush();
       start = extent->offset;
@@ -477,6 +491,7 @@ void Member::child_after_fork() {
     stranded_ = true;
   }
   // Blocks that other threads of the parent were filling: those threads are not here.
+  for (Unwritten& known : unwritten_) known = {};  // faults are counted from zero again
   std::vector<uint32_t> others;
   others.swap(making_);
   for (const uint32_t block : others) release_locked(block, Mode::kReadWrite);
@@ -489,6 +504,7 @@ void Member::notice_fork() {
   // A fork that ran no handlers. The parent's lease is alive as long as its description is open here, and keeps what it has not dropped
   // since; that much can still be taken over.
   *fork_detector_ = 1;
+  for (Unwritten& known : unwritten_) known = {};
   if (stranded_) return;
   auto heir = Membership::join(arena_);
   if (!heir) {

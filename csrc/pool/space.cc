@@ -48,9 +48,13 @@ uint64_t Space::idle() const {
   return pages * kPage;
 }
 
-bool Space::trimming() const {
+bool Space::unsettled() const {
   for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
-    if (value(i).state == ChunkState::kTrimming) return true;
+    const ChunkValue v = value(i);
+    if (v.state == ChunkState::kTrimming || v.state == ChunkState::kBacking) return true;
+    if (v.state == ChunkState::kRun && v.head == i &&
+        !BlockValue::of(arena_.block(i * kPagesPerChunk).value.load()).live)
+      return true;
   }
   return false;
 }
@@ -219,7 +223,8 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
     }
     const auto [held, generation] = take_run(*head, need, taken);
     Status backed = held == n ? within_limit() : Status();
-    if (held == n && backed) backed = back_with_pages(*head, taken, need);
+    const bool allowed = held == n && backed;
+    if (allowed) backed = back_with_pages(*head, taken, need);
     if (held == n && backed) {
       map_pages(*head, need);
       recent_.erase(std::remove(recent_.begin(), recent_.end(), *head), recent_.end());
@@ -228,7 +233,7 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
       TORCHSHM_POINT("claim_run.backed");
       return *head * kPagesPerChunk;
     }
-    if (!backed) give_up_pages(*head, taken, need);
+    if (allowed && !backed) give_up_pages(*head, taken, need);
     for (uint32_t i = held; i > 0; --i) put_back(*head + i - 1, taken[i - 1]);
     if (!backed) return backed;
   }
@@ -315,9 +320,10 @@ Result<Space::SmallChunk> Space::claim_small() {
     if (!take(*chunk, wanted, &taken[0])) continue;
     TORCHSHM_POINT("claim_small.taken");
     Status backed = within_limit();
-    if (backed) backed = back_with_pages(*chunk, taken, need);
+    const bool allowed = backed.ok();
+    if (allowed) backed = back_with_pages(*chunk, taken, need);
     if (!backed) {
-      give_up_pages(*chunk, taken, need);
+      if (allowed) give_up_pages(*chunk, taken, need);
       put_back(*chunk, taken[0]);
       return backed;
     }

@@ -53,7 +53,7 @@ class Space {
 
   uint64_t committed() const;  // bytes
   uint64_t idle() const;       // bytes
-  bool trimming() const;       // somebody is giving a chunk back right now
+  bool unsettled() const;      // somebody is giving a chunk back, or getting pages for one, right now
   ChunkValue value(uint32_t chunk) const { return ChunkValue::of(arena_.chunk(chunk).value.load()); }
   // Whether any block that starts in the chunk is live.
   bool anything_live(uint32_t chunk) const;

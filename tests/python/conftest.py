@@ -6,6 +6,7 @@ import gc
 
 import pytest
 from peer import Peer
+from scripts import WORK
 
 import torchshm
 
@@ -51,6 +52,13 @@ def other(_second, registered):
     _second.forget()
     yield _second
     _second.forget()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A directory with the module `work` in it, for scripts whose children are to know nothing of torchshm."""
+    (tmp_path / "work.py").write_text(WORK)
+    return tmp_path
 
 
 @pytest.fixture

@@ -13,12 +13,18 @@ import torchshm
 POINT = np.dtype([("x", "<f4"), ("y", ">f8")])
 
 DTYPES = {
-    **{code: code for code in ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "c8", "c16"]},
+    **{
+        code: code
+        for code in ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "c8", "c16"]
+    },
     "longlong": "q",
     "ulonglong": "Q",
     "longdouble": "g",
     "clongdouble": "G",
-    **{f"big endian {code}": f">{code}" for code in ["i2", "u4", "i8", "f2", "f4", "f8", "c16", "U5", "M8[ns]"]},
+    **{
+        f"big endian {code}": f">{code}"
+        for code in ["i2", "u4", "i8", "f2", "f4", "f8", "c16", "U5", "M8[ns]"]
+    },
     "bytes": "S7",
     "bytes of one": "S1",
     "text": "U5",
@@ -34,7 +40,12 @@ DTYPES = {
     "nested": [("p", POINT), ("q", [("inner", POINT), ("n", "u2")]), ("t", "M8[us]")],
     "aligned": np.dtype([("a", "i1"), ("b", "f8"), ("c", "i2")], align=True),
     "padding": {"names": ["a", "b"], "formats": ["i2", "f8"], "offsets": [3, 16], "itemsize": 40},
-    "overlapping fields": {"names": ["whole", "low"], "formats": ["<u4", "<u2"], "offsets": [0, 0], "itemsize": 4},
+    "overlapping fields": {
+        "names": ["whole", "low"],
+        "formats": ["<u4", "<u2"],
+        "offsets": [0, 0],
+        "itemsize": 4,
+    },
     "titles": [(("the first", "a"), "i4"), (("the second", "b"), "f4")],
     "sub-array": [("a", "f4", (2, 3)), ("b", "i1")],
     "sub-array of structs": [("a", POINT, (2,)), ("b", "S2", (2, 1, 2))],
@@ -44,7 +55,15 @@ DTYPES = {
     "void of one": "V1",
     **{
         name: np.dtype(getattr(ml_dtypes, name))
-        for name in ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn", "int4", "uint4"]
+        for name in [
+            "bfloat16",
+            "float8_e4m3fn",
+            "float8_e5m2",
+            "float8_e8m0fnu",
+            "float4_e2m1fn",
+            "int4",
+            "uint4",
+        ]
     },
     "bfloat16 in a struct": np.dtype([("w", ml_dtypes.bfloat16, (2,)), ("i", "i1")]),
 }

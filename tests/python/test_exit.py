@@ -126,7 +126,9 @@ x = np.arange(50_000.0)
 def program(name, end="", method="fork"):
     import textwrap
 
-    start = START.replace("torchshm.register()", f"multiprocessing.set_start_method({method!r})\ntorchshm.register()")
+    start = START.replace(
+        "torchshm.register()", f"multiprocessing.set_start_method({method!r})\ntorchshm.register()"
+    )
     return start + textwrap.dedent(PROGRAMS[name]) + end
 
 
@@ -141,7 +143,9 @@ def test_program_keeps_its_exit_status_and_last_words(tmp_path, name):
     assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
     done = run_script(program(name, "\nraise KeyError('the last word')"), tmp_path)
     assert done.returncode == 1
-    assert re.fullmatch(r"Traceback \(most recent call last\):\n.*KeyError: 'the last word'\n", done.stderr, re.DOTALL)
+    assert re.fullmatch(
+        r"Traceback \(most recent call last\):\n.*KeyError: 'the last word'\n", done.stderr, re.DOTALL
+    )
     done = run_script(program(name, "\nos._exit(3)"), tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
 
@@ -184,7 +188,9 @@ def test_children_end_well_with_live_arrays(tmp_path, method):
 
 
 def test_interrupt_ends_a_program_as_ever(tmp_path):
-    end = "\nimport signal\nthreading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\ntime.sleep(60)"
+    end = (
+        "\nimport signal\nthreading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\ntime.sleep(60)"
+    )
     done = run_script(program("daemon thread that sends and receives", end), tmp_path)
     assert done.returncode in (130, -2)
     assert done.stderr.rstrip().endswith("KeyboardInterrupt")

@@ -91,7 +91,10 @@ print("ok")
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_a_smaller_pool_fits_within_the_limits_of_the_process(tmp_path, limit):
-    limits = {kind: value * 1024 if kind == resource.RLIMIT_FSIZE else value for kind, value in LIMITS[limit].items()}
+    limits = {
+        kind: value * 1024 if kind == resource.RLIMIT_FSIZE else value
+        for kind, value in LIMITS[limit].items()
+    }
     done = run_script(SMALLER, tmp_path, limits=limits, TORCHSHM_LIMIT="64MiB")
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
 

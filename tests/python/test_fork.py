@@ -5,13 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import signal
-import subprocess
-import sys
-import traceback
 
 import numpy as np
 import pytest
+from forked import ended, forked, numbers
 from scripts import passes
 
 import torchshm
@@ -19,125 +16,6 @@ import torchshm
 pytestmark = pytest.mark.usefixtures("registered")
 
 SYS_FORK = 57  # x86-64
-
-
-def forked(body, fork=os.fork):
-    """Run body() in a forked child. Returns its pid; the exit status says whether all of it was true."""
-    pid = fork()
-    if pid == 0:
-        try:
-            body()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return pid
-
-
-def ended(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def numbers(seed, size=40_000):
-    return np.arange(float(size)) + seed
-
-
-STORM = """
-import os
-import random
-import sys
-import threading
-import traceback
-
-import numpy as np
-import torchshm
-
-torchshm.register()
-stop = threading.Event()
-errors = []
-
-
-def check(x):
-    assert x[0] == x[-1] and (x == x[0]).all(), x
-
-
-def allocate(seed):
-    chance = random.Random(seed)
-    mine = []
-    try:
-        while not stop.is_set():
-            with torchshm.pooled():
-                mine.append(np.full(chance.choice([100, 700, 5000, 90_000]), float(seed)))
-            while len(mine) > 20:
-                check(mine.pop(chance.randrange(len(mine))))
-    except BaseException:
-        errors.append(traceback.format_exc())
-
-
-def send(seed):
-    chance = random.Random(seed)
-    try:
-        while not stop.is_set():
-            x = np.full(chance.choice([300, 5000, 90_000]), float(seed))
-            data = torchshm.dumps([x, x + 1])
-            y, z = torchshm.loads(data)
-            check(y)
-            check(z)
-    except BaseException:
-        errors.append(traceback.format_exc())
-
-
-def in_child(inherited):
-    for n, x in enumerate(inherited):
-        assert (x == n).all(), (n, x)
-    own = [torchshm.share(np.full(5000, 100.0 + n)) for n in range(5)]
-    again = torchshm.loads(torchshm.dumps(np.full(90_000, 7.0)))
-    with torchshm.pooled():
-        more = np.full(2000, 3.0)
-    for n, x in enumerate(inherited):
-        assert (x == n).all(), (n, x)
-    for n, x in enumerate(own):
-        assert (x == 100 + n).all()
-    assert (again == 7).all() and (more == 3).all()
-    figures = torchshm.stats()
-    assert any(process["pid"] == os.getpid() for process in figures["processes"]), figures
-
-
-threads = [threading.Thread(target=target, args=(seed,)) for seed in range(2) for target in (allocate, send)]
-for thread in threads:
-    thread.start()
-chance = random.Random(3)
-children = []
-for fork in range(50):
-    inherited = [torchshm.share(np.full(chance.choice([600, 5000, 200_000]), float(n)), "r+") for n in range(8)]
-    if fork % 2:
-        inherited += [torchshm.loads(torchshm.dumps(np.full(9000, 8.0)))]
-    pid = os.fork()
-    if pid == 0:
-        try:
-            in_child(inherited)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    del inherited
-    children.append(pid)
-    while len(children) > 3:
-        assert os.waitpid(children.pop(0), 0)[1] == 0
-for pid in children:
-    assert os.waitpid(pid, 0)[1] == 0
-stop.set()
-for thread in threads:
-    thread.join()
-assert not errors, errors
-figures = torchshm.stats()
-assert figures["leases"] == 1 and figures["tickets"] == 0 and figures["blocks"] == 0, figures
-print("ok")
-"""
-
-
-def test_fork_while_other_threads_allocate_and_free(tmp_path):
-    assert passes(STORM, tmp_path, TORCHSHM_LIMIT="1GiB") == "ok\n"
 
 
 def test_inherited_arrays_stay_when_the_parent_drops_theirs():
@@ -212,21 +90,21 @@ def test_five_generations_hand_their_arrays_down():
 
 
 def test_orphan_keeps_its_arrays():
-    x = torchshm.share(numbers(1), "r+")
+    held = [torchshm.share(numbers(1), "r+")]
     read, write = os.pipe()
 
     def parent():
         def orphan():
             while os.getppid() == middle:
                 pass
-            assert np.array_equal(x, numbers(1))
+            assert np.array_equal(held[0], numbers(1))
             os.write(write, b"alive")
 
         middle = os.getpid()
         forked(orphan)
 
     assert ended(forked(parent)) == 0
-    del x
+    held.clear()
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
         assert pipe.read() == b"alive"
@@ -241,43 +119,6 @@ def test_children_that_end_leave_no_lease():
     assert after["leases"] == before["leases"]
     assert after["blocks"] == before["blocks"] + 1
     assert np.array_equal(x, numbers(1))
-
-
-LOOK = """
-import os
-seen = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
-assert not any("torchshm" in name for name in seen), seen
-assert "torchshm" not in open("/proc/self/maps").read()
-"""
-
-
-def test_exec_ends_the_membership():
-    x = torchshm.share(numbers(1), "r+")
-    before = torchshm.stats()
-    for _ in range(3):
-        pid = os.fork()
-        if pid == 0:
-            os.execv(sys.executable, [sys.executable, "-S", "-c", LOOK])
-        assert ended(pid) == 0
-    sleeper = os.fork()
-    if sleeper == 0:
-        os.execv("/bin/sleep", ["sleep", "1000"])
-    try:
-        while b"sleep" not in open(f"/proc/{sleeper}/cmdline", "rb").read().split(b"\0")[0]:
-            pass
-        after = torchshm.stats()
-        assert after["leases"] == before["leases"]
-    finally:
-        os.kill(sleeper, signal.SIGKILL)
-        os.waitpid(sleeper, 0)
-    assert np.array_equal(x, numbers(1))
-
-
-def test_subprocesses_get_nothing_of_the_pool():
-    before = torchshm.stats()
-    for close_fds in [True, False]:
-        subprocess.run([sys.executable, "-S", "-c", LOOK], check=True, close_fds=close_fds)
-    assert torchshm.stats()["leases"] == before["leases"]
 
 
 def test_fork_that_runs_no_handlers_is_noticed():

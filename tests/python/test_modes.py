@@ -214,7 +214,7 @@ def test_unknown_mode_is_refused_by_name(mode):
 
 def test_share_that_fails_leaves_no_trace(peer):
     before = blocks()
-    with pytest.raises(Exception, match="pickle|lambda"):
+    with pytest.raises(Exception, match=r"pickle|lambda"):
         torchshm.share([numbers(), lambda: None])
     x = peer.call(give, numbers(10))
     assert not torchshm.is_shared(x), "share's scope is still open: small arrays go to the pool"

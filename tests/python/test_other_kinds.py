@@ -69,7 +69,9 @@ AS_STOCK = {
     "objects in two dimensions": np.array([[1, "two"], [None, 2**100]], dtype=object)[:, ::-1],
     "objects in a struct": np.array([(1, "one"), (2, None)], dtype=[("n", "i4"), ("o", object)]),
     "objects in a sub-array": np.array([(["one", "two"],)], dtype=[("o", object, (2,))]),
-    "strings": np.array(["a", "a longer string than is kept inside the array", ""], dtype=np.dtypes.StringDType()),
+    "strings": np.array(
+        ["a", "a longer string than is kept inside the array", ""], dtype=np.dtypes.StringDType()
+    ),
     "missing strings": np.array(["a", None], dtype=np.dtypes.StringDType(na_object=None)),
     "subclass with state": Measured(np.arange(3000.0).reshape(30, 100), "kPa"),
     "bare subclass": np.arange(3000.0).view(Bare),
@@ -94,7 +96,8 @@ MASKED = {
     "0-d": np.ma.array(3.0, mask=True),
     "dates": np.ma.array(np.arange(500).astype("M8[h]"), mask=np.arange(500) % 3 == 0),
     "structured": np.ma.array(
-        np.zeros(200, STRUCT), mask=np.array([(True, (False, True))] * 200, dtype=[("a", "?"), ("b", "?", (2,))])
+        np.zeros(200, STRUCT),
+        mask=np.array([(True, (False, True))] * 200, dtype=[("a", "?"), ("b", "?", (2,))]),
     ),
     "records": mrecords.fromarrays(
         [np.arange(300), np.ma.array(np.arange(300.0), mask=[True, False] * 150)], names="a,b"
@@ -114,8 +117,12 @@ VIEWS = {
     "matrix": matrix(np.arange(900.0).reshape(30, 30)),
     "matrix, Fortran": matrix(np.asfortranarray(np.arange(900.0).reshape(30, 30))),
     "matrix, strided": matrix(np.arange(900.0).reshape(30, 30))[::2, ::-1],
-    "recarray": np.rec.array([(i, i / 2, str(i)) for i in range(300)], dtype=[("a", "i4"), ("b", "f8"), ("c", "U4")]),
-    "recarray, strided": np.rec.array([(i, i / 2) for i in range(300)], dtype=[("a", "i4"), ("b", "f8")])[::-2],
+    "recarray": np.rec.array(
+        [(i, i / 2, str(i)) for i in range(300)], dtype=[("a", "i4"), ("b", "f8"), ("c", "U4")]
+    ),
+    "recarray, strided": np.rec.array([(i, i / 2) for i in range(300)], dtype=[("a", "i4"), ("b", "f8")])[
+        ::-2
+    ],
     "recarray of records": np.recarray((50,), dtype=[("a", "i4"), ("in", [("x", "f4"), ("y", "f4")])]),
 }
 VIEWS["recarray of records"].view("u1")[:] = 3

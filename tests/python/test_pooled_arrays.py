@@ -68,7 +68,9 @@ class WithInterface:
 
 
 def description(view):
-    strides = [stride for stride, side in zip(view.strides, view.shape, strict=True) if side > 1]  # of others they mean nothing
+    strides = [
+        stride for stride, side in zip(view.strides, view.shape, strict=True) if side > 1
+    ]  # of others they mean nothing
     return view.tobytes(), view.shape, strides, view.flags.writeable, view.dtype.str, torchshm.is_shared(view)
 
 
@@ -190,11 +192,29 @@ def test_pooled_arrays_below_the_threshold_still_go_by_reference(peer):
 
 def test_is_shared_tells_pooled_memory_from_any_other():
     x = base()
-    for shared in [x, x[3:], x.T, memoryview(x), torch.from_numpy(x), torch.from_numpy(x)[2:], x.view(np.recarray)]:
+    for shared in [
+        x,
+        x[3:],
+        x.T,
+        memoryview(x),
+        torch.from_numpy(x),
+        torch.from_numpy(x)[2:],
+        x.view(np.recarray),
+    ]:
         assert torchshm.is_shared(shared) is True
     own = np.ones(5)
     objects = np.array([x], dtype=object)
-    for private in [own, own.tolist(), objects, torch.ones(3), b"bytes", memoryview(own), None, 7, torch.ones(3).to_sparse()]:
+    for private in [
+        own,
+        own.tolist(),
+        objects,
+        torch.ones(3),
+        b"bytes",
+        memoryview(own),
+        None,
+        7,
+        torch.ones(3).to_sparse(),
+    ]:
         assert torchshm.is_shared(private) is False
 
 
@@ -213,7 +233,10 @@ def test_empty_has_the_shape_of_numpy_empty(shape):
     assert x.flags.c_contiguous
 
 
-@pytest.mark.parametrize(("shape", "error"), [(-1, ValueError), ((3, -1), ValueError), ((2**40, 2**40), ValueError), ("a", TypeError)])
+@pytest.mark.parametrize(
+    ("shape", "error"),
+    [(-1, ValueError), ((3, -1), ValueError), ((2**40, 2**40), ValueError), ("a", TypeError)],
+)
 def test_empty_refuses_impossible_shapes(shape, error):
     with pytest.raises(error):
         torchshm.empty(shape, "f8")

@@ -52,7 +52,9 @@ def test_pool_takes_and_gives_arrays(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_executor_takes_and_gives_arrays(method):
     context = multiprocessing.get_context(method)
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context, initializer=numbers, initargs=(1,)) as executor:
+    with concurrent.futures.ProcessPoolExecutor(
+        2, mp_context=context, initializer=numbers, initargs=(1,)
+    ) as executor:
         check(executor.map(doubled, [numbers(seed) for seed in range(12)]), 12)
         futures = [executor.submit(doubled, numbers(seed)) for seed in range(4)]
         check([future.result(60) for future in futures], 4)
@@ -138,7 +140,9 @@ def test_manager_and_its_proxies(method):
         assert np.array_equal(box[3], numbers(3))
         with Peer("fork") as other:
             assert np.array_equal(other.call(_third, rows), numbers(3))
-        assert {seed: x.sum() for seed, x in box.copy().items()} == {seed: numbers(seed).sum() for seed in range(5)}
+        assert {seed: x.sum() for seed, x in box.copy().items()} == {
+            seed: numbers(seed).sum() for seed in range(5)
+        }
 
 
 def _third(proxy):

@@ -183,6 +183,24 @@ def test_plain_pickle_is_unchanged_and_needs_no_torchshm(registered, protocol):
         assert done.stdout.decode().strip() == f"{own.sum()} {own.shape}"
 
 
+def test_torchshm_needs_and_loads_numpy_alone():
+    code = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'pandas', 'xarray', 'typer', 'rich', 'psutil', 'pyarrow', 'ml_dtypes'):\n"
+        "            raise ImportError(name + ' was wanted')\n"
+        "sys.meta_path.insert(0, Refuse)\n"
+        "import torchshm, numpy as np\n"
+        "torchshm.register()\n"
+        "x = torchshm.share(np.ones(5000))\n"
+        "assert torchshm.is_shared(torchshm.loads(torchshm.dumps(x)))\n"
+        "torchshm.stats(); torchshm.trim()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_buffers_out_of_band_are_unchanged(registered):
     x = np.arange(10_000.0)
     buffers = []

@@ -56,7 +56,9 @@ def arrays(draw, allocate=np.empty):
     if count:
         # Small bytes are valid in every dtype here: true or false, code points, numbers.
         content = (np.arange(count) * 7 + seed) % 2
-        flat = np.ndarray((count,), "u1", buffer=base.reshape(-1).view("u1") if base.ndim else base.reshape(1).view("u1"))
+        flat = np.ndarray(
+            (count,), "u1", buffer=base.reshape(-1).view("u1") if base.ndim else base.reshape(1).view("u1")
+        )
         flat[:] = content
     view = base
     for _ in range(draw(st.integers(0, 4))):
@@ -70,7 +72,11 @@ def _permuted(draw, x):
 
 
 def _sliced(draw, x):
-    return x[draw(hnp.basic_indices(x.shape, max_dims=6, allow_newaxis=True, allow_ellipsis=True))] if x.ndim else x
+    return (
+        x[draw(hnp.basic_indices(x.shape, max_dims=6, allow_newaxis=True, allow_ellipsis=True))]
+        if x.ndim
+        else x
+    )
 
 
 def _flipped(draw, x):
@@ -95,7 +101,9 @@ def test_any_array_arrives_as_numpy_pickles_it(peer, way, x):
 
 
 def describe(x):
-    strides = [stride for stride, side in zip(x.strides, x.shape, strict=True) if side > 1]  # of others they mean nothing
+    strides = [
+        stride for stride, side in zip(x.strides, x.shape, strict=True) if side > 1
+    ]  # of others they mean nothing
     return strides, x.flags.c_contiguous, x.flags.f_contiguous, x.flags.writeable, x.flags.aligned, values(x)
 
 

@@ -42,7 +42,12 @@ def loaded_by_a_stranger(data, before="", **environment):
 
 @pytest.mark.parametrize(
     "before",
-    ["", "import torchshm", "import torchshm; torchshm.register()", "import torchshm; own = torchshm.share([1] * 9)"],
+    [
+        "",
+        "import torchshm",
+        "import torchshm; torchshm.register()",
+        "import torchshm; own = torchshm.share([1] * 9)",
+    ],
     ids=["knows nothing", "imported", "registered", "has a pool of its own"],
 )
 def test_stranger_gets_an_error_that_names_the_store(before):
@@ -56,7 +61,9 @@ def test_stranger_gets_an_error_that_names_the_store(before):
 def test_subprocess_of_a_member_is_a_stranger_too():
     """Not started by multiprocessing: it has no authkey of ours, though it is our child."""
     source = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {LOAD.format(before='')!r}]).returncode)"
-    done = subprocess.run([sys.executable, "-c", source], input=torchshm.dumps(np.ones(5000)), capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", source], input=torchshm.dumps(np.ones(5000)), capture_output=True, check=False
+    )
     assert done.stdout.decode().startswith("StoreUnavailableError")
 
 

@@ -6,7 +6,9 @@ import numpy.typing as npt
 class BlockRef: ...
 
 class array:
-    def __new__(cls, wire: bytes, dtype: np.dtype[Any] | None = ..., type: type = ..., /) -> npt.NDArray[Any]: ...  # type: ignore[misc]
+    def __new__(
+        cls, wire: bytes, dtype: np.dtype[Any] | None = ..., type: type = ..., /
+    ) -> npt.NDArray[Any]: ...  # type: ignore[misc]
 
 def reduce_ndarray(array: npt.NDArray[Any], /) -> tuple[Any, ...]: ...
 def empty(shape: int | tuple[int, ...], dtype: np.dtype[Any], /) -> npt.NDArray[Any]: ...

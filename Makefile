@@ -64,7 +64,7 @@ test-cpp: build/dev/build.ninja ## The C++ tests alone
 	ctest --preset dev --parallel $(JOBS) $(ARGS)
 
 .PHONY: test-python
-test-python: build/dev/build.ninja ## The Python tests alone
+test-python: build build/dev/build.ninja ## The Python tests alone
 	cmake --build --preset dev --parallel $(JOBS) --target _C
 	PYTHONPATH=$(CURDIR)/build/dev/python $(BIN)/pytest $(ARGS)
 

@@ -76,6 +76,9 @@ def share(x: Any, mode: str = "c") -> Any:
     _C.set_sharing(True, _MODES[mode])
     try:
         pickled = _Pickler.dumps(x, pickle.HIGHEST_PROTOCOL)
+    except BaseException:
+        _C.undo_sharing()
+        raise
     finally:
         _C.set_sharing(False, 0)
     return pickle.loads(pickled)

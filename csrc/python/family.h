@@ -3,6 +3,8 @@
 // Private to the process. Thread safety: with the GIL.
 #pragma once
 
+#include <vector>
+
 #include "pool/members.h"
 #include "python/numpy_api.h"
 
@@ -24,8 +26,9 @@ pool::Member* member_of(uint64_t pool_id);
 
 // What this thread is doing to the pickles it makes.
 struct Scope {
-  int inline_depth = 0;  // with torchshm.inline()
-  bool sharing = false;  // inside share(): every array goes to the pool, in whole pages, or it is an error
+  int inline_depth = 0;              // with torchshm.inline()
+  std::vector<pool::Handle> issued;  // while sharing: what a failure has to take back
+  bool sharing = false;              // inside share(): every array goes to the pool, in whole pages, or it is an error
   pool::Mode mode = pool::Mode::kReadWrite;  // of the arrays that share() makes
 };
 Scope& scope();

@@ -159,10 +159,17 @@ PYBIND11_MODULE(_C, m) {
       "set_ticket_age", [](uint32_t seconds) { current().set_ticket_age(seconds); }, py::arg("seconds"));
   m.def(
       "nest_inline", [](int step) { scope().inline_depth += step; }, py::arg("step"));
+  m.def("undo_sharing", [] {
+    for (const pool::Handle& handle : scope().issued) {
+      if (auto view = current().redeem(handle, pool::Mode::kReadWrite))
+        current().release(view->block, pool::Mode::kReadWrite);
+    }
+  });
   m.def(
       "set_sharing",
       [](bool sharing, uint8_t mode) {
         scope().sharing = sharing;
+        scope().issued.clear();
         scope().mode = static_cast<pool::Mode>(mode);
       },
       py::arg("sharing"), py::arg("mode"));

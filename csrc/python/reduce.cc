@@ -57,6 +57,7 @@ bool can_be_pooled(PyArrayObject* array) {
 
 // The reduce value: (torchshm._C.array, (wire[, dtype[, type]])). `carried` bytes go behind the wire.
 PyObject* message(PyObject* array, const ArrayWire& wire, npy_intp carried = 0) {
+  if (scope().sharing && !wire.carries) scope().issued.push_back(wire.handle);
   char buffer[kWireMost];
   const size_t length = encode(wire, buffer, wire.carries ? 0 : member()->arena().header().secret);
   PyObject* bytes = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(length) + carried);

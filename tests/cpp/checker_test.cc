@@ -395,11 +395,11 @@ const Damage kDamages[] = {
     // The ledger and tickets.
     {"HoldOfAFreeBlock", 3, false,
      [](Scene& s) {
-       return s.hold(0, s.small + 100), Texts{"lease 0 ", named("block", s.small + 100), "free block"};
+       return s.hold(0, s.small + 100), Texts{"lease 0 ", named("block", s.small + 100), "hold of a free one"};
      }},
     {"HoldOfAFreeLease", 2, false,
      [](Scene& s) {
-       return s.hold(9, s.small), Texts{"lease 9 ", named("block", s.small).substr(0, 6), "free lease"};
+       return s.hold(9, s.small), Texts{"lease 9 ", "block " + std::to_string(s.small), "free lease"};
      }},
     {"HoldAboveLedgerEnd", 2, false,
      [](Scene& s) {

@@ -6,6 +6,7 @@
 #include "base/failpoint.h"
 #include "os/memfd.h"
 #include "os/memory.h"
+#include "pool/mark.h"
 
 namespace torchshm::pool {
 namespace {
@@ -152,11 +153,9 @@ bool Arena::is_control(int fd) const {
 
 bool Arena::owns_descriptors() const { return is_control(control_fd_.get()); }
 
-uint32_t Arena::slots_used() const { return std::min(header().slots_used.load(std::memory_order_acquire), kMaxLeases); }
-uint32_t Arena::chunks_used() const { return std::min(header().chunks_used.load(std::memory_order_acquire), chunks_); }
-uint32_t Arena::tickets_used() const {
-  return std::min(header().tickets_used.load(std::memory_order_acquire), kTickets);
-}
+uint32_t Arena::slots_used() const { return marked(header().slots_used, kMaxLeases); }
+uint32_t Arena::chunks_used() const { return marked(header().chunks_used, chunks_); }
+uint32_t Arena::tickets_used() const { return marked(header().tickets_used, kTickets); }
 
 std::optional<Arena::Extent> Arena::extent(uint32_t index) const {
   if (index >= pages()) return std::nullopt;

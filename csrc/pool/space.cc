@@ -5,7 +5,8 @@
 #include "base/failpoint.h"
 #include "os/mapping.h"
 #include "os/memory.h"
-#include "pool/ledger.h"
+#include "pool/mark.h"
+#include "pool/taking.h"
 
 namespace torchshm::pool {
 namespace {
@@ -29,8 +30,7 @@ bool Space::all_idle(uint32_t first, uint32_t n) const {
 }
 
 bool Space::replace(uint32_t chunk, ChunkValue expected, ChunkValue desired) {
-  Pair before = expected.pair();
-  return arena_.chunk(chunk).value.exchange_if(before, desired.pair());
+  return replace_chunk(arena_, chunk, expected, desired);
 }
 
 uint64_t Space::committed() const {
@@ -55,13 +55,6 @@ bool Space::unsettled() const {
     if (v.state == ChunkState::kRun && v.head == i &&
         !BlockValue::of(arena_.block(i * kPagesPerChunk).value.load()).live)
       return true;
-  }
-  return false;
-}
-
-bool Space::anything_live(uint32_t chunk) const {
-  for (uint32_t page = 0; page < kPagesPerChunk; ++page) {
-    if (BlockValue::of(arena_.block(chunk * kPagesPerChunk + page).value.load()).live) return true;
   }
   return false;
 }
@@ -96,19 +89,12 @@ std::optional<uint32_t> Space::find_run(uint32_t n) const {
   return std::nullopt;
 }
 
-void Space::raise_used(uint32_t chunk) {
-  uint32_t used = arena_.header().chunks_used.load(std::memory_order_relaxed);
-  while (used <= chunk &&
-         !arena_.header().chunks_used.compare_exchange_weak(used, chunk + 1, std::memory_order_seq_cst)) {
-  }
-}
-
 // Takes an idle chunk or a hole. The pages it is going to have are announced in the same exchange, before they are committed: a death in
 // between leaves the sum too high, never too low. What scans are bounded by is raised first, so that no taken chunk is ever out of sight.
 bool Space::take(uint32_t chunk, ChunkValue wanted, Taken* taken) {
   const ChunkValue found = value(chunk);
   if (found.state != ChunkState::kIdle && found.state != ChunkState::kHole) return false;
-  raise_used(chunk);
+  raise(arena_.header().chunks_used, chunk + 1);
   wanted.owner = slot_;
   wanted.committed = std::max(found.committed, wanted.committed);
   if (!replace(chunk, found, wanted)) return false;
@@ -345,47 +331,7 @@ void Space::release_small(uint32_t chunk) {
   }
 }
 
-// Ends kTaking by `taker`: idle when nothing is live, else an orphan. Not its owner's again, who may have given it up in between.
-void Space::finish_taking(uint32_t chunk, uint32_t taker) {
-  // The owner may have looked at the chunk word before it changed, and be about to make a block live. Moving the sequence number of every
-  // free descriptor makes that exchange fail, however late it comes; what is live after that is all there is.
-  bool empty = true;
-  for (uint32_t page = 0; page < kPagesPerChunk; ++page) {
-    Block& block = arena_.block(chunk * kPagesPerChunk + page);
-    Pair found = block.value.load();
-    for (;;) {
-      BlockValue next = BlockValue::of(found);
-      if (next.live) {
-        empty = false;
-        break;
-      }
-      ++next.sequence;
-      if (block.value.exchange_if(found, next.pair())) break;
-    }
-  }
-  TORCHSHM_POINT("take_empty.looked");
-  for (;;) {
-    const ChunkValue found = value(chunk);
-    if (found.state != ChunkState::kTaking || found.owner != taker) return;
-    ChunkValue next = found;
-    next.state = empty ? ChunkState::kIdle : ChunkState::kSmall;
-    next.owner = empty ? slot_ : kNobody;
-    if (!replace(chunk, found, next)) continue;
-    if (empty) arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
-    return;
-  }
-}
-
-void Space::take_if_empty(uint32_t chunk) {
-  const ChunkValue found = value(chunk);
-  if (found.state != ChunkState::kSmall || found.owner == slot_ || anything_live(chunk)) return;
-  ChunkValue taking = found;
-  taking.state = ChunkState::kTaking;
-  taking.owner = slot_;
-  if (!replace(chunk, found, taking)) return;
-  TORCHSHM_POINT("take_empty.announced");
-  finish_taking(chunk, slot_);
-}
+void Space::take_if_empty(uint32_t chunk) { pool::take_if_empty(arena_, slot_, chunk); }
 
 void Space::take_empty() {
   for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) take_if_empty(i);
@@ -422,7 +368,7 @@ void Space::inherit(uint32_t dead) {
       TORCHSHM_POINT("inherit.chunk");
       switch (found.state) {
         case ChunkState::kTaking:
-          finish_taking(i, dead);
+          finish_taking(arena_, slot_, i, dead);
           break;
         // Whether its pages are there is not known.
         case ChunkState::kBacking:

@@ -27,6 +27,7 @@ Result<Membership> Membership::join(Arena& arena, bool unsigned_yet) {
     self.incarnation_ = claim_slot(arena, slot);
     if (self.incarnation_ != 0) {
       arena.lease(slot).pid.store(0, std::memory_order_relaxed);
+      TORCHSHM_POINT("join.unsigned");
       if (!unsigned_yet) self.sign(arena);
       TORCHSHM_POINT("join.signed");
       return self;
@@ -45,9 +46,13 @@ void Membership::sign(Arena& arena) const {
   Lease& lease = arena.lease(slot_);
   // Relaxed: for messages, and for the second look at a lease whose lock is already gone.
   lease.pid.store(id.pid, std::memory_order_relaxed);
+  TORCHSHM_POINT("sign.pid");
   lease.started.store(id.started, std::memory_order_relaxed);
+  TORCHSHM_POINT("sign.started");
   lease.pid_namespace.store(id.namespace_, std::memory_order_relaxed);
+  TORCHSHM_POINT("sign.namespace");
   lease.name[0].store(words[0], std::memory_order_relaxed);
+  TORCHSHM_POINT("sign.half_named");
   lease.name[1].store(words[1], std::memory_order_relaxed);
 }
 

@@ -37,13 +37,16 @@ uint64_t claim_slot(Shared& arena, uint32_t slot) {
   auto& lease = arena.lease(slot);
   // Relaxed: unique is enough.
   const uint64_t incarnation = arena.header().next_incarnation.fetch_add(1, std::memory_order_relaxed);
+  TORCHSHM_POINT("join.numbered");
   raise(arena.header().slots_used, slot + 1);
+  TORCHSHM_POINT("join.in_sight");
   uint64_t expected = kLeaseFree;
   if (!lease.word.compare_exchange_strong(expected, lease_word(incarnation), std::memory_order_seq_cst)) return 0;
   TORCHSHM_POINT("join.claimed");
   // A reaper that was half-way when the slot became free has either been seen by looks_free() or sees the new word now.
   if (!being_reaped(arena, slot)) return incarnation;
   lease.word.store(kLeaseFree, std::memory_order_release);
+  TORCHSHM_POINT("join.put_back");
   return 0;
 }
 

@@ -40,6 +40,7 @@ void finish_taking(Shared& arena, uint32_t me, uint32_t chunk, uint32_t taker) {
   bool empty = true;
   for (uint32_t page = 0; page < Shared::kPagesInChunk; ++page) {
     auto& block = arena.block(chunk * Shared::kPagesInChunk + page);
+    if (page % 64 == 32) TORCHSHM_POINT("take_empty.moving");
     Pair found = block.value.load();
     for (;;) {
       BlockValue next = BlockValue::of(found);
@@ -59,6 +60,7 @@ void finish_taking(Shared& arena, uint32_t me, uint32_t chunk, uint32_t taker) {
     next.state = empty ? ChunkState::kIdle : ChunkState::kSmall;
     next.owner = empty ? me : kNobody;
     if (!replace_chunk(arena, chunk, found, next)) continue;
+    TORCHSHM_POINT("take_empty.decided");
     // Relaxed: an estimate.
     if (empty) arena.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
     return;

@@ -42,6 +42,7 @@ std::optional<TicketId> BasicTickets<Shared>::claim(uint32_t block) {
       TicketValue ticket = TicketValue::of(found);
       if (ticket.sender != 0) continue;
       raise(arena_.header().tickets_used, index + 1);
+      TORCHSHM_POINT("issue.in_sight");
       const uint64_t incarnation = arena_.lease(slot_).word.load(std::memory_order_relaxed) >> 8;
       ticket = {(ticket.nonce + 1) & TicketValue::kNonceMask, TicketValue::sender_of(slot_, incarnation), block, now()};
       if (!arena_.ticket(index).value.exchange_if(found, ticket.pair())) continue;
@@ -133,6 +134,7 @@ uint32_t BasicTickets<Shared>::take_back(uint32_t older_than, bool dead_only, ui
     ledger_.end();
   }
   arena_.header().taken_back.fetch_add(taken, std::memory_order_relaxed);
+  TORCHSHM_POINT("take_back.done");
   return taken;
 }
 

@@ -196,6 +196,7 @@ Held& Scene::hold(uint64_t bytes, bool whole_pages) {
 }
 
 Held& Scene::receive(Message& message, Mode mode, bool exclusive) {
+  if (&message == &here.board->gift) message.state.store(kClaimed);
   auto view = member->redeem(message.handle, mode, exclusive);
   if (!view) {
     wrong("redeem: %s", view.status().what().c_str());

@@ -25,6 +25,7 @@ bool BasicReaper<Shared, Chunks>::reap(uint32_t dead) {
   auto& self = arena_.lease(slot_);
   auto& lease = arena_.lease(dead);
   const uint64_t word = lease.word.load(std::memory_order_seq_cst);
+  TORCHSHM_POINT("reap.seen");
   self.reaping.store(dead + 1, std::memory_order_seq_cst);
   TORCHSHM_POINT("reap.announced");
   // Announced first, looked at again second: a joiner does it the other way round, so one of the two sees the other.

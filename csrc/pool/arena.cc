@@ -18,7 +18,7 @@ constexpr uint64_t kMaxChunks = uint64_t{1} << 22;  // 8 TiB; page indices fit 3
 Result<uint64_t> random_id() {
   std::ifstream random("/dev/urandom", std::ios::binary);
   uint64_t id = 0;
-  if (!random.read(reinterpret_cast<char*>(&id), sizeof id) || id == 0)
+  if (TORCHSHM_INJECT("create.random") != 0 || !random.read(reinterpret_cast<char*>(&id), sizeof id) || id == 0)
     return Status(Code::kUnsupported, "/dev/urandom can't be read");
   return id;
 }

@@ -8,6 +8,7 @@ namespace torchshm::pool {
 void Ledger::begin(Op op, uint32_t block, uint64_t generation) {
   Lease& lease = arena_.lease(slot_);
   lease.intent_generation.store(generation, std::memory_order_relaxed);  // published by the next store
+  TORCHSHM_POINT("ledger.generation_up");
   // Sequentially consistent: a recount looks at the intents before and after it looks at the bits, and must not miss one that was up
   // when a bit changed.
   lease.intent.store(static_cast<uint64_t>(op) << 32 | block, std::memory_order_seq_cst);
@@ -18,6 +19,7 @@ void Ledger::end() {
   TORCHSHM_POINT("ledger.before_intent_down");
   // Release: every step that the intent covers is visible before it is gone.
   arena_.lease(slot_).intent.store(0, std::memory_order_release);
+  TORCHSHM_POINT("ledger.intent_down");
 }
 
 void Ledger::set_bit(uint32_t slot, uint32_t block) {
@@ -26,6 +28,7 @@ void Ledger::set_bit(uint32_t slot, uint32_t block) {
   // Relaxed: only this lease (or the parent that makes it) moves its end, and a reaper reads it after the death.
   if (lease.ledger_end.load(std::memory_order_relaxed) <= word)
     lease.ledger_end.store(word + 1, std::memory_order_relaxed);
+  TORCHSHM_POINT("ledger.end_moved");
   arena_.ledger(slot, word).fetch_or(uint64_t{1} << (block % 64), std::memory_order_seq_cst);
 }
 
@@ -58,6 +61,7 @@ bool Ledger::allocate(uint32_t block, uint32_t first, uint32_t granules) {
     begin(Op::kAllocate, block, next.generation);
     TORCHSHM_POINT("allocate.checked");
     if (!small) descriptor.granules.store(granules, std::memory_order_relaxed);  // published by the exchange
+    TORCHSHM_POINT("allocate.measured");
     next.granules = small ? granules : 0;
     next.first = first;
     next.live = true;

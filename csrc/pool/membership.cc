@@ -42,18 +42,22 @@ Result<Membership> Membership::join(Arena& arena, bool unsigned_yet) {
     TORCHSHM_POINT("join.locked");
     self.slot_ = slot;
     self.incarnation_ = arena.header().next_incarnation.fetch_add(1, std::memory_order_relaxed);  // unique is enough
+    TORCHSHM_POINT("join.numbered");
     raise_to(arena.header().slots_used, slot + 1);
+    TORCHSHM_POINT("join.in_sight");
     uint64_t expected = kLeaseFree;
     if (lease.word.compare_exchange_strong(expected, lease_word(self.incarnation_), std::memory_order_seq_cst)) {
       TORCHSHM_POINT("join.claimed");
       // A reaper that was half-way when the slot became free has either been seen above or sees the new word now.
       if (!being_reaped(arena, slot)) {
         lease.pid.store(0, std::memory_order_relaxed);
+        TORCHSHM_POINT("join.unsigned");
         if (!unsigned_yet) self.sign(arena);
         TORCHSHM_POINT("join.signed");
         return self;
       }
       lease.word.store(kLeaseFree, std::memory_order_release);
+      TORCHSHM_POINT("join.put_back");
     }
     (void)os::unlock(self.life_.get(), slot);
   }
@@ -69,9 +73,13 @@ void Membership::sign(Arena& arena) const {
   Lease& lease = arena.lease(slot_);
   // Relaxed: for messages, and for the second look at a lease whose lock is already gone.
   lease.pid.store(id.pid, std::memory_order_relaxed);
+  TORCHSHM_POINT("sign.pid");
   lease.started.store(id.started, std::memory_order_relaxed);
+  TORCHSHM_POINT("sign.started");
   lease.pid_namespace.store(id.namespace_, std::memory_order_relaxed);
+  TORCHSHM_POINT("sign.namespace");
   lease.name[0].store(words[0], std::memory_order_relaxed);
+  TORCHSHM_POINT("sign.half_named");
   lease.name[1].store(words[1], std::memory_order_relaxed);
 }
 

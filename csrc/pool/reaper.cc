@@ -25,6 +25,7 @@ bool Reaper::reap(uint32_t dead) {
   // Announced first, looked at again second: a joiner does it the other way round, so one of the two sees the other.
   if (!Membership::dead(arena_, slot_, dead) || lease.word.load(std::memory_order_seq_cst) != word) {
     self.reaping.store(0, std::memory_order_release);
+    TORCHSHM_POINT("reap.left");
     return false;
   }
 
@@ -62,15 +63,19 @@ bool Reaper::reap(uint32_t dead) {
 
   if (!settled) {  // a living lease, perhaps a paused one, is at work on that very block; all but this block and the slot is back
     self.reaping.store(0, std::memory_order_release);
+    TORCHSHM_POINT("reap.left");
     return false;
   }
 
   lease.reaping.store(0, std::memory_order_release);  // whom it was taking back itself when it died
+  TORCHSHM_POINT("reap.its_reaping_ended");
   uint64_t expected = word;
   const bool mine = lease.word.compare_exchange_strong(expected, kLeaseFree, std::memory_order_seq_cst);
-  if (mine) arena_.header().reaped.fetch_add(1, std::memory_order_relaxed);
   TORCHSHM_POINT("reap.freed");
+  if (mine) arena_.header().reaped.fetch_add(1, std::memory_order_relaxed);
+  TORCHSHM_POINT("reap.told");
   self.reaping.store(0, std::memory_order_release);
+  TORCHSHM_POINT("reap.left");
   return mine;
 }
 

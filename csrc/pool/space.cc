@@ -101,6 +101,7 @@ void Space::raise_used(uint32_t chunk) {
   while (used <= chunk &&
          !arena_.header().chunks_used.compare_exchange_weak(used, chunk + 1, std::memory_order_seq_cst)) {
   }
+  TORCHSHM_POINT("claim.in_sight");
 }
 
 // Takes an idle chunk or a hole. The pages it is going to have are announced in the same exchange, before they are committed: a death in
@@ -112,12 +113,14 @@ bool Space::take(uint32_t chunk, ChunkValue wanted, Taken* taken) {
   wanted.owner = slot_;
   wanted.committed = std::max(found.committed, wanted.committed);
   if (!replace(chunk, found, wanted)) return false;
+  TORCHSHM_POINT("claim.taken");
   *taken = {found.committed, wanted};
   if (found.state == ChunkState::kIdle) {
     arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
   } else {
     mapped_[chunk] = 0;
   }
+  TORCHSHM_POINT("claim.told");
   return true;
 }
 
@@ -127,6 +130,7 @@ void Space::put_back(uint32_t chunk, const Taken& taken) {
   next.owner = taken.had == 0 ? 0 : slot_;
   next.committed = taken.had;
   if (!replace(chunk, taken.word, next)) return;
+  TORCHSHM_POINT("claim.put_back");
   if (taken.had != 0) arena_.header().idle_estimate.fetch_add(taken.had * kPage, std::memory_order_relaxed);
 }
 
@@ -159,6 +163,7 @@ Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, c
   if (growth == 0) return {};
   if (Status enough = check_headroom(growth); !enough) return enough;
   arena_.lease(slot_).grown.fetch_add(growth, std::memory_order_relaxed);
+  TORCHSHM_POINT("claim.growth_told");
   // Neighbouring ranges in one call.
   uint64_t start = 0, end = 0;
   for (size_t i = 0; i <= need.size(); ++i) {
@@ -280,6 +285,7 @@ void Space::release_run(uint32_t block, uint64_t generation) {
       next.head = 0;
       next.generation = 0;
       if (replace(head + i, found, next)) {
+        TORCHSHM_POINT("release_run.idle");
         arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
         TORCHSHM_POINT("release_run.chunk");
         break;
@@ -331,7 +337,9 @@ Result<Space::SmallChunk> Space::claim_small() {
     TORCHSHM_POINT("claim_small.backed");
     ChunkValue ready = taken[0].word;
     ready.state = ChunkState::kSmall;
-    if (replace(*chunk, taken[0].word, ready)) return SmallChunk{*chunk, false};
+    const bool mine = replace(*chunk, taken[0].word, ready);
+    TORCHSHM_POINT("claim_small.ready");
+    if (mine) return SmallChunk{*chunk, false};
   }
   return full("other processes took every free chunk first");
 }
@@ -341,6 +349,7 @@ void Space::release_small(uint32_t chunk) {
   ChunkValue next = found;
   next.state = ChunkState::kIdle;
   if (found.state == ChunkState::kSmall && found.owner == slot_ && replace(chunk, found, next)) {
+    TORCHSHM_POINT("release_small.idle");
     arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
   }
 }
@@ -352,6 +361,7 @@ void Space::finish_taking(uint32_t chunk, uint32_t taker) {
   bool empty = true;
   for (uint32_t page = 0; page < kPagesPerChunk; ++page) {
     Block& block = arena_.block(chunk * kPagesPerChunk + page);
+    if (page % 64 == 32) TORCHSHM_POINT("take_empty.moving");
     Pair found = block.value.load();
     for (;;) {
       BlockValue next = BlockValue::of(found);
@@ -371,6 +381,7 @@ void Space::finish_taking(uint32_t chunk, uint32_t taker) {
     next.state = empty ? ChunkState::kIdle : ChunkState::kSmall;
     next.owner = empty ? slot_ : kNobody;
     if (!replace(chunk, found, next)) continue;
+    TORCHSHM_POINT("take_empty.decided");
     if (empty) arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
     return;
   }
@@ -410,6 +421,7 @@ void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   if (!replace(chunk, found, trimming)) return;
   TORCHSHM_POINT("inherit.trimming");
   if (os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) (void)replace(chunk, trimming, ChunkValue{});
+  TORCHSHM_POINT("inherit.given_back");
 }
 
 void Space::inherit(uint32_t dead) {
@@ -452,6 +464,7 @@ void Space::inherit(uint32_t dead) {
           (void)replace(i, found, next);
           break;
       }
+      TORCHSHM_POINT("inherit.decided");
       const ChunkValue now = value(i);
       if (now.pair() == found.pair()) break;  // the system refused; the next reaper tries again
       found = now;
@@ -473,6 +486,7 @@ uint64_t Space::trim(uint64_t keep) {
     const Status punched = os::punch(arena_.data() + uint64_t{i} * kChunk, kChunk);
     TORCHSHM_POINT("trim.punched");
     (void)replace(i, claimed, punched ? ChunkValue{} : found);
+    TORCHSHM_POINT("trim.done");
     arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
     left -= std::min<uint64_t>(left, found.committed * kPage);
     if (punched) given += found.committed * kPage;

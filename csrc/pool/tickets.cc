@@ -38,6 +38,7 @@ std::optional<TicketId> Tickets::claim(uint32_t block) {
       while (used <= index &&
              !arena_.header().tickets_used.compare_exchange_weak(used, index + 1, std::memory_order_seq_cst)) {
       }
+      TORCHSHM_POINT("issue.in_sight");
       const uint64_t incarnation = arena_.lease(slot_).word.load(std::memory_order_relaxed) >> 8;
       ticket = {(ticket.nonce + 1) & TicketValue::kNonceMask, TicketValue::sender_of(slot_, incarnation), block, now()};
       if (!arena_.ticket(index).value.exchange_if(found, ticket.pair())) continue;
@@ -125,6 +126,7 @@ uint32_t Tickets::take_back(uint32_t older_than, bool dead_only, uint64_t enough
     ledger_.end();
   }
   arena_.header().taken_back.fetch_add(taken, std::memory_order_relaxed);
+  TORCHSHM_POINT("take_back.done");
   return taken;
 }
 

@@ -53,7 +53,12 @@ Tracee::Tracee(const std::function<void()>& prepare, const std::function<void()>
     ::_exit(0);
   }
   int status = 0;
-  if (::waitpid(pid_, &status, 0) != pid_ || !WIFSTOPPED(status) || WSTOPSIG(status) != SIGSTOP) {
+  pid_t stopped = ::waitpid(pid_, &status, 0);
+  while (stopped == pid_ && WIFSTOPPED(status) && WSTOPSIG(status) == SIGCHLD) {
+    (void)::ptrace(PTRACE_CONT, pid_, 0, SIGCHLD);
+    stopped = ::waitpid(pid_, &status, 0);
+  }
+  if (stopped != pid_ || !WIFSTOPPED(status) || WSTOPSIG(status) != SIGSTOP) {
     std::fprintf(stderr, "step: a preparation failed, status %x\n", static_cast<unsigned>(status));
     std::exit(2);
   }

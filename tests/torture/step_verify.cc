@@ -172,12 +172,16 @@ std::string newcomer(Scene& s) {
 }  // namespace
 
 std::string verify_beside(Scene& s, size_t alive) {
-  const std::string wrong = held_bytes(s) + leases(s, alive) + counts(s) + checker(s);
+  std::string wrong = held_bytes(s);
+  wrong += leases(s, alive);
+  wrong += counts(s);
+  wrong += checker(s);
   return wrong.empty() ? wrong : wrong.substr(2);
 }
 
 std::string verify(Scene& s, unsigned variant) {
-  std::string wrong = held_bytes(s) + error_for(s, s.stale, "the stale handle");
+  std::string wrong = held_bytes(s);
+  wrong += error_for(s, s.stale, "the stale handle");
   switch (variant % 3) {
     case 0:
       (void)s.survivor->reap();
@@ -189,24 +193,32 @@ std::string verify(Scene& s, unsigned variant) {
       wrong += newcomer(s);
       break;
   }
-  wrong += leases(s, 0) + counts(s) + checker(s);
+  wrong += leases(s, 0);
+  wrong += counts(s);
+  wrong += checker(s);
   if (pages_behind(s.survivor->arena()) > s.survivor->stats().committed) wrong += "; more pages than are counted";
   if (variant % 3 == 1) {
     // Messages are given up where there is no room otherwise; they are stale then, unless the survivor holds the block itself.
     const auto messages = s.messages();
     s.survivor->set_ticket_age(0);
-    wrong += all_memory(s) + error_for(s, s.letter, "the message that was taken back");
+    if (s.survivor->allocate(s.survivor->arena().header().limit.load(), false)) wrong += "; more memory than there is";
+    wrong += all_memory(s);
+    wrong += error_for(s, s.letter, "the message that was taken back");
     for (const Handle& handle : messages) {
       const bool own =
           std::any_of(s.held.begin(), s.held.end(), [&](const Held& h) { return h.block == handle.block; });
       if (!own) wrong += error_for(s, handle, "a message that was taken back");
     }
   } else {
-    wrong += receive(s) + all_memory(s);
+    wrong += receive(s);
+    wrong += all_memory(s);
   }
   const auto blocks = s.survivor->stats().blocks;
   if (blocks != s.held.size()) wrong += "; " + std::to_string(blocks) + " blocks in the end";
-  wrong += counts(s) + checker(s) + held_bytes(s) + error_for(s, s.stale, "the stale handle");
+  wrong += counts(s);
+  wrong += checker(s);
+  wrong += held_bytes(s);
+  wrong += error_for(s, s.stale, "the stale handle");
   while (!s.held.empty()) s.let_go();
   (void)s.survivor->trim(0);
   const uint64_t committed = s.survivor->stats().committed, behind = pages_behind(s.survivor->arena());

@@ -42,10 +42,10 @@ template <class Half>
 Pair load_halves(const Half& lo, const Half& hi) {
   for (;;) {
     Pair first, second;
-    first.lo = lo.load(std::memory_order_acquire);
+    first.lo = lo.load(std::memory_order_relaxed);  // which of the two comes first does not matter
     first.hi = hi.load(std::memory_order_acquire);
     second.lo = lo.load(std::memory_order_acquire);
-    second.hi = hi.load(std::memory_order_acquire);
+    second.hi = hi.load(std::memory_order_relaxed);  // the same value as the first time, and so no news
     if (first == second) return first;
   }
 }

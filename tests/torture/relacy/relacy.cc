@@ -1,6 +1,6 @@
 // The pool's own ledger, tickets, reaper, slots and taking of chunks under every interleaving, every death and C++'s memory model.
 //
-//   torchshm_relacy [--full] [--only NAME] [--history] [--list] [--json FILE]
+//   torchshm_relacy [--full] [--small] [--only NAME] [--history] [--list] [--json FILE]
 //
 // Each scenario is two or three processes, each a thread of Relacy's; one that is mortal may die before any of its writes, and its
 // thread goes on as a reaper, which may die as well.
@@ -332,18 +332,74 @@ struct ThreeReap : Scenario<ThreeReap, 3> {
   }
 };
 
+// The same, and the slow reaper dies of it; who takes it back ends its announcement.
+struct ReuseDies : Scenario<ReuseDies, 2> {
+  static constexpr uint32_t kLiving = 4;
+  void arrange() {
+    live_at_first(0, 2);
+    holds_at_first(kA, 0);
+    ticket_at_first(0, kA, 0);
+    pool.lease(kA).lock.store(0, std::memory_order_relaxed);
+    holding[kA] = kNothing;
+    died[kA] = true;
+  }
+  void process(unsigned i) {
+    if (i == 0) {
+      if (mortal(kB, [&] { (void)Process(pool, kB).reaper.reap(kA); })) (void)Process(pool, kC).reaper.reap(kB);
+      return;
+    }
+    (void)Process(pool, kD).reaper.reap(kA);
+    if (!join(kA)) return;
+    Process j(pool, kA);
+    (void)receive(j, false);
+  }
+};
+
+// The slow reaper has only just joined, in a slot that was never used before: a joiner must look at it as well.
+struct Late : Scenario<Late, 2> {
+  static constexpr uint32_t kLiving = 2;
+  void arrange() {
+    live_at_first(0, 2);
+    holds_at_first(kA, 0);
+    ticket_at_first(0, kA, 0);
+    pool.lease(kA).lock.store(0, std::memory_order_relaxed);
+    holding[kA] = kNothing;
+    died[kA] = true;
+  }
+  void process(unsigned i) {
+    if (i == 0) {
+      if (join(kC)) (void)Process(pool, kC).reaper.reap(kA);
+      return;
+    }
+    (void)Process(pool, kB).reaper.reap(kA);
+    if (!join(kA)) return;
+    Process j(pool, kA);
+    (void)receive(j, false);
+  }
+};
+
 // AtomicPair as it is: two halves that change together, and are read one by one.
 struct Halves : Scenario<Halves, 2> {
-  Word<uint64_t> lo{"lo"}, hi{"hi"};
+  // A half knows the number of its pair's change; who has acquired one half of a change does not find the other half as it was before.
+  struct Half {
+    Halves& pair;
+    Word<uint64_t> word;
+    uint64_t load(std::memory_order order) const {
+      uint64_t found = word.load(order);
+      if (found >> 32 < pair.seen) found = word.now();
+      if (order == std::memory_order_acquire) pair.seen = std::max(pair.seen, found >> 32);
+      return found & 0xffffffff;
+    }
+  };
+  uint64_t seen = 0, changes = 0;
+  Half lo{*this, Word<uint64_t>("lo")}, hi{*this, Word<uint64_t>("hi")};
   rl::var<uint32_t> published;
   void arrange() { published($) = 0; }
-  // Each half is written twice, so that who sees one of the two as it is now can't see the other as it was.
   void exchange(pool::Pair to) {
     const Alone alone;
-    for (int i = 0; i < 2; ++i) {
-      (void)lo.exchange(to.lo, std::memory_order_acq_rel);
-      (void)hi.exchange(to.hi, std::memory_order_acq_rel);
-    }
+    ++changes;
+    (void)lo.word.exchange(changes << 32 | to.lo, std::memory_order_acq_rel);
+    (void)hi.word.exchange(changes << 32 | to.hi, std::memory_order_acq_rel);
   }
   void process(unsigned i) {
     if (i == 0) {
@@ -410,6 +466,8 @@ constexpr Entry kScenarios[] = {
     {"reapers_drop", explore<Reapers<2>>, 4, kAll, "died in drop; two reap, one dies"},
     {"reapers_issue", explore<Reapers<3>>, 4, kAll, "died in issue and drop; two reap, one dies"},
     {"reuse", explore<Reuse>, kAll, kAll, "the slot is given out again beside a slow reaper"},
+    {"reuse_dies", explore<ReuseDies>, kAll, kAll, "the same, and the slow reaper dies"},
+    {"late", explore<Late>, kAll, kAll, "the slow reaper has only just joined"},
     {"nested", explore<Nested>, 2, 4, "the sender dies, its reaper dies, another reaps both"},
     {"three", explore<Three>, 1, 3, "two receive one message, the sender drops and allocates"},
     {"three_take", explore<ThreeTake>, 1, 3, "owner, taker who dies, second taker"},
@@ -421,7 +479,7 @@ constexpr Entry kScenarios[] = {
 
 int main(int argc, char** argv) {
   using namespace torchshm::model;
-  bool full = false, history = true, quiet = false;
+  bool full = false, history = true, quiet = false, small = false;
   unsigned switches = 0;
   std::string only, json;
   for (int i = 1; i < argc; ++i) {
@@ -430,6 +488,8 @@ int main(int argc, char** argv) {
       full = true;
     else if (arg == "--quiet")
       quiet = true, history = false;
+    else if (arg == "--small")
+      small = true;
     else if (arg == "--only" && i + 1 < argc)
       only = argv[++i];
     else if (arg == "--switches" && i + 1 < argc)
@@ -437,7 +497,8 @@ int main(int argc, char** argv) {
     else if (arg == "--json" && i + 1 < argc)
       json = argv[++i];
     else {
-      std::fprintf(stderr, "usage: %s [--full] [--only NAME] [--switches N] [--quiet] [--json FILE]\n", argv[0]);
+      std::fprintf(stderr, "usage: %s [--full] [--small] [--only NAME] [--switches N] [--quiet] [--json FILE]\n",
+                   argv[0]);
       return 2;
     }
   }
@@ -465,6 +526,7 @@ int main(int argc, char** argv) {
   }
   for (const Entry& e : kScenarios) {
     if (!only.empty() && only != e.name) continue;
+    if (small && e.short_switches != kAll) continue;
     search.switches = switches != 0 ? switches : full ? e.full_switches : e.short_switches;
     const auto start = Clock::now();
     const Outcome o = e.explore(history);

@@ -43,6 +43,7 @@ class Scenario : public rl::test_suite<Derived, threads> {
     chunk_of(pool::kNobody);
     payload[0]($) = 0;
     payload[1]($) = 0;
+    for (uint32_t slot = 0; slot < SmallPool::kLeaseSlots; ++slot) pool.custody(slot)($) = 0;
     self().arrange();
     trace.threads_running = true;
   }
@@ -150,7 +151,14 @@ class Scenario : public rl::test_suite<Derived, threads> {
     uint32_t unlocked = 0;
     if (!pool.lease(slot).lock.compare_exchange_strong(unlocked, 1, std::memory_order_seq_cst)) return false;
     died[slot] = false;
-    if (pool::claim_slot(pool, slot) != 0) return true;
+    if (pool::claim_slot(pool, slot) != 0) {
+      pool.custody(slot)($) = 1;
+      const SmallLease& lease = pool.lease(slot);
+      RL_ASSERT(lease.bits.load(std::memory_order_relaxed) == 0 && "a new lease begins with a hold");
+      RL_ASSERT(lease.intent.load(std::memory_order_relaxed) == 0 && "a new lease begins with an intent");
+      RL_ASSERT(lease.reaping.load(std::memory_order_relaxed) == 0 && "a new lease begins as a reaper");
+      return true;
+    }
     pool.lease(slot).lock.store(0, std::memory_order_seq_cst);
     return false;
   }

@@ -82,6 +82,9 @@ class SmallPool {
     }
     return n;
   }
+  // What is in a lease belongs to its process, or to all who are taking it back. Not memory of the pool's: Relacy's race detector is told
+  // when one uses it.
+  rl::var<uint32_t>& custody(uint32_t slot) const { return custody_[slot]; }
   BlockValue value(uint32_t block) const { return BlockValue::of(blocks_[block].value.now()); }
   ChunkValue chunk_now(uint32_t chunk) const { return ChunkValue::of(chunks_[chunk].value.now()); }
 
@@ -91,6 +94,7 @@ class SmallPool {
   mutable std::array<SmallBlock, kPagesInChunk * kChunks> blocks_;
   mutable std::array<SmallTicket, kTicketSlots> tickets_;
   mutable std::array<SmallChunk, kChunks> chunks_;
+  mutable std::array<rl::var<uint32_t>, kLeaseSlots> custody_;
 };
 
 // What os::locked_by_other says. The kernel's own lock orders it after all that the dead process wrote.
@@ -103,6 +107,7 @@ class SmallSpace {
  public:
   SmallSpace(SmallPool& pool, uint32_t slot, bool with_chunks) : pool_(pool), slot_(slot), with_chunks_(with_chunks) {}
   void inherit(uint32_t dead) {
+    (void)static_cast<uint32_t>(pool_.custody(dead)($));
     if (!with_chunks_) return;
     for (uint32_t i = SmallPool::kChunks; i-- > 0;) {
       ChunkValue found = pool::chunk_value(pool_, i);

@@ -83,7 +83,7 @@ def build(work: Path) -> Path:
     return program
 
 
-def explore(program: Path, variant: Variant, arguments: list[str]) -> None:
+def explore(program: Path, variant: Variant, arguments: list[str]) -> Variant:
     environment = os.environ | {"TORCHSHM_WEAKEN": f"{variant.site}:{ORDERS.index(variant.weaker)}"}
     start = time.monotonic()
     done = subprocess.run([program, "--quiet", *arguments], env=environment, capture_output=True, text=True, check=False)
@@ -91,11 +91,13 @@ def explore(program: Path, variant: Variant, arguments: list[str]) -> None:
     if done.returncode != 0:
         found = re.search(r"VIOLATION in (\w+)", done.stdout)
         variant.caught_by = found[1] if found else f"exit {done.returncode}"
+    return variant
 
 
 def main(
     full: Annotated[bool, typer.Option(help="Explore each scenario as far as the full form does.")] = False,
     only: Annotated[str, typer.Option(help="Only orders whose place contains this.")] = "",
+    small: Annotated[bool, typer.Option(help="The small scenarios only.")] = False,
     jobs: Annotated[int, typer.Option(help="Variants at a time.")] = 2,
     output: Annotated[Path, typer.Option(help="Where the results go.")] = ROOT / "build/torture/relacy_orders.json",
 ) -> None:
@@ -106,8 +108,9 @@ def main(
         variants = [v for v in instrument(work / "csrc") if only in v.where]
         program = build(work)
         with ThreadPoolExecutor(jobs) as pool:
-            for _ in pool.map(lambda v: explore(program, v, ["--full"] if full else []), variants):
-                pass
+            arguments = ["--full"] if full else ["--small"] if small else []
+            for v in pool.map(lambda v: explore(program, v, arguments), variants):
+                console.print(f"{v.where} {v.order} -> {v.weaker}: {v.caught_by or 'nobody'} ({v.seconds:.0f} s)")
     table = Table("place", "order", "weaker", "caught by", "s", "line", title="memory orders, each weakened")
     for v in variants:
         table.add_row(

@@ -125,12 +125,14 @@ system:
 	command -v ccache >/dev/null || missing+=' ccache'
 	[ -e /usr/include/gtest/gtest.h ] || missing+=' libgtest-dev'
 	[ -e /usr/include/benchmark/benchmark.h ] || missing+=' libbenchmark-dev'
+	[ -e /usr/include/relacy/relacy.hpp ] || missing+=' relacy-dev'
+	command -v rumur >/dev/null || missing+=' rumur'
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing+=' python3-venv'
 	headers=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 	[ -e "$$headers/Python.h" ] || missing+=' python3-dev'
 	[ -n "$$missing" ] || exit 0
 	$(install_from_debian)
-	[ -z "$$failed" ] || echo '(`make test` needs libgtest-dev; ccache and libbenchmark-dev can be done without)' >&2
+	[ -z "$$failed" ] || echo '(`make test` needs libgtest-dev, relacy-dev and rumur; ccache and libbenchmark-dev can be done without)' >&2
 
 .PHONY: clang-tidy
 clang-tidy:

@@ -111,7 +111,9 @@ class Worker {
   uint32_t trials_ = 0;
 };
 
-bool enough() { return here.totals->violations.load() >= kMaxViolations; }
+// Of the same operation a few are as good as many.
+uint32_t at_start = 0;
+bool enough() { return here.totals->violations.load() >= std::min(kMaxViolations, at_start + 4); }
 
 void raise_to(std::atomic<uint32_t>& mark, uint64_t value) {
   uint32_t seen = mark.load();
@@ -240,7 +242,8 @@ Trial draw(uint64_t seed) {
       }
     } else {
       const auto count = static_cast<uint32_t>(operations().size());
-      for (uint32_t piece; (piece = here.totals->next.fetch_add(1)) < count * kRuns && !enough();) {
+      for (uint32_t piece; (piece = here.totals->next.fetch_add(1)) < count * kRuns;) {
+        at_start = here.totals->violations.load();
         const uint32_t operation = piece / kRuns;
         const auto run = static_cast<Run>(piece % kRuns);
         if (options.operation >= 0 && operation != static_cast<uint32_t>(options.operation)) continue;
@@ -250,6 +253,7 @@ Trial draw(uint64_t seed) {
         if (run == Run::kStop) enumerate_stops(worker, operation, options);
         worker.end_session();
       }
+      at_start = kMaxViolations;
       for (uint64_t i = 0; here.totals->kills.load() < options.kills && !enough(); ++i)
         (void)worker.run(draw((options.seed * 64 + job) * 1'000'000'007 + i));
     }

@@ -280,13 +280,15 @@ void Scene::helper(const std::function<void(Scene&)>& work) {
   if (status != 0) wrong("a helper ended with status %d", status);
 }
 
-uint64_t Scene::committed() const {
+uint64_t Scene::committed(bool idle_too) const {
   uint64_t pages = 0;
-  for (uint32_t i = 0, used = member->arena().chunks_used(); i < used; ++i)
-    pages += pool::ChunkValue::of(member->arena().chunk(i).value.load()).committed;
+  for (uint32_t i = 0, used = member->arena().chunks_used(); i < used; ++i) {
+    const auto chunk = pool::ChunkValue::of(member->arena().chunk(i).value.load());
+    if (idle_too || chunk.state != pool::ChunkState::kIdle) pages += chunk.committed;
+  }
   return pages * pool::kPage;
 }
 
-void Scene::press(uint64_t room) { member->arena().header().limit.store(committed() + room); }
+void Scene::press(uint64_t room) { member->arena().header().limit.store(committed(false) + room); }
 
 }  // namespace torchshm::torture

@@ -58,9 +58,9 @@ class Scene {
   void victim(const std::function<void(Scene&)>& work, const char* dies_at = nullptr);
   // A further process that does its work and leaves.
   void helper(const std::function<void(Scene&)>& work);
-  // Lowers the limit to what is committed now, and `room` more.
+  // Lowers the limit to what is committed and not idle now, and `room` more.
   void press(uint64_t room);
-  uint64_t committed() const;
+  uint64_t committed(bool idle_too = true) const;
 
   __attribute__((format(printf, 2, 3))) void wrong(const char* format, ...);
   bool fine() const { return fine_; }
@@ -95,6 +95,7 @@ enum : uint32_t {
   kMayFill = 1024,    // makes the pool full: may fail with kFull
   kOnlyAlone = 2048,  // no kills during its recovery: the same as another's, but long
   kForks = 4096,
+  kRaisesLimit = 8192,
 };
 
 struct Operation {

@@ -14,11 +14,8 @@
 #include <fstream>
 #include <random>
 
-#include "pool/tickets.h"
-#if __has_include("pool/checker.h")
 #include "pool/checker.h"
-#define TORCHSHM_HAS_CHECKER 1
-#endif
+#include "pool/tickets.h"
 
 namespace torchshm::torture {
 
@@ -318,7 +315,7 @@ void Session::set_up(const Trial& trial, const Operation& operation) {
   }
   if ((operation.flags & kEmptyChunk) != 0) {
     const size_t before = d.held.size();
-    for (int i = 0; i < 5; ++i) d.hold(uint64_t{400} << 10);
+    for (int i = 0; i < 6; ++i) d.hold(uint64_t{400} << 10);  // more than one chunk holds
     while (d.held.size() > before) d.release(d.held.size() - 1);
   }
   if ((operation.flags & kManyGifts) != 0) {
@@ -581,6 +578,7 @@ void Session::while_stopped(const Operation& operation, pid_t) {
   bits = read_bits();
   const uint64_t before = board.survivor_operations.load();
   const uint32_t was_tolerant = board.tolerant.exchange(1);
+  const uint64_t warm = arena.header().warm.exchange(uint64_t{1} << 40);
   const size_t held = d.held.size();
   for (int round = 0; round < 2; ++round) {
     (void)driver->reap();
@@ -603,6 +601,7 @@ void Session::while_stopped(const Operation& operation, pid_t) {
     (void)driver->trim(0);
     (void)driver->stats();
   }
+  arena.header().warm.store(warm);
   if ((operation.flags & kParked) == 0) {
     // The alarm bounds it.
     while (board.survivor_operations.load() < before + 20 && survivor_ > 0) {
@@ -672,6 +671,7 @@ void Session::verify(const Trial& trial, const Operation& operation) {
   arena.header().ticket_age.store(300);
   arena.lease(member_->membership().slot()).reaping.store(0);
   (void)member_->reap();
+  if ((operation.flags & kRaisesLimit) != 0) (void)driver->trim(0);
   for (uint32_t i = 0; i < 2; ++i) take(board.inbox[i], true, "the inbox");  // the driver holds these
   const pool::Handle gift = board.gift.handle;
   const bool had_gift = board.gift.state.load() != kNothing;
@@ -701,14 +701,12 @@ void Session::verify(const Trial& trial, const Operation& operation) {
   if (!intact(kept_[0]) || !intact(kept_[1])) wrong("a block that the driver holds has changed");
   if (!wrong_.empty()) return;
   verify_table();
-#if defined(TORCHSHM_HAS_CHECKER)
   if (wrong_.empty()) {
     pool::CheckOptions options;
     options.at_rest = true;
     const pool::CheckReport report = pool::check(arena, options);
     if (!report.ok()) wrong("the checker: %s", report.first().c_str());
   }
-#endif
   if (trial.whole && wrong_.empty()) verify_whole();
 }
 

@@ -458,7 +458,7 @@ std::vector<Operation> make() {
         at.name, kReaps | kInbox, [at](Scene& s) { s.victim(at.work, at.point); }, reap);
   }
   add(
-      "reap_taking", kReaps | kEmptyChunk,
+      "reap_taking", kReaps | kEmptyChunk | kParked,
       [](Scene& s) { s.victim([](Scene& v) { (void)v.member->trim(0); }, "take_empty.announced"); }, reap);
   add(
       "reap_a_reaper", kReaps | kParked,

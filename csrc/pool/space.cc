@@ -51,7 +51,7 @@ uint64_t Space::idle() const {
 bool Space::unsettled() const {
   for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
     const ChunkValue v = value(i);
-    if (v.state == ChunkState::kTrimming || v.state == ChunkState::kBacking) return true;
+    if ((v.state == ChunkState::kTrimming && v.owner != kNobody) || v.state == ChunkState::kBacking) return true;
     if (v.state == ChunkState::kRun && v.head == i &&
         !BlockValue::of(arena_.block(i * kPagesPerChunk).value.load()).live)
       return true;
@@ -420,7 +420,14 @@ void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   trimming.generation = 0;
   if (!replace(chunk, found, trimming)) return;
   TORCHSHM_POINT("inherit.trimming");
-  if (os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) (void)replace(chunk, trimming, ChunkValue{});
+  // Where the system refuses it is nobody's, and whoever trims tries again. (Not the dead one's again: others may have found nothing of
+  // it any more and freed its slot.)
+  ChunkValue next;
+  if (!os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) {
+    next = trimming;
+    next.owner = kNobody;
+  }
+  (void)replace(chunk, trimming, next);
   TORCHSHM_POINT("inherit.given_back");
 }
 
@@ -466,7 +473,7 @@ void Space::inherit(uint32_t dead) {
       }
       TORCHSHM_POINT("inherit.decided");
       const ChunkValue now = value(i);
-      if (now.pair() == found.pair()) break;  // the system refused; the next reaper tries again
+      if (now.pair() == found.pair()) break;
       found = now;
     }
   }
@@ -475,9 +482,10 @@ void Space::inherit(uint32_t dead) {
 uint64_t Space::trim(uint64_t keep) {
   uint64_t given = 0, left = idle();
   // From the end, so that the file's used part stays compact.
-  for (uint32_t i = arena_.chunks_used(); i-- > 0 && left > keep;) {
+  for (uint32_t i = arena_.chunks_used(); i-- > 0;) {
     const ChunkValue found = value(i);
-    if (found.state != ChunkState::kIdle) continue;
+    if (found.state == ChunkState::kTrimming && found.owner == kNobody) give_to_system(i, found);
+    if (found.state != ChunkState::kIdle || left <= keep) continue;
     ChunkValue claimed = found;
     claimed.state = ChunkState::kTrimming;
     claimed.owner = slot_;

@@ -214,7 +214,8 @@ Trial draw(uint64_t seed) {
     const uint64_t bound = random() % 4 == 0 && longest != 0 ? longest : 40;
     trial.kills.push_back({recovery, 1 + random() % bound});
   }
-  if (random() % 16 == 0) {
+  // One that empties chunks would take those that the operation needs.
+  if (random() % 16 == 0 && (all[trial.operation].flags & kEmptyChunk) == 0) {
     for (int tries = 0; tries < 20; ++tries) {
       const auto i = static_cast<uint32_t>(random() % all.size());
       if ((all[i].flags & ~kInbox) != 0) continue;

@@ -403,7 +403,7 @@ std::vector<Operation> make() {
       });
 
   // -- fork
-  add("fork", kInbox | kForks, before_fork, [](Scene& s) { return forked(s, true, true, true); });
+  add("fork", kInbox | kForks, before_fork_making, [](Scene& s) { return forked(s, true, true, true); });
   add("fork_parent", kInbox | kForks, before_fork, [](Scene& s) { return forked(s, true, false, true); });
   add("fork_child", kInbox | kForks, before_fork_making, [](Scene& s) { return forked(s, false, true, true); });
   add(

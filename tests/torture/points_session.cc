@@ -214,6 +214,7 @@ Session::Session(uint64_t seed) {
   files_ = open_files();
   mappings_ = mappings();
   for (Message& message : board.street) message.state.store(kNothing);
+  for (Message* message : {&board.inbox[0], &board.inbox[1], &board.gift, &board.gone}) message->state.store(kNothing);
   board.park = board.parked = board.leave = 0;
   board.wrong[0] = 0;
   board.tolerant = 0;
@@ -399,6 +400,25 @@ int Session::act(const Trial& trial, const Operation& operation, uint32_t level,
     }
     (void)s.member->reap();
     (void)s.member->trim(0);
+    // Not only once this process is gone.
+    const uint32_t slot = s.member->membership().slot();
+    for (uint32_t i = 0; i < s.member->arena().chunks_used(); ++i) {
+      const ChunkValue chunk = ChunkValue::of(s.member->arena().chunk(i).value.load());
+      const bool between = chunk.state == ChunkState::kTrimming || chunk.state == ChunkState::kBacking ||
+                           chunk.state == ChunkState::kTaking;
+      if (between && chunk.owner == slot) s.wrong("chunk %u is left in state %d", i, static_cast<int>(chunk.state));
+    }
+    // A copy-on-write view shows what the block holds, and nothing that was written to an earlier view.
+    if ((operation.flags & kInbox) != 0 && (operation.flags & kForks) == 0) {
+      auto view = s.member->redeem(board.inbox[1].handle, Mode::kCopyOnWrite);
+      if (view) {
+        const Held copy{view->block, Mode::kCopyOnWrite, view->data, board.inbox[1].bytes, board.inbox[1].seed};
+        if (!intact(copy)) s.wrong("a new copy-on-write view shows what was written to an old one");
+        s.member->release(copy.block, copy.mode);
+      } else if (!faulted || view.code() != Code::kUnsupported) {
+        s.wrong("redeem: %s", view.status().what().c_str());
+      }
+    }
   }
   s.release_all();
   if (s.own != nullptr) {
@@ -677,7 +697,8 @@ void Session::verify(const Trial& trial, const Operation& operation) {
   arena.header().ticket_age.store(300);
   arena.lease(member_->membership().slot()).reaping.store(0);
   (void)member_->reap();
-  if ((operation.flags & kRaisesLimit) != 0) (void)driver->trim(0);
+  // What the system refused to take back once is tried again then.
+  if ((operation.flags & kRaisesLimit) != 0 || trial.run == Run::kFail) (void)driver->trim(0);
   for (uint32_t i = 0; i < 2; ++i) take(board.inbox[i], true, "the inbox");  // the driver holds these
   const pool::Handle gift = board.gift.handle;
   const bool had_gift = board.gift.state.load() != kNothing;

@@ -302,6 +302,7 @@ void write_json(const Options& options, double seconds, const std::vector<std::s
       {"calls made to fail", t.failures.load()},
       {"SIGSTOPs", t.stops.load()},
       {"trials", t.trials.load()},
+      {"victims that did not come to their point", t.missed.load()},
       {"times the whole limit was allocated afterwards", t.wholes.load()},
       {"operations of the survivors meanwhile", t.survivor_operations.load()},
   };

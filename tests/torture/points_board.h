@@ -34,6 +34,7 @@ constexpr uint32_t kMany = 1030;  // more than the ring of hints holds
 struct Totals {
   std::atomic<uint64_t> kills, failures, stops;  // that happened
   std::atomic<uint64_t> trials, pairs, wholes;   // pairs: kills of a recovering process at a point of its own
+  std::atomic<uint64_t> missed;                  // victims that did not come to the point where they were to die
   std::atomic<uint64_t> survivor_operations;
   std::atomic<uint64_t> points[kRuns];             // (operation, N) that were reached, alone
   std::atomic<uint32_t> most[kMaxOperations];      // points of an operation, as enumerated

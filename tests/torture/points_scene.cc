@@ -258,11 +258,13 @@ void Scene::victim(const std::function<void(Scene&)>& work, const char* dies_at)
     }
     work(self);
     if (dies_at == nullptr) std::raise(SIGKILL);
-    return 1;
+    return self.fine() ? 3 : 1;
   });
   const int status = wait_for(pid);
   if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) {
     here.totals->kills.fetch_add(1);
+  } else if (WIFEXITED(status) && WEXITSTATUS(status) == 3) {
+    here.totals->missed.fetch_add(1);  // the survivor came first
   } else if (!board.tolerant) {
     wrong("the victim was to die at %s and ended with status %d", dies_at == nullptr ? "the end" : dies_at, status);
   }

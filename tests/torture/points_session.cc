@@ -568,13 +568,10 @@ void Session::stop(const Trial& trial, const Operation& operation, Outcome& outc
   (void)::setpgid(pid, pid);
   int status = 0;
   if (wait_until_stopped(pid, status)) {
-    const pid_t sleeper = board.stopped.load();
-    while_stopped(operation, sleeper);
-    ::kill(sleeper, SIGCONT);
+    while_stopped(operation);
     // Parent and child of a fork may both come to a point where they stop.
     while (::waitpid(pid, &status, WNOHANG) != pid) {
-      if (const pid_t other = board.stopped.load(); other != sleeper && asleep(other)) ::kill(other, SIGCONT);
-      if (asleep(sleeper)) ::kill(sleeper, SIGCONT);
+      ::kill(-pid, SIGCONT);
       ::usleep(100);
     }
     if (status != 0)
@@ -588,7 +585,7 @@ void Session::stop(const Trial& trial, const Operation& operation, Outcome& outc
 }
 
 // Others go on, and take nothing from the sleeper.
-void Session::while_stopped(const Operation& operation, pid_t) {
+void Session::while_stopped(const Operation& operation) {
   Board& board = *here.board;
   Scene& d = *scene_;
   pool::Arena& arena = member_->arena();
@@ -626,6 +623,8 @@ void Session::while_stopped(const Operation& operation, pid_t) {
     }
     (void)driver->trim(0);
     (void)driver->stats();
+    const pool::CheckReport report = pool::check(arena);
+    if (!report.ok()) wrong("stopped at %s, the checker: %s", board.last[0], report.first().c_str());
   }
   arena.header().warm.store(warm);
   if ((operation.flags & kParked) == 0) {

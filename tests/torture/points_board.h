@@ -66,7 +66,8 @@ struct Board {
   Message gone;      // released long ago
   pool::Handle many[kMany];
   uint32_t many_bytes;
-  std::atomic<uint32_t> tolerant;  // the pool is made full on purpose: unreceived messages may have been taken back
+  std::atomic<uint32_t> tolerant;    // the pool is made full on purpose: unreceived messages may have been taken back
+  std::atomic<uint32_t> leave_dead;  // the survivor does not reap of its own accord
   // From the actor (level 0) and the recovering processes (1, 2, ...).
   std::atomic<uint32_t> acted[kMaxDepth + 1];
   std::atomic<uint64_t> reached[kMaxDepth + 1];

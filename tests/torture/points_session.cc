@@ -165,9 +165,11 @@ void Session::survive(uint64_t seed) {
       }
       default: {
         const auto rare = random() % 64;
-        if (rare < 4) (void)s.member->reap();
-        if (rare == 4) (void)s.member->stats();
-        if (rare == 5) (void)s.member->trim(uint64_t{1} << 20);
+        if (board.leave_dead.load() == 0) {
+          if (rare < 4) (void)s.member->reap();
+          if (rare == 4) (void)s.member->stats();
+          if (rare == 5) (void)s.member->trim(uint64_t{1} << 20);
+        }
         auto handle = s.member->issue(s.held[0].block);
         if (!handle) break;
         auto view = s.member->redeem(*handle, Mode::kReadWrite);
@@ -294,6 +296,7 @@ void Session::set_up(const Trial& trial, const Operation& operation) {
   bool fills = (operation.flags & kMayFill) != 0;
   for (const Trial::Kill& kill : trial.kills) fills = fills || kill.recovery == Recovery::kFull;
   board.tolerant = fills ? 1 : 0;
+  board.leave_dead = (operation.flags & kReaps) != 0 ? 1 : 0;
   Scene& d = *scene_;
   const auto send = [&](Message& message, const Held& held) {
     auto handle = driver->issue(held.block);

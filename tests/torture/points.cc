@@ -2,7 +2,7 @@
 //
 //   torchshm_points [--full] [--seed S] [--kills K] [--jobs J] [--operation NAME] [--mode kill|fail|stop] [--json PATH]
 //   torchshm_points --mode M --operation NAME --at N [--recovery reap|join|full:M]... [--errno E [--persistent]] [--bystander NAME:N]
-//                   [--seed S] [--repeat R]                                          one trial again, as a violation prints it
+//                   [--leave-dead] [--seed S] [--repeat R]                           one trial again, as a violation prints it
 //   torchshm_points --list                                                           operations and points
 //
 // First the enumeration: for each operation N = 1, 2, ... until the operation passes no N-th point; for each N, the process that recovers
@@ -145,10 +145,11 @@ void enumerate_kills(Worker& worker, uint32_t operation, const Options& options)
     // All recoveries in the full form. Of the other kinds one M each for every N: what they have in common is enumerated already.
     const uint64_t stride = options.full ? 1 : 23;
     trial.whole = false;
+    trial.leave_dead = true;
     for (uint64_t nested = 1 + random() % stride; nested < kMostPoints && !enough(); nested += stride) {
       trial.kills = {{Recovery::kReap, nested}};
       trial.whole = options.full && nested % 16 == 1;
-      const Outcome outcome = run_up_to(worker, trial, options.full ? 2 : 1, &Outcome::recovery_reached);
+      const Outcome outcome = run_up_to(worker, trial, options.full ? 3 : 2, &Outcome::recovery_reached);
       if (!outcome.recovery_reached) break;
       here.totals->pairs.fetch_add(1);
       raise_to(here.totals->most_recovery[0], nested);
@@ -158,7 +159,7 @@ void enumerate_kills(Worker& worker, uint32_t operation, const Options& options)
       for (uint64_t nested = 1 + random() % 5; nested < kMostPoints && !enough(); nested += 5) {
         trial.kills = {{recovery, nested}};
         trial.whole = false;
-        const Outcome outcome = worker.run(trial);
+        const Outcome outcome = run_up_to(worker, trial, 3, &Outcome::recovery_reached);
         if (!outcome.recovery_reached) break;
         here.totals->pairs.fetch_add(1);
         raise_to(here.totals->most_recovery[static_cast<int>(recovery)], nested);
@@ -383,6 +384,8 @@ Options parse(int argc, char** argv) {
       for (uint32_t k = 0; k < kRecoveries; ++k) {
         if (kind == kRecoveryNames[k]) options.trial.kills.push_back({static_cast<Recovery>(k), at});
       }
+    } else if (flag == "--leave-dead") {
+      options.trial.leave_dead = true;
     } else if (flag == "--bystander") {
       const auto [name, at] = split(value());
       options.trial.bystander = find_operation(name);

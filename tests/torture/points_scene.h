@@ -16,6 +16,7 @@ namespace torchshm::torture {
 
 constexpr uint64_t kSmallBytes = 5000;
 constexpr uint64_t kLargeBytes = uint64_t{600} << 10;
+constexpr uint64_t kTwoChunks = (uint64_t{2} << 20) + 70000;
 constexpr uint64_t kRunBytes = (uint64_t{4} << 20) + 70000;  // three chunks
 constexpr uint64_t kLimit = uint64_t{16} << 20;
 

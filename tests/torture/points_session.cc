@@ -84,6 +84,7 @@ std::string Trial::describe() const {
     text += std::string(" --bystander ") + operations()[static_cast<size_t>(bystander)].name + ":" +
             std::to_string(bystander_at);
   }
+  if (leave_dead) text += " --leave-dead";
   return text + " --seed " + std::to_string(seed);
 }
 
@@ -133,7 +134,10 @@ void Session::survive(uint64_t seed) {
     switch (random() % 8) {
       case 0:
       case 1:
-        if (s.held.size() < 6) allocate(random() % 8 == 0 ? kLargeBytes : 64 + (uint64_t{1} << random() % 16));
+        // Growth would reap; its small blocks have room in the chunk that it has.
+        if (s.held.size() < 6)
+          allocate(random() % 8 == 0 && board.leave_dead.load() == 0 ? kLargeBytes
+                                                                     : 64 + (uint64_t{1} << random() % 16));
         break;
       case 2:
       case 3:
@@ -296,7 +300,7 @@ void Session::set_up(const Trial& trial, const Operation& operation) {
   bool fills = (operation.flags & kMayFill) != 0;
   for (const Trial::Kill& kill : trial.kills) fills = fills || kill.recovery == Recovery::kFull;
   board.tolerant = fills ? 1 : 0;
-  board.leave_dead = (operation.flags & kReaps) != 0 ? 1 : 0;
+  board.leave_dead = (operation.flags & kReaps) != 0 || trial.leave_dead ? 1 : 0;
   Scene& d = *scene_;
   const auto send = [&](Message& message, const Held& held) {
     auto handle = driver->issue(held.block);
@@ -316,7 +320,7 @@ void Session::set_up(const Trial& trial, const Operation& operation) {
     }
   }
   if ((operation.flags & (kGift | kLargeGift | kGone)) != 0) {
-    const Held& held = d.hold((operation.flags & kLargeGift) != 0 ? kLargeBytes : kSmallBytes);
+    const Held& held = d.hold((operation.flags & kLargeGift) != 0 ? kTwoChunks : kSmallBytes);
     if (held.data == nullptr) return;
     Message& to = (operation.flags & kGone) != 0 ? board.gone : board.gift;
     send(to, held);

@@ -291,14 +291,28 @@ void Member::release(uint32_t block, Mode mode) {
   release_locked(block, mode);
 }
 
+bool Member::drop_copy(const Arena::Extent& extent) {
+  std::byte* copy = arena_.address(Mode::kCopyOnWrite, extent.offset);
+  return copy == nullptr || os::drop_private(copy, extent.length).ok();
+}
+
+// Tries again where it was refused. Until then such a range is not seen through that face.
+bool Member::copy_is_clean(const Arena::Extent& extent) {
+  bool clean = true;
+  std::erase_if(spoiled_, [&](const Arena::Extent& old) {
+    if (old.offset >= extent.offset + extent.length || extent.offset >= old.offset + old.length) return false;
+    const bool dropped = drop_copy(old);
+    clean = clean && dropped;
+    return dropped;
+  });
+  return clean;
+}
+
 void Member::release_locked(uint32_t block, Mode mode) {
   const Holds::Removed removed = holds_.remove(block, mode);
   if (removed.last_copy) {
     // What was written here privately would shadow the block's next contents.
-    if (const auto extent = arena_.extent(block)) {
-      if (std::byte* copy = arena_.address(Mode::kCopyOnWrite, extent->offset))
-        (void)os::drop_private(copy, extent->length);
-    }
+    if (const auto extent = arena_.extent(block); extent && !drop_copy(*extent)) spoiled_.push_back(*extent);
   }
   if (removed.left != 0 || stranded_) return;
   if (holds_.is_private(block)) {
@@ -342,7 +356,8 @@ Result<Member::View> Member::redeem(const Handle& handle, Mode mode, bool exclus
   const auto extent = arena_.extent(handle.block);
   // Seen copy-on-write, a block must not share its pages with another.
   const bool whole = extent && extent->offset % kPage == 0 && extent->length % kPage == 0;
-  std::byte* data = extent && (whole || mode != Mode::kCopyOnWrite) ? arena_.address(mode, extent->offset) : nullptr;
+  const bool seen = extent && (mode != Mode::kCopyOnWrite || (whole && copy_is_clean(*extent)));
+  std::byte* data = seen ? arena_.address(mode, extent->offset) : nullptr;
   if (data == nullptr) {
     if (holds_.count(handle.block) == 0) work_->ledger.drop(handle.block);
     if (!extent) return Status(Code::kCorrupt, "the block's descriptor contradicts the pool's size");
@@ -364,6 +379,8 @@ Result<Member::View> Member::view(uint32_t block, Mode mode) {
   if (mode == Mode::kCopyOnWrite && (extent->offset % kPage != 0 || extent->length % kPage != 0)) {
     return Status(Code::kUnsupported, "the block shares pages with others");
   }
+  if (mode == Mode::kCopyOnWrite && !copy_is_clean(*extent))
+    return Status(Code::kUnsupported, "the system keeps what was written to an earlier view");
   std::byte* data = arena_.address(mode, extent->offset);
   if (data == nullptr) return Status(Code::kUnsupported, "no address space for this mode");
   holds_.add(block, mode);

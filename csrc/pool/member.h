@@ -99,6 +99,8 @@ class Member final : public FreedSink {
   void release_empty();
   void keep_few_empty();
   void release_locked(uint32_t block, Mode mode);
+  bool drop_copy(const Arena::Extent& extent);
+  bool copy_is_clean(const Arena::Extent& extent);
   void part_with_child();
   Result<uint32_t> allocate_block(uint64_t bytes, bool whole_pages);
   Result<uint32_t> allocate_small(uint32_t granules, bool whole_pages);
@@ -122,6 +124,8 @@ class Member final : public FreedSink {
     uint64_t faults = 0;
   };
   Unwritten unwritten_[16];
+  // Ranges of the copy-on-write face that show what was written to a view that is gone: the system refused to drop it.
+  std::vector<Arena::Extent> spoiled_;
   bool stranded_ = false;  // forked when no slot was left: may read what it inherited, and nothing else
 
  public:

@@ -365,6 +365,8 @@ void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   trimming.generation = 0;
   if (!replace(chunk, found, trimming)) return;
   TORCHSHM_POINT("inherit.trimming");
+  // Where the system refuses it is nobody's, and whoever trims tries again. (Not the dead one's again: others may have found nothing of
+  // it any more and freed its slot.)
   ChunkValue next;
   if (!os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) {
     next = trimming;

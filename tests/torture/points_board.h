@@ -34,6 +34,7 @@ constexpr uint32_t kMany = 1030;  // more than the ring of hints holds
 struct Totals {
   std::atomic<uint64_t> kills, failures, stops;  // that happened
   std::atomic<uint64_t> trials, pairs, wholes;   // pairs: kills of a recovering process at a point of its own
+  std::atomic<uint64_t> missed;                  // victims that did not come to the point where they were to die
   std::atomic<uint64_t> survivor_operations;
   std::atomic<uint64_t> points[kRuns];             // (operation, N) that were reached, alone
   std::atomic<uint32_t> most[kMaxOperations];      // points of an operation, as enumerated
@@ -65,7 +66,8 @@ struct Board {
   Message gone;      // released long ago
   pool::Handle many[kMany];
   uint32_t many_bytes;
-  std::atomic<uint32_t> tolerant;  // the pool is made full on purpose: unreceived messages may have been taken back
+  std::atomic<uint32_t> tolerant;    // the pool is made full on purpose: unreceived messages may have been taken back
+  std::atomic<uint32_t> leave_dead;  // the survivor does not reap of its own accord
   // From the actor (level 0) and the recovering processes (1, 2, ...).
   std::atomic<uint32_t> acted[kMaxDepth + 1];
   std::atomic<uint64_t> reached[kMaxDepth + 1];

@@ -7,6 +7,7 @@
 #include <csignal>
 
 #include "points_scene.h"
+#include "pool/checker.h"
 
 namespace torchshm::torture {
 namespace {
@@ -376,10 +377,11 @@ std::vector<Operation> make() {
       },
       release);
   add(
-      "release_leaves_many_empty", kOnlyAlone,
+      "release_leaves_many_empty", kOnlyAlone | kRaisesLimit,
       [](Scene& s) {
         s.member->arena().header().limit.store(kLimit * 3);
         for (int i = 0; i < 9 * 3; ++i) s.hold(uint64_t{500} << 10);
+        while (s.held.size() > 3) last(s);
       },
       [](Scene& s) {
         s.release_all();
@@ -401,7 +403,7 @@ std::vector<Operation> make() {
       });
 
   // -- fork
-  add("fork", kInbox | kForks, before_fork, [](Scene& s) { return forked(s, true, true, true); });
+  add("fork", kInbox | kForks, before_fork_making, [](Scene& s) { return forked(s, true, true, true); });
   add("fork_parent", kInbox | kForks, before_fork, [](Scene& s) { return forked(s, true, false, true); });
   add("fork_child", kInbox | kForks, before_fork_making, [](Scene& s) { return forked(s, false, true, true); });
   add(
@@ -456,10 +458,10 @@ std::vector<Operation> make() {
         at.name, kReaps | kInbox, [at](Scene& s) { s.victim(at.work, at.point); }, reap);
   }
   add(
-      "reap_taking", kReaps | kEmptyChunk,
+      "reap_taking", kReaps | kEmptyChunk | kParked,
       [](Scene& s) { s.victim([](Scene& v) { (void)v.member->trim(0); }, "take_empty.announced"); }, reap);
   add(
-      "reap_a_reaper", kReaps,
+      "reap_a_reaper", kReaps | kParked,
       [](Scene& s) {
         s.victim(
             [](Scene& v) {
@@ -531,6 +533,13 @@ std::vector<Operation> make() {
       "stats", 0, [](Scene& s) { holding(s); },
       [](Scene& s) {
         if (s.member->stats().blocks < s.held.size()) s.wrong("stats() has lost a block");
+        return Status();
+      });
+  add(
+      "check", 0, [](Scene& s) { holding(s); },
+      [](Scene& s) {
+        const pool::CheckReport report = pool::check(s.member->arena());
+        if (!report.ok()) s.wrong("the checker: %s", report.first().c_str());
         return Status();
       });
   add(

@@ -258,11 +258,13 @@ void Scene::victim(const std::function<void(Scene&)>& work, const char* dies_at)
     }
     work(self);
     if (dies_at == nullptr) std::raise(SIGKILL);
-    return 1;
+    return self.fine() ? 3 : 1;
   });
   const int status = wait_for(pid);
   if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) {
     here.totals->kills.fetch_add(1);
+  } else if (WIFEXITED(status) && WEXITSTATUS(status) == 3) {
+    here.totals->missed.fetch_add(1);  // the survivor came first
   } else if (!board.tolerant) {
     wrong("the victim was to die at %s and ended with status %d", dies_at == nullptr ? "the end" : dies_at, status);
   }
@@ -280,13 +282,15 @@ void Scene::helper(const std::function<void(Scene&)>& work) {
   if (status != 0) wrong("a helper ended with status %d", status);
 }
 
-uint64_t Scene::committed() const {
+uint64_t Scene::committed(bool idle_too) const {
   uint64_t pages = 0;
-  for (uint32_t i = 0, used = member->arena().chunks_used(); i < used; ++i)
-    pages += pool::ChunkValue::of(member->arena().chunk(i).value.load()).committed;
+  for (uint32_t i = 0, used = member->arena().chunks_used(); i < used; ++i) {
+    const auto chunk = pool::ChunkValue::of(member->arena().chunk(i).value.load());
+    if (idle_too || chunk.state != pool::ChunkState::kIdle) pages += chunk.committed;
+  }
   return pages * pool::kPage;
 }
 
-void Scene::press(uint64_t room) { member->arena().header().limit.store(committed() + room); }
+void Scene::press(uint64_t room) { member->arena().header().limit.store(committed(false) + room); }
 
 }  // namespace torchshm::torture

@@ -16,6 +16,7 @@ namespace torchshm::torture {
 
 constexpr uint64_t kSmallBytes = 5000;
 constexpr uint64_t kLargeBytes = uint64_t{600} << 10;
+constexpr uint64_t kTwoChunks = (uint64_t{2} << 20) + 70000;
 constexpr uint64_t kRunBytes = (uint64_t{4} << 20) + 70000;  // three chunks
 constexpr uint64_t kLimit = uint64_t{16} << 20;
 
@@ -58,9 +59,9 @@ class Scene {
   void victim(const std::function<void(Scene&)>& work, const char* dies_at = nullptr);
   // A further process that does its work and leaves.
   void helper(const std::function<void(Scene&)>& work);
-  // Lowers the limit to what is committed now, and `room` more.
+  // Lowers the limit to what is committed and not idle now, and `room` more.
   void press(uint64_t room);
-  uint64_t committed() const;
+  uint64_t committed(bool idle_too = true) const;
 
   __attribute__((format(printf, 2, 3))) void wrong(const char* format, ...);
   bool fine() const { return fine_; }
@@ -95,6 +96,7 @@ enum : uint32_t {
   kMayFill = 1024,    // makes the pool full: may fail with kFull
   kOnlyAlone = 2048,  // no kills during its recovery: the same as another's, but long
   kForks = 4096,
+  kRaisesLimit = 8192,
 };
 
 struct Operation {

@@ -14,11 +14,8 @@
 #include <fstream>
 #include <random>
 
-#include "pool/tickets.h"
-#if __has_include("pool/checker.h")
 #include "pool/checker.h"
-#define TORCHSHM_HAS_CHECKER 1
-#endif
+#include "pool/tickets.h"
 
 namespace torchshm::torture {
 
@@ -40,6 +37,11 @@ void wait_on(std::atomic<uint32_t>& word, uint32_t value) {
 }
 
 void wake(std::atomic<uint32_t>& word) { (void)::syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
+
+void rest(std::atomic<uint32_t>& word) {
+  const timespec most{0, 50'000};
+  (void)::syscall(SYS_futex, &word, FUTEX_WAIT, 0, &most, nullptr, 0);
+}
 
 bool asleep(pid_t pid) {
   std::ifstream stat("/proc/" + std::to_string(pid) + "/stat");
@@ -82,6 +84,7 @@ std::string Trial::describe() const {
     text += std::string(" --bystander ") + operations()[static_cast<size_t>(bystander)].name + ":" +
             std::to_string(bystander_at);
   }
+  if (leave_dead) text += " --leave-dead";
   return text + " --seed " + std::to_string(seed);
 }
 
@@ -131,7 +134,10 @@ void Session::survive(uint64_t seed) {
     switch (random() % 8) {
       case 0:
       case 1:
-        if (s.held.size() < 6) allocate(random() % 8 == 0 ? kLargeBytes : 64 + (uint64_t{1} << random() % 16));
+        // Growth would reap; its small blocks have room in the chunk that it has.
+        if (s.held.size() < 6)
+          allocate(random() % 8 == 0 && board.leave_dead.load() == 0 ? kLargeBytes
+                                                                     : 64 + (uint64_t{1} << random() % 16));
         break;
       case 2:
       case 3:
@@ -163,9 +169,11 @@ void Session::survive(uint64_t seed) {
       }
       default: {
         const auto rare = random() % 64;
-        if (rare < 4) (void)s.member->reap();
-        if (rare == 4) (void)s.member->stats();
-        if (rare == 5) (void)s.member->trim(uint64_t{1} << 20);
+        if (board.leave_dead.load() == 0) {
+          if (rare < 4) (void)s.member->reap();
+          if (rare == 4) (void)s.member->stats();
+          if (rare == 5) (void)s.member->trim(uint64_t{1} << 20);
+        }
         auto handle = s.member->issue(s.held[0].block);
         if (!handle) break;
         auto view = s.member->redeem(*handle, Mode::kReadWrite);
@@ -177,7 +185,8 @@ void Session::survive(uint64_t seed) {
         break;
       }
     }
-    board.survivor_operations.fetch_add(1, std::memory_order_relaxed);
+    // Short rests leave the processor to those that are killed; waking up it gets between any two of their steps.
+    if (board.survivor_operations.fetch_add(1, std::memory_order_relaxed) % 4 == 3) rest(board.park);
   }
   if (s.fine()) s.release_all();
   s.own.reset();
@@ -211,6 +220,7 @@ Session::Session(uint64_t seed) {
   files_ = open_files();
   mappings_ = mappings();
   for (Message& message : board.street) message.state.store(kNothing);
+  for (Message* message : {&board.inbox[0], &board.inbox[1], &board.gift, &board.gone}) message->state.store(kNothing);
   board.park = board.parked = board.leave = 0;
   board.wrong[0] = 0;
   board.tolerant = 0;
@@ -290,6 +300,7 @@ void Session::set_up(const Trial& trial, const Operation& operation) {
   bool fills = (operation.flags & kMayFill) != 0;
   for (const Trial::Kill& kill : trial.kills) fills = fills || kill.recovery == Recovery::kFull;
   board.tolerant = fills ? 1 : 0;
+  board.leave_dead = (operation.flags & kReaps) != 0 || trial.leave_dead ? 1 : 0;
   Scene& d = *scene_;
   const auto send = [&](Message& message, const Held& held) {
     auto handle = driver->issue(held.block);
@@ -309,7 +320,7 @@ void Session::set_up(const Trial& trial, const Operation& operation) {
     }
   }
   if ((operation.flags & (kGift | kLargeGift | kGone)) != 0) {
-    const Held& held = d.hold((operation.flags & kLargeGift) != 0 ? kLargeBytes : kSmallBytes);
+    const Held& held = d.hold((operation.flags & kLargeGift) != 0 ? kTwoChunks : kSmallBytes);
     if (held.data == nullptr) return;
     Message& to = (operation.flags & kGone) != 0 ? board.gone : board.gift;
     send(to, held);
@@ -318,7 +329,7 @@ void Session::set_up(const Trial& trial, const Operation& operation) {
   }
   if ((operation.flags & kEmptyChunk) != 0) {
     const size_t before = d.held.size();
-    for (int i = 0; i < 5; ++i) d.hold(uint64_t{400} << 10);
+    for (int i = 0; i < 6; ++i) d.hold(uint64_t{400} << 10);  // more than one chunk holds
     while (d.held.size() > before) d.release(d.held.size() - 1);
   }
   if ((operation.flags & kManyGifts) != 0) {
@@ -396,6 +407,25 @@ int Session::act(const Trial& trial, const Operation& operation, uint32_t level,
     }
     (void)s.member->reap();
     (void)s.member->trim(0);
+    // Not only once this process is gone.
+    const uint32_t slot = s.member->membership().slot();
+    for (uint32_t i = 0; i < s.member->arena().chunks_used(); ++i) {
+      const ChunkValue chunk = ChunkValue::of(s.member->arena().chunk(i).value.load());
+      const bool between = chunk.state == ChunkState::kTrimming || chunk.state == ChunkState::kBacking ||
+                           chunk.state == ChunkState::kTaking;
+      if (between && chunk.owner == slot) s.wrong("chunk %u is left in state %d", i, static_cast<int>(chunk.state));
+    }
+    // A copy-on-write view shows what the block holds, and nothing that was written to an earlier view.
+    if ((operation.flags & kInbox) != 0 && (operation.flags & kForks) == 0) {
+      auto view = s.member->redeem(board.inbox[1].handle, Mode::kCopyOnWrite);
+      if (view) {
+        const Held copy{view->block, Mode::kCopyOnWrite, view->data, board.inbox[1].bytes, board.inbox[1].seed};
+        if (!intact(copy)) s.wrong("a new copy-on-write view shows what was written to an old one");
+        s.member->release(copy.block, copy.mode);
+      } else if (!faulted || view.code() != Code::kUnsupported) {
+        s.wrong("redeem: %s", view.status().what().c_str());
+      }
+    }
   }
   s.release_all();
   if (s.own != nullptr) {
@@ -545,13 +575,10 @@ void Session::stop(const Trial& trial, const Operation& operation, Outcome& outc
   (void)::setpgid(pid, pid);
   int status = 0;
   if (wait_until_stopped(pid, status)) {
-    const pid_t sleeper = board.stopped.load();
-    while_stopped(operation, sleeper);
-    ::kill(sleeper, SIGCONT);
+    while_stopped(operation);
     // Parent and child of a fork may both come to a point where they stop.
     while (::waitpid(pid, &status, WNOHANG) != pid) {
-      if (const pid_t other = board.stopped.load(); other != sleeper && asleep(other)) ::kill(other, SIGCONT);
-      if (asleep(sleeper)) ::kill(sleeper, SIGCONT);
+      ::kill(-pid, SIGCONT);
       ::usleep(100);
     }
     if (status != 0)
@@ -565,7 +592,7 @@ void Session::stop(const Trial& trial, const Operation& operation, Outcome& outc
 }
 
 // Others go on, and take nothing from the sleeper.
-void Session::while_stopped(const Operation& operation, pid_t) {
+void Session::while_stopped(const Operation& operation) {
   Board& board = *here.board;
   Scene& d = *scene_;
   pool::Arena& arena = member_->arena();
@@ -581,6 +608,7 @@ void Session::while_stopped(const Operation& operation, pid_t) {
   bits = read_bits();
   const uint64_t before = board.survivor_operations.load();
   const uint32_t was_tolerant = board.tolerant.exchange(1);
+  const uint64_t warm = arena.header().warm.exchange(uint64_t{1} << 40);
   const size_t held = d.held.size();
   for (int round = 0; round < 2; ++round) {
     (void)driver->reap();
@@ -602,7 +630,10 @@ void Session::while_stopped(const Operation& operation, pid_t) {
     }
     (void)driver->trim(0);
     (void)driver->stats();
+    const pool::CheckReport report = pool::check(arena);
+    if (!report.ok()) wrong("stopped at %s, the checker: %s", board.last[0], report.first().c_str());
   }
+  arena.header().warm.store(warm);
   if ((operation.flags & kParked) == 0) {
     // The alarm bounds it.
     while (board.survivor_operations.load() < before + 20 && survivor_ > 0) {
@@ -672,6 +703,8 @@ void Session::verify(const Trial& trial, const Operation& operation) {
   arena.header().ticket_age.store(300);
   arena.lease(member_->membership().slot()).reaping.store(0);
   (void)member_->reap();
+  // What the system refused to take back once is tried again then.
+  if ((operation.flags & kRaisesLimit) != 0 || trial.run == Run::kFail) (void)driver->trim(0);
   for (uint32_t i = 0; i < 2; ++i) take(board.inbox[i], true, "the inbox");  // the driver holds these
   const pool::Handle gift = board.gift.handle;
   const bool had_gift = board.gift.state.load() != kNothing;
@@ -701,14 +734,12 @@ void Session::verify(const Trial& trial, const Operation& operation) {
   if (!intact(kept_[0]) || !intact(kept_[1])) wrong("a block that the driver holds has changed");
   if (!wrong_.empty()) return;
   verify_table();
-#if defined(TORCHSHM_HAS_CHECKER)
   if (wrong_.empty()) {
     pool::CheckOptions options;
     options.at_rest = true;
     const pool::CheckReport report = pool::check(arena, options);
     if (!report.ok()) wrong("the checker: %s", report.first().c_str());
   }
-#endif
   if (trial.whole && wrong_.empty()) verify_whole();
 }
 

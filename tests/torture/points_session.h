@@ -32,7 +32,8 @@ struct Trial {
   // A bystander that is stopped at a point of an operation of its own for the time of the trial; -1 for none.
   int bystander = -1;
   uint64_t bystander_at = 1;
-  bool whole = true;  // in the end allocate all that the limit allows
+  bool leave_dead = false;  // the survivor does not reap meanwhile, so that the one that recovers finds all of it
+  bool whole = true;        // in the end allocate all that the limit allows
   uint64_t seed = 1;
   std::string describe() const;  // as options of the program
 };
@@ -60,7 +61,7 @@ class Session {
   int recover(const Trial& trial, size_t level);
   void kill_or_fail(const Trial& trial, const Operation& operation, Outcome& outcome);
   void stop(const Trial& trial, const Operation& operation, Outcome& outcome);
-  void while_stopped(const Operation& operation, pid_t pid);
+  void while_stopped(const Operation& operation);
   pid_t start_bystander(const Trial& trial);
   bool wait_until_stopped(pid_t pid, int& status);
   void collect(pid_t group);

@@ -38,8 +38,11 @@ using Event = Tracee::Event;
 constexpr uint64_t kLimit = uint64_t{8} << 20;  // small: it is filled after every kill
 constexpr uint32_t kMostSteps = 3'000'000;
 // Of the short form; arbitrary: it ends within a minute.
-constexpr int kSample = 10;
-constexpr size_t kVictims = 12;
+constexpr size_t kSample = 10, kVictims = 25, kPerInstruction = 6;
+// Of the full form: up to so many instructions an operation is killed at each of them without exception; longer ones spend theirs in reading
+// /proc and in loops over a chunk, and are killed at both ends of each state and at so many others. --every knows no such limit.
+constexpr uint32_t kShort = 6000;
+constexpr size_t kLongSample = 2000;
 
 struct Step {
   uint64_t rip = 0;  // of the next instruction
@@ -55,6 +58,23 @@ struct Recording {
     uint64_t difference;
   };
   std::vector<State> states;
+  // Where to kill so that each state is met. most: of the states that one and the same instruction begins (a loop over the 512 descriptors
+  // of a chunk), so many: its first ones, its last one, and some between.
+  std::set<uint32_t> points(bool both_ends, size_t most) const {
+    std::map<uint64_t, std::vector<const State*>> by_instruction;
+    for (const State& state : states)
+      by_instruction[state.first == 0 ? 0 : steps[state.first - 1].rip].push_back(&state);
+    std::set<uint32_t> out;
+    for (const auto& [rip, same] : by_instruction) {
+      const size_t n = std::min(most, same.size());
+      for (size_t i = 0; i < n; ++i) {
+        const State& state = *same[n == 1 ? 0 : i * (same.size() - 1) / (n - 1)];
+        out.insert(state.first);
+        if (both_ends) out.insert(state.last);
+      }
+    }
+    return out;
+  }
   uint32_t instructions() const { return static_cast<uint32_t>(steps.size()) - 1; }
 };
 
@@ -213,16 +233,19 @@ void kill_at(const Operation& operation, const Recording& recording, uint32_t n,
   if (!wrong.empty()) report(operation, &recording, n, rip, wrong, reproduce);
 }
 
-// The reaping of a process that was killed at an instruction of an operation of its own.
+// The reaping of a process that was killed at an instruction of an operation of its own. It is brought there first, as it was recorded;
+// then the reaper joins, beside a process that is stopped half-way; then it dies.
 Operation reaping_of(const Operation& victim, const Recording& recording, uint32_t n) {
   Operation reap;
   reap.name = "reap of '" + victim.name + "' at " + std::to_string(n);
   reap.family = "reap";
-  reap.before = victim.before;
-  reap.between = [&victim, &recording, n](Scene& scene) {
-    Run run(victim, scene, Run::Prepared{});
-    if (!bring_to(run, recording, n)) ++totals.inexact;
-    run.process().kill();
+  const auto run = std::make_shared<std::optional<Run>>();
+  reap.before = [&victim, &recording, n, run](Scene& scene) {
+    run->emplace(victim, scene);
+    if (!bring_to(**run, recording, n)) ++totals.inexact;
+  };
+  reap.between = [run](Scene&) {
+    run->reset();
     ++totals.kills;
   };
   reap.act = [](Scene& scene) { (void)scene.self->reap(); };
@@ -296,7 +319,7 @@ void random_trial(uint64_t seed) {
 // ---- the command line
 
 struct Arguments {
-  bool full = false, random_only = false, list = false;
+  bool full = false, every = false, random_only = false, list = false;
   std::string operation, victim, json;
   uint64_t seed = 1;
   int64_t trials = -1, instruction = -1, at = -1;
@@ -324,6 +347,8 @@ Arguments parse(int count, char** values) {
     };
     if (name == "--full") {
       out.full = true;
+    } else if (name == "--every") {
+      out.full = out.every = true;
     } else if (name == "--random") {
       out.random_only = true;
     } else if (name == "--list") {
@@ -343,10 +368,11 @@ Arguments parse(int count, char** values) {
     } else if (name == "--at") {
       out.at = std::stoll(next());
     } else {
-      std::fprintf(stderr,
-                   "usage: torchshm_step [--full] [--operation PART_OF_NAME] [--instruction N] [--victim NAME --at N] "
-                   "[--random] "
-                   "[--trials N] [--seed N] [--json FILE] [--list]\n");
+      std::fprintf(
+          stderr,
+          "usage: torchshm_step [--full] [--every] [--operation PART_OF_NAME] [--instruction N] [--victim NAME --at N] "
+          "[--random] "
+          "[--trials N] [--seed N] [--json FILE] [--list]\n");
       std::exit(2);
     }
   }
@@ -383,6 +409,20 @@ uint64_t descriptors() {
   return n;
 }
 
+// The instructions at which an operation is killed.
+std::set<uint32_t> choose(const Operation& operation, const Recording& recording, const Arguments& arguments,
+                          std::mt19937_64& random) {
+  std::set<uint32_t> at = recording.points(arguments.full, arguments.full ? SIZE_MAX : kPerInstruction);
+  if (!every_instruction(operation)) return at;
+  if (arguments.every || (arguments.full && recording.instructions() <= kShort)) {
+    for (uint32_t n = 0; n <= recording.instructions(); ++n) at.insert(n);
+  } else {
+    for (size_t i = arguments.full ? kLongSample : kSample; i > 0; --i)
+      at.insert(static_cast<uint32_t>(random() % recording.steps.size()));
+  }
+  return at;
+}
+
 int campaign(const Arguments& arguments) {
   const auto begin = std::chrono::steady_clock::now();
   const auto seconds = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); };
@@ -400,23 +440,12 @@ int campaign(const Arguments& arguments) {
       continue;
     const double since = seconds();
     const Recording& recording = recordings[operation.name] = record(operation);
-    std::set<uint32_t> at;
     if (arguments.instruction >= 0) {
       kill_at(operation, recording, static_cast<uint32_t>(arguments.instruction),
               command(operation, static_cast<uint32_t>(arguments.instruction)), true);
       continue;
     }
-    for (const auto& state : recording.states) {
-      at.insert(state.first);
-      if (arguments.full) at.insert(state.last);
-    }
-    if (every_instruction(operation)) {
-      if (arguments.full) {
-        for (uint32_t n = 0; n <= recording.instructions(); ++n) at.insert(n);
-      } else {
-        for (int i = 0; i < kSample; ++i) at.insert(static_cast<uint32_t>(random() % recording.steps.size()));
-      }
-    }
+    const auto at = choose(operation, recording, arguments, random);
     for (const uint32_t n : at) {
       if (recording.steps[n].inside)
         continue;  // a string instruction half-way: of private memory, or it would be a state of its own
@@ -432,31 +461,50 @@ int campaign(const Arguments& arguments) {
 
   // Every reaping of every death.
   const bool wanted = arguments.operation.empty() && !arguments.random_only && arguments.instruction < 0;
-  std::vector<std::pair<const Operation*, uint32_t>> victims;
+  std::vector<std::pair<const Operation*, uint32_t>> victims, middles;
   for (const Operation& operation : operations()) {
     if (!can_be_victim(operation) || recordings.count(operation.name) == 0) continue;
     if (!wanted && operation.name != arguments.victim) continue;
-    for (const auto& state : recordings[operation.name].states) {
-      if (arguments.at < 0 || state.first == arguments.at) victims.emplace_back(&operation, state.first);
+    const Recording& recording = recordings[operation.name];
+    for (const uint32_t n : recording.points(false, kPerInstruction)) {
+      if (arguments.at < 0 || n == arguments.at) victims.emplace_back(&operation, n);
     }
+    if (recording.instructions() <= kShort)
+      middles.emplace_back(&operation, recording.states[recording.states.size() / 2].first);
   }
   if (!arguments.full && arguments.victim.empty()) {
     std::shuffle(victims.begin(), victims.end(), random);
-    victims.resize(std::min<size_t>(victims.size(), kVictims));
+    victims.resize(std::min(victims.size(), kVictims));
   }
   double since = seconds();
-  for (const auto& [victim, n] : victims) {
+  const auto reaped = [&](const Operation* victim, uint32_t n, bool each) {
     const Operation reap = reaping_of(*victim, recordings[victim->name], n);
     const std::string reproduce =
         "--operation '" + victim->name + "' --victim '" + victim->name + "' --at " + std::to_string(n);
     const Recording recording = record(reap);
-    for (const auto& state : recording.states) kill_at(reap, recording, state.first, reproduce);
-    ++nested;
-    nested_states += recording.states.size();
-  }
-  if (nested != 0)
+    const auto at = each ? choose(reap, recording, arguments, random) : recording.points(false, kPerInstruction);
+    for (const uint32_t m : at) {
+      if (!recording.steps[m].inside) kill_at(reap, recording, m, reproduce);
+    }
+    if (!each) {
+      ++nested;
+      nested_states += recording.states.size();
+      return;
+    }
+    covered[reap.family].first += recording.instructions();
+    covered[reap.family].second += at.size();
+    std::printf("%-55s %7u instructions %4zu states %7zu kills\n", reap.name.c_str(), recording.instructions(),
+                recording.states.size(), at.size());
+  };
+  for (const auto& [victim, n] : victims) reaped(victim, n, false);
+  if (nested != 0) {
     std::printf("%lu deaths, their reaping killed in each of its %lu states: %.1f s\n", nested, nested_states,
                 seconds() - since);
+  }
+  // And at every instruction, of those that died in the middle of what they were doing.
+  if (arguments.full && wanted) {
+    for (const auto& [victim, n] : middles) reaped(victim, n, true);
+  }
 
   since = seconds();
   const int64_t trials = arguments.trials >= 0               ? arguments.trials

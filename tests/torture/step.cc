@@ -58,6 +58,7 @@ struct Recording {
     uint64_t difference;
   };
   std::vector<State> states;
+  uint32_t forked = UINT32_MAX;  // the instruction that made a child
   // Where to kill so that each state is met. most: of the states that one and the same instruction begins (a loop over the 512 descriptors
   // of a chunk), so many: its first ones, its last one, and some between.
   std::set<uint32_t> points(bool both_ends, size_t most) const {
@@ -173,7 +174,10 @@ Recording record(const Operation& operation) {
     entered_kernel = Tracee::at_syscall(step.rip);
     const Event event = process.step();
     ++totals.steps;
-    if (event == Event::kForked) entered_kernel = true;
+    if (event == Event::kForked) {
+      entered_kernel = true;
+      out.forked = n;
+    }
     if (event == Event::kDone) break;
     if (event == Event::kGone || n == kMostSteps) {
       report(operation, nullptr, n, step.rip, "it did not end by itself: " + process.crash(),
@@ -253,10 +257,7 @@ Operation reaping_of(const Operation& victim, const Recording& recording, uint32
   return reap;
 }
 
-bool can_be_victim(const Operation& operation) {
-  return operation.act != nullptr && std::string(operation.family) != "fork" &&
-         std::string(operation.family) != "stats" && std::string(operation.family) != "hold";
-}
+bool can_be_victim(const Operation& operation) { return !operation.child && std::string(operation.family) != "stats"; }
 
 // ---- random combinations
 
@@ -469,9 +470,10 @@ int campaign(const Arguments& arguments) {
     if (!wanted && operation.name != arguments.victim) continue;
     const Recording& recording = recordings[operation.name];
     for (const uint32_t n : recording.points(false, kPerInstruction)) {
+      if (n > recording.forked) continue;  // the child would live on
       if (arguments.at < 0 || n == arguments.at) victims.emplace_back(&operation, n);
     }
-    if (recording.instructions() <= kShort)
+    if (recording.instructions() <= kShort && recording.states.size() > 2 && recording.forked == UINT32_MAX)
       middles.emplace_back(&operation, recording.states[recording.states.size() / 2].first);
   }
   if (!arguments.full && arguments.victim.empty()) {

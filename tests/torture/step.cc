@@ -6,7 +6,8 @@
 //   - at each instruction: those of the families allocate, hold, release, issue, redeem, reap (--full; a sample of them otherwise);
 //   - as a reaper of a process that was itself killed in each state of each operation, in each state of that reaping.
 // Each of these runs is a process of its own that gets SIGKILL. It is brought to the instruction by a hardware breakpoint that counts how
-// often its address is passed, and its picture there is compared with the recorded one; where they differ it is stepped there instead.
+// often its address is passed, and its picture there is compared with the recorded one; where they differ it is stepped into the same state
+// instead.
 // Last, random combinations: several deaths, a random life, a random operation, a random instruction.
 #include <sched.h>
 #include <sys/prctl.h>
@@ -38,8 +39,11 @@ using Event = Tracee::Event;
 constexpr uint64_t kLimit = uint64_t{8} << 20;  // small: it is filled after every kill
 constexpr uint32_t kMostSteps = 3'000'000;
 // Of the short form; arbitrary: it ends within a minute.
-constexpr int kSample = 10;
-constexpr size_t kVictims = 12;
+constexpr size_t kSample = 10, kVictims = 25, kPerInstruction = 6;
+// Of the full form: up to so many instructions an operation is killed at each of them without exception; longer ones spend theirs in reading
+// /proc and in loops over a chunk, and are killed at both ends of each state and at so many others. --every knows no such limit.
+constexpr uint32_t kShort = 6000;
+constexpr size_t kLongSample = 2000;
 
 struct Step {
   uint64_t rip = 0;  // of the next instruction
@@ -55,11 +59,30 @@ struct Recording {
     uint64_t difference;
   };
   std::vector<State> states;
+  uint32_t forked = UINT32_MAX;  // the instruction that made a child
+  // Where to kill so that each state is met. most: of the states that one and the same instruction begins (a loop over the 512 descriptors
+  // of a chunk), so many: its first ones, its last one, and some between.
+  std::set<uint32_t> points(bool both_ends, size_t most) const {
+    std::map<uint64_t, std::vector<const State*>> by_instruction;
+    for (const State& state : states)
+      by_instruction[state.first == 0 ? 0 : steps[state.first - 1].rip].push_back(&state);
+    std::set<uint32_t> out;
+    for (const auto& [rip, same] : by_instruction) {
+      const size_t n = std::min(most, same.size());
+      for (size_t i = 0; i < n; ++i) {
+        const State& state = *same[n == 1 ? 0 : i * (same.size() - 1) / (n - 1)];
+        out.insert(state.first);
+        if (both_ends) out.insert(state.last);
+      }
+    }
+    return out;
+  }
   uint32_t instructions() const { return static_cast<uint32_t>(steps.size()) - 1; }
 };
 
 struct Totals {
   uint64_t kills = 0, steps = 0, stepped = 0, inexact = 0;
+  uint64_t complete = 0;  // operations killed at each of their instructions
   std::vector<std::string> violations;
 };
 
@@ -152,7 +175,10 @@ Recording record(const Operation& operation) {
     entered_kernel = Tracee::at_syscall(step.rip);
     const Event event = process.step();
     ++totals.steps;
-    if (event == Event::kForked) entered_kernel = true;
+    if (event == Event::kForked) {
+      entered_kernel = true;
+      out.forked = n;
+    }
     if (event == Event::kDone) break;
     if (event == Event::kGone || n == kMostSteps) {
       report(operation, nullptr, n, step.rip, "it did not end by itself: " + process.crash(),
@@ -188,6 +214,22 @@ bool step_to(Run& run, uint32_t n) {
   return true;
 }
 
+// Where a run differs from the recording (a process id with one more digit takes longer to read): to the same instruction, counted from the
+// beginning of its state. False when the state is shorter now.
+bool step_within_state(Run& run, const Recording& recording, uint32_t n) {
+  const uint32_t state = recording.steps[n].state;
+  uint32_t left = n - recording.states[state].first;
+  for (uint32_t at = 0; at != state || left != 0;) {
+    if (at == state) --left;
+    const bool kernel = Tracee::at_syscall(run.process().rip());
+    if (!step_to(run, 1)) return false;
+    if (!run.picture().look(kernel)) continue;
+    if (at == state) return false;
+    ++at;
+  }
+  return run.picture().difference() == recording.states[state].difference;
+}
+
 void kill_at(const Operation& operation, const Recording& recording, uint32_t n, const std::string& reproduce,
              bool by_stepping = false) {
   std::optional<Scene> scene(std::in_place, kLimit);
@@ -199,9 +241,7 @@ void kill_at(const Operation& operation, const Recording& recording, uint32_t n,
     scene.emplace(kLimit);
     run.emplace(operation, *scene);
     ++totals.stepped;
-    (void)step_to(*run, n);
-    (void)run->picture().look(true);
-    if (run->picture().difference() != recording.states[recording.steps[n].state].difference) ++totals.inexact;
+    if (!step_within_state(*run, recording, n)) ++totals.inexact;
   }
   const uint64_t rip = run->process().pid() != 0 ? run->process().rip() : 0;
   run->process().kill();
@@ -213,26 +253,26 @@ void kill_at(const Operation& operation, const Recording& recording, uint32_t n,
   if (!wrong.empty()) report(operation, &recording, n, rip, wrong, reproduce);
 }
 
-// The reaping of a process that was killed at an instruction of an operation of its own.
+// The reaping of a process that was killed at an instruction of an operation of its own. It is brought there first, as it was recorded;
+// then the reaper joins, beside a process that is stopped half-way; then it dies.
 Operation reaping_of(const Operation& victim, const Recording& recording, uint32_t n) {
   Operation reap;
   reap.name = "reap of '" + victim.name + "' at " + std::to_string(n);
   reap.family = "reap";
-  reap.before = victim.before;
-  reap.between = [&victim, &recording, n](Scene& scene) {
-    Run run(victim, scene, Run::Prepared{});
-    if (!bring_to(run, recording, n)) ++totals.inexact;
-    run.process().kill();
+  const auto run = std::make_shared<std::optional<Run>>();
+  reap.before = [&victim, &recording, n, run](Scene& scene) {
+    run->emplace(victim, scene);
+    if (!bring_to(**run, recording, n)) ++totals.inexact;
+  };
+  reap.between = [run](Scene&) {
+    run->reset();
     ++totals.kills;
   };
   reap.act = [](Scene& scene) { (void)scene.self->reap(); };
   return reap;
 }
 
-bool can_be_victim(const Operation& operation) {
-  return operation.act != nullptr && std::string(operation.family) != "fork" &&
-         std::string(operation.family) != "stats" && std::string(operation.family) != "hold";
-}
+bool can_be_victim(const Operation& operation) { return !operation.child && std::string(operation.family) != "stats"; }
 
 // ---- random combinations
 
@@ -296,7 +336,7 @@ void random_trial(uint64_t seed) {
 // ---- the command line
 
 struct Arguments {
-  bool full = false, random_only = false, list = false;
+  bool full = false, every = false, random_only = false, list = false;
   std::string operation, victim, json;
   uint64_t seed = 1;
   int64_t trials = -1, instruction = -1, at = -1;
@@ -324,6 +364,8 @@ Arguments parse(int count, char** values) {
     };
     if (name == "--full") {
       out.full = true;
+    } else if (name == "--every") {
+      out.full = out.every = true;
     } else if (name == "--random") {
       out.random_only = true;
     } else if (name == "--list") {
@@ -343,10 +385,11 @@ Arguments parse(int count, char** values) {
     } else if (name == "--at") {
       out.at = std::stoll(next());
     } else {
-      std::fprintf(stderr,
-                   "usage: torchshm_step [--full] [--operation PART_OF_NAME] [--instruction N] [--victim NAME --at N] "
-                   "[--random] "
-                   "[--trials N] [--seed N] [--json FILE] [--list]\n");
+      std::fprintf(
+          stderr,
+          "usage: torchshm_step [--full] [--every] [--operation PART_OF_NAME] [--instruction N] [--victim NAME --at N] "
+          "[--random] "
+          "[--trials N] [--seed N] [--json FILE] [--list]\n");
       std::exit(2);
     }
   }
@@ -383,6 +426,25 @@ uint64_t descriptors() {
   return n;
 }
 
+// The instructions at which an operation is killed.
+std::set<uint32_t> choose(const Operation& operation, const Recording& recording, const Arguments& arguments,
+                          std::mt19937_64& random) {
+  std::set<uint32_t> at = recording.points(arguments.full, arguments.full ? SIZE_MAX : kPerInstruction);
+  if (!every_instruction(operation)) return at;
+  if (arguments.every || (arguments.full && recording.instructions() <= kShort)) {
+    ++totals.complete;
+    for (uint32_t n = 0; n <= recording.instructions(); ++n) at.insert(n);
+  } else {
+    for (size_t i = arguments.full ? kLongSample : kSample; i > 0; --i)
+      at.insert(static_cast<uint32_t>(random() % recording.steps.size()));
+  }
+  // A string instruction half-way: its iterations can't be told apart by address. Where others can see one, it begins a state.
+  std::erase_if(at, [&](uint32_t n) {
+    return recording.steps[n].inside && recording.states[recording.steps[n].state].first != n;
+  });
+  return at;
+}
+
 int campaign(const Arguments& arguments) {
   const auto begin = std::chrono::steady_clock::now();
   const auto seconds = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); };
@@ -400,28 +462,13 @@ int campaign(const Arguments& arguments) {
       continue;
     const double since = seconds();
     const Recording& recording = recordings[operation.name] = record(operation);
-    std::set<uint32_t> at;
     if (arguments.instruction >= 0) {
       kill_at(operation, recording, static_cast<uint32_t>(arguments.instruction),
               command(operation, static_cast<uint32_t>(arguments.instruction)), true);
       continue;
     }
-    for (const auto& state : recording.states) {
-      at.insert(state.first);
-      if (arguments.full) at.insert(state.last);
-    }
-    if (every_instruction(operation)) {
-      if (arguments.full) {
-        for (uint32_t n = 0; n <= recording.instructions(); ++n) at.insert(n);
-      } else {
-        for (int i = 0; i < kSample; ++i) at.insert(static_cast<uint32_t>(random() % recording.steps.size()));
-      }
-    }
-    for (const uint32_t n : at) {
-      if (recording.steps[n].inside)
-        continue;  // a string instruction half-way: of private memory, or it would be a state of its own
-      kill_at(operation, recording, n, command(operation, n));
-    }
+    const auto at = choose(operation, recording, arguments, random);
+    for (const uint32_t n : at) kill_at(operation, recording, n, command(operation, n));
     states += recording.states.size();
     covered[operation.family].first += recording.instructions();
     covered[operation.family].second += at.size();
@@ -432,31 +479,49 @@ int campaign(const Arguments& arguments) {
 
   // Every reaping of every death.
   const bool wanted = arguments.operation.empty() && !arguments.random_only && arguments.instruction < 0;
-  std::vector<std::pair<const Operation*, uint32_t>> victims;
+  std::vector<std::pair<const Operation*, uint32_t>> victims, middles;
   for (const Operation& operation : operations()) {
     if (!can_be_victim(operation) || recordings.count(operation.name) == 0) continue;
     if (!wanted && operation.name != arguments.victim) continue;
-    for (const auto& state : recordings[operation.name].states) {
-      if (arguments.at < 0 || state.first == arguments.at) victims.emplace_back(&operation, state.first);
+    const Recording& recording = recordings[operation.name];
+    for (const uint32_t n : recording.points(false, kPerInstruction)) {
+      if (n > recording.forked) continue;  // the child would live on
+      if (arguments.at < 0 || n == arguments.at) victims.emplace_back(&operation, n);
     }
+    if (recording.instructions() <= kShort && recording.states.size() > 2 && recording.forked == UINT32_MAX)
+      middles.emplace_back(&operation, recording.states[recording.states.size() / 2].first);
   }
   if (!arguments.full && arguments.victim.empty()) {
     std::shuffle(victims.begin(), victims.end(), random);
-    victims.resize(std::min<size_t>(victims.size(), kVictims));
+    victims.resize(std::min(victims.size(), kVictims));
   }
   double since = seconds();
-  for (const auto& [victim, n] : victims) {
+  const auto reaped = [&](const Operation* victim, uint32_t n, bool each) {
     const Operation reap = reaping_of(*victim, recordings[victim->name], n);
     const std::string reproduce =
         "--operation '" + victim->name + "' --victim '" + victim->name + "' --at " + std::to_string(n);
     const Recording recording = record(reap);
-    for (const auto& state : recording.states) kill_at(reap, recording, state.first, reproduce);
-    ++nested;
-    nested_states += recording.states.size();
-  }
-  if (nested != 0)
+    const auto at = each ? choose(reap, recording, arguments, random) : recording.points(false, kPerInstruction);
+    for (const uint32_t m : at) kill_at(reap, recording, m, reproduce);
+    if (!each) {
+      ++nested;
+      nested_states += recording.states.size();
+      return;
+    }
+    covered[reap.family].first += recording.instructions();
+    covered[reap.family].second += at.size();
+    std::printf("%-55s %7u instructions %4zu states %7zu kills\n", reap.name.c_str(), recording.instructions(),
+                recording.states.size(), at.size());
+  };
+  for (const auto& [victim, n] : victims) reaped(victim, n, false);
+  if (nested != 0) {
     std::printf("%lu deaths, their reaping killed in each of its %lu states: %.1f s\n", nested, nested_states,
                 seconds() - since);
+  }
+  // And at every instruction, of those that died in the middle of what they were doing.
+  if (arguments.full && wanted) {
+    for (const auto& [victim, n] : middles) reaped(victim, n, true);
+  }
 
   since = seconds();
   const int64_t trials = arguments.trials >= 0               ? arguments.trials
@@ -475,6 +540,7 @@ int campaign(const Arguments& arguments) {
     figures.emplace_back("killed at, one by one: " + family, std::to_string(figure.second));
   }
   figures.emplace_back("operations", std::to_string(recordings.size()));
+  figures.emplace_back("operations and reapings killed at every instruction", std::to_string(totals.complete));
   figures.emplace_back("states", std::to_string(states));
   figures.emplace_back("deaths reaped by a reaper that is killed in each state", std::to_string(nested));
   figures.emplace_back("states of those reapings", std::to_string(nested_states));

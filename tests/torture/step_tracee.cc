@@ -1,5 +1,6 @@
 #include "step_tracee.h"
 
+#include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
 #include <link.h>
@@ -18,6 +19,7 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -204,7 +206,10 @@ std::string symbol(uint64_t address) {
     }
   }
   std::snprintf(text, sizeof text, "+0x%lx", static_cast<unsigned long>(offset));
-  return where + ": " + best + text;
+  int failed = 0;
+  const std::unique_ptr<char, decltype(&std::free)> plain(abi::__cxa_demangle(best.c_str(), nullptr, nullptr, &failed),
+                                                          &std::free);
+  return where + ": " + (plain ? plain.get() : best.c_str()) + text;
 }
 
 }  // namespace torchshm::torture

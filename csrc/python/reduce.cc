@@ -7,6 +7,7 @@
 #include "python/array_wire.h"
 #include "python/errors.h"
 #include "python/family.h"
+#include "python/numpy_api.h"
 #include "python/rebuild.h"
 
 namespace torchshm::python {

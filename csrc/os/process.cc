@@ -53,13 +53,11 @@ bool maps_file(const ProcessId& process, uint64_t inode) {
   std::ifstream maps("/proc/" + std::to_string(process.pid) + "/maps");
   std::string line;
   while (std::getline(maps, line)) {
+    if (line.find("memfd:torchshm") == std::string::npos) continue;
     std::istringstream fields(line);
     std::string range, permissions, offset, device;
     uint64_t found = 0;
-    if (fields >> range >> permissions >> offset >> device >> found && found == inode &&
-        line.find("memfd:torchshm") != std::string::npos) {
-      return true;
-    }
+    if (fields >> range >> permissions >> offset >> device >> found && found == inode) return true;
   }
   return false;
 }

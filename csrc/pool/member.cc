@@ -64,7 +64,7 @@ Member::Member(Arena arena, Membership membership, Holds holds)
       pool_id_(arena_.header().pool_id),
       fork_detector_(os::fork_detector()) {}
 
-Member::~Member() = default;
+Member::~Member() { os::drop_fork_detector(fork_detector_); }
 
 Result<std::unique_ptr<Member>> Member::make(Arena arena) {
   auto holds = Holds::create(arena.pages());

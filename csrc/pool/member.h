@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "base/status.h"
@@ -122,7 +123,8 @@ class Member final : public FreedSink {
     uint64_t faults = 0;
   };
   Unwritten unwritten_[16];
-  bool stranded_ = false;  // forked when no slot was left: may read what it inherited, and nothing else
+  bool stranded_ = false;  // forked when no slot was to be had: may read what it inherited, and nothing else
+  std::string stranded_why_;
 
  public:
   ~Member() override;

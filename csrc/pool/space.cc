@@ -343,6 +343,7 @@ void Space::release_small(uint32_t chunk) {
 void Space::take_if_empty(uint32_t chunk) { pool::take_if_empty(arena_, slot_, chunk); }
 
 void Space::take_empty() {
+  retry_refused();
   for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) take_if_empty(i);
 }
 
@@ -364,8 +365,37 @@ void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   trimming.generation = 0;
   if (!replace(chunk, found, trimming)) return;
   TORCHSHM_POINT("inherit.trimming");
-  if (os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) (void)replace(chunk, trimming, ChunkValue{});
-  TORCHSHM_POINT("inherit.given_back");
+  finish_giving(chunk, trimming);
+}
+
+void Space::finish_giving(uint32_t chunk, ChunkValue trimming) {
+  std::byte* at = arena_.data() + uint64_t{chunk} * kChunk;
+  if (os::punch(at, kChunk)) {
+    (void)replace(chunk, trimming, ChunkValue{});
+    TORCHSHM_POINT("inherit.given_back");
+    return;
+  }
+  // The system keeps them (locked memory): then all that are counted shall be there, and the chunk is idle.
+  ChunkValue idle = trimming;
+  idle.state = ChunkState::kIdle;
+  idle.committed = std::min(trimming.committed, kPagesPerChunk);
+  const uint64_t bytes = idle.committed * kPage;
+  if (bytes != 0 && check_headroom(bytes) && os::commit(at, bytes)) {
+    if (replace(chunk, trimming, idle)) arena_.header().idle_estimate.fetch_add(bytes, std::memory_order_relaxed);
+    TORCHSHM_POINT("inherit.kept");
+    return;
+  }
+  // Neither: ours, and tried again.
+  if (std::find(refused_.begin(), refused_.end(), chunk) == refused_.end()) refused_.push_back(chunk);
+}
+
+void Space::retry_refused() {
+  std::vector<uint32_t> again;
+  again.swap(refused_);
+  for (const uint32_t chunk : again) {
+    const ChunkValue found = value(chunk);
+    if (found.state == ChunkState::kTrimming && found.owner == slot_) finish_giving(chunk, found);
+  }
 }
 
 void Space::inherit(uint32_t dead) {
@@ -431,9 +461,10 @@ uint64_t Space::trim(uint64_t keep) {
     TORCHSHM_POINT("trim.punched");
     (void)replace(i, claimed, punched ? ChunkValue{} : found);
     TORCHSHM_POINT("trim.done");
-    arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
     left -= std::min<uint64_t>(left, found.committed * kPage);
-    if (punched) given += found.committed * kPage;
+    if (!punched) continue;  // idle as before
+    arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
+    given += found.committed * kPage;
   }
   return given;
 }

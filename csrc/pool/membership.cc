@@ -10,11 +10,21 @@
 
 namespace torchshm::pool {
 
-Result<Membership> Membership::join(Arena& arena, bool unsigned_yet) {
+namespace {
+
+Result<os::Fd> open_life(const Arena& arena) {
+  const auto closed = [] { return Status(Code::kUnsupported, "this process has closed the pool's descriptors"); };
+  if (!arena.owns_descriptors()) return closed();
   auto life = os::reopen(arena.control_fd());
+  if (life && !arena.is_control(life->get())) return closed();  // in between
+  return life;
+}
+
+}  // namespace
+
+Result<Membership> Membership::join(Arena& arena, bool unsigned_yet) {
+  auto life = open_life(arena);
   if (!life) return std::move(life.status());
-  if (!arena.is_control(life->get()))
-    return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
   Membership self;
   self.life_ = life.take();
   for (uint32_t slot = 0; slot < kMaxLeases; ++slot) {
@@ -39,10 +49,8 @@ Result<Membership> Membership::join(Arena& arena, bool unsigned_yet) {
 }
 
 Result<Membership> Membership::succeed(Arena& arena, uint32_t from) {
-  auto life = os::reopen(arena.control_fd());
+  auto life = open_life(arena);
   if (!life) return std::move(life.status());
-  if (!arena.is_control(life->get()))
-    return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
   Membership self;
   self.life_ = life.take();
   for (uint32_t slot = from; slot < kMaxLeases; ++slot) {

@@ -99,6 +99,7 @@ $(INSTALLED): pyproject.toml setup.py Makefile | system
 	$(BIN)/pip install --quiet '$(TORCH)' --group build --group lint
 	TORCHSHM_SKIP_CMAKE=1 PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-build-isolation --check-build-dependencies \
 		'$(TORCH)' --editable '.[bench,demo,test]'
+	$(BIN)/pip install --quiet --group fuzz || echo 'atheris not installed: forged messages are fuzzed without its guidance' >&2
 	touch $@
 
 build/%/build.ninja: CMakePresets.json $(INSTALLED)
@@ -125,12 +126,14 @@ system:
 	command -v ccache >/dev/null || missing+=' ccache'
 	[ -e /usr/include/gtest/gtest.h ] || missing+=' libgtest-dev'
 	[ -e /usr/include/benchmark/benchmark.h ] || missing+=' libbenchmark-dev'
+	command -v clang++-14 >/dev/null || missing+=' clang-14'
+	compgen -G '/usr/lib/llvm-14/lib/clang/*/lib/linux/libclang_rt.fuzzer-*' >/dev/null || missing+=' libclang-rt-14-dev'
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing+=' python3-venv'
 	headers=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 	[ -e "$$headers/Python.h" ] || missing+=' python3-dev'
 	[ -n "$$missing" ] || exit 0
 	$(install_from_debian)
-	[ -z "$$failed" ] || echo '(`make test` needs libgtest-dev; ccache and libbenchmark-dev can be done without)' >&2
+	[ -z "$$failed" ] || echo '(`make test` needs libgtest-dev; fuzzing needs clang-14 and libclang-rt-14-dev; the others can be done without)' >&2
 
 .PHONY: clang-tidy
 clang-tidy:

@@ -99,6 +99,7 @@ $(INSTALLED): pyproject.toml setup.py Makefile | system
 	$(BIN)/pip install --quiet '$(TORCH)' --group build --group lint
 	TORCHSHM_SKIP_CMAKE=1 PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-build-isolation --check-build-dependencies \
 		'$(TORCH)' --editable '.[bench,demo,test]'
+	$(BIN)/pip install --quiet --group fuzz || echo 'atheris not installed: forged messages are fuzzed without its guidance' >&2
 	touch $@
 
 build/%/build.ninja: CMakePresets.json $(INSTALLED)
@@ -127,12 +128,14 @@ system:
 	[ -e /usr/include/benchmark/benchmark.h ] || missing+=' libbenchmark-dev'
 	[ -e /usr/include/relacy/relacy.hpp ] || missing+=' relacy-dev'
 	command -v rumur >/dev/null || missing+=' rumur'
+	command -v clang++-14 >/dev/null || missing+=' clang-14'
+	compgen -G '/usr/lib/llvm-14/lib/clang/*/lib/linux/libclang_rt.fuzzer-*' >/dev/null || missing+=' libclang-rt-14-dev'
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing+=' python3-venv'
 	headers=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 	[ -e "$$headers/Python.h" ] || missing+=' python3-dev'
 	[ -n "$$missing" ] || exit 0
 	$(install_from_debian)
-	[ -z "$$failed" ] || echo '(`make test` needs libgtest-dev, relacy-dev and rumur; ccache and libbenchmark-dev can be done without)' >&2
+	[ -z "$$failed" ] || echo '(`make test` needs libgtest-dev, relacy-dev, rumur, clang-14 and libclang-rt-14-dev; the others can be done without)' >&2
 
 .PHONY: clang-tidy
 clang-tidy:

@@ -10,6 +10,7 @@
 #include "base/status.h"
 #include "os/fd.h"
 #include "os/mapping.h"
+#include "os/memfd.h"
 #include "pool/layout.h"
 
 namespace torchshm::pool {
@@ -75,7 +76,7 @@ class Arena {
 
   int data_fd() const { return data_fd_.get(); }
   int control_fd() const { return control_fd_.get(); }
-  uint64_t data_inode() const { return data_inode_; }
+  uint64_t data_inode() const { return data_id_.inode; }
   // Whether control_fd() is still ours: a process may have closed all its descriptors and opened files of its own.
   bool owns_descriptors() const;
   // Makes a range of the shared face private to this process, or shared again.
@@ -85,14 +86,14 @@ class Arena {
 
  private:
   Status map(uint64_t control_size, uint64_t data_size);
-  Status remember_inodes();
+  Status remember_files();
   Status validate(uint64_t control_size, uint64_t data_size);
   os::Fd data_fd_, control_fd_;
   os::Mapping control_, shared_, read_, copy_;
   Offsets offsets_{};
   uint32_t chunks_ = 0;
   bool is_copy_ = false;
-  uint64_t data_inode_ = 0, control_inode_ = 0;
+  os::FileId data_id_, control_id_;
 };
 
 }  // namespace torchshm::pool

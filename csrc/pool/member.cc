@@ -73,9 +73,20 @@ Result<std::unique_ptr<Member>> Member::make(Arena arena) {
   auto holds = Holds::create(arena.pages());
   if (!holds) return std::move(holds.status());
   auto membership = Membership::join(arena);
+  // Every slot is taken, but perhaps by the dead only, with nobody there to reap them.
+  const bool succeeds = membership.code() == Code::kNoSlot;
+  if (succeeds) membership = Membership::succeed(arena, 0);
   if (!membership) return std::move(membership.status());
   std::unique_ptr<Member> member(new Member(std::move(arena), membership.take(), holds.take()));
   member->start();
+  while (succeeds && !member->work_->reaper.end_own()) {
+    auto next = Membership::succeed(member->arena_, member->membership_.slot() + 1);
+    if (!next) return std::move(next.status());
+    member->membership_ = next.take();
+    member->work_.reset();
+    member->start();
+  }
+  if (succeeds) member->membership_.renew(member->arena_);
   (void)member->work_->reaper.reap_all();
   return member;
 }
@@ -214,7 +225,7 @@ bool Member::make_room_step(int step, uint64_t bytes) {
 Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages, bool in_the_making) {
   const std::lock_guard lock(mutex_);
   notice_fork();
-  if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
+  if (stranded_) return Status(Code::kNoSlot, stranded_why_);
   take_hints();
   auto block = allocate_block(bytes, whole_pages);
   uint64_t enough = bytes;
@@ -240,8 +251,13 @@ Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages, bool in_
   TORCHSHM_POINT("allocate.told");
   holds_.add(*block, Mode::kReadWrite);
   if (in_the_making) making_.push_back(*block);
+  // The caller writes as many bytes as it asked for, so what the descriptor says now is not believed when it is less.
   const auto extent = arena_.extent(*block);
-  if (!extent) return Status(Code::kCorrupt, "somebody else wrote to the descriptor of a block that was just made");
+  if (!extent || extent->length < bytes) {
+    if (in_the_making) making_.pop_back();
+    release_locked(*block, Mode::kReadWrite);
+    return Status(Code::kCorrupt, "somebody else wrote to the descriptor of a block that was just made");
+  }
   return View{arena_.data() + extent->offset, *block, extent->length};
 }
 
@@ -330,7 +346,7 @@ void Member::release_locked(uint32_t block, Mode mode) {
 Result<Handle> Member::issue(uint32_t block) {
   const std::lock_guard lock(mutex_);
   notice_fork();
-  if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
+  if (stranded_) return Status(Code::kNoSlot, stranded_why_);
   if (!work_->ledger.holds(membership_.slot(), block))
     return Status(Code::kStale, "the block was lost in a fork that ran no handlers");
   const uint64_t generation = work_->ledger.value(block).generation;
@@ -343,7 +359,7 @@ Result<Member::View> Member::redeem(const Handle& handle, Mode mode, bool exclus
   const std::lock_guard lock(mutex_);
   notice_fork();
   if (handle.pool_id != pool_id_) return Status(Code::kForeign, "the handle belongs to another pool");
-  if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
+  if (stranded_) return Status(Code::kNoSlot, stranded_why_);
   if (handle.block >= arena_.pages() || handle.ticket >= kTickets)
     return Status(Code::kInvalid, "the handle names no block of this pool");
   // Both are looked at: after a fork without handlers there may be objects that look at a block which is not held any more.
@@ -496,6 +512,7 @@ void Member::prepare_fork() {
     hold_again_for(*heir_);
     return;
   }
+  stranded_why_ = "this process was forked when no lease could be had: " + heir.status().what();
   // No slot for the child: what it inherits stays held by this lease, which lives as long as either of the two.
   each_held(arena_, membership_.slot(), [&](uint32_t block) { holds_.add(block, Mode::kReadWrite); });
 }
@@ -541,6 +558,7 @@ void Member::notice_fork() {
   auto heir = Membership::join(arena_);
   if (!heir) {
     stranded_ = true;
+    stranded_why_ = "this process was forked when no lease could be had: " + heir.status().what();
     return;
   }
   TORCHSHM_POINT("notice_fork.joined");

@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "base/status.h"
@@ -126,7 +127,8 @@ class Member final : public FreedSink {
   Unwritten unwritten_[16];
   // Ranges of the copy-on-write face that show what was written to a view that is gone: the system refused to drop it.
   std::vector<Arena::Extent> spoiled_;
-  bool stranded_ = false;  // forked when no slot was left: may read what it inherited, and nothing else
+  bool stranded_ = false;  // forked when no slot was to be had: may read what it inherited, and nothing else
+  std::string stranded_why_;
 
  public:
   ~Member() override;

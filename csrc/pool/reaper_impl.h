@@ -20,21 +20,10 @@ uint32_t BasicReaper<Shared, Chunks>::reap_all() {
   return finished;
 }
 
+// All but the slot. False when the block that the dead lease's intent names could not be settled.
 template <class Shared, class Chunks>
-bool BasicReaper<Shared, Chunks>::reap(uint32_t dead) {
-  auto& self = arena_.lease(slot_);
+bool BasicReaper<Shared, Chunks>::take_back(uint32_t dead) {
   auto& lease = arena_.lease(dead);
-  const uint64_t word = lease.word.load(std::memory_order_relaxed);
-  TORCHSHM_POINT("reap.seen");
-  self.reaping.store(dead + 1, std::memory_order_seq_cst);
-  TORCHSHM_POINT("reap.announced");
-  // Announced first, looked at again second: a joiner does it the other way round, so one of the two sees the other.
-  if (!is_dead(arena_, slot_, dead) || lease.word.load(std::memory_order_relaxed) != word) {
-    self.reaping.store(0, std::memory_order_relaxed);  // nothing was done
-    TORCHSHM_POINT("reap.left");
-    return false;
-  }
-
   // Relaxed, here and below: what the dead has written, the lock has ordered; and what other reapers do to the lease is the same.
   // The block it was at work on, if any: its count may be too high.
   const uint64_t intent = lease.intent.load(std::memory_order_relaxed);
@@ -52,6 +41,8 @@ bool BasicReaper<Shared, Chunks>::reap(uint32_t dead) {
       (void)lease.intent.compare_exchange_strong(expected, 0, std::memory_order_relaxed);
     }
     TORCHSHM_POINT("reap.intent_done");
+    // Of our own lease there is one intent only, and dropping needs it.
+    if (!settled && dead == slot_) return false;
   }
 
   const uint64_t last = std::min<uint64_t>(lease.ledger_end.load(std::memory_order_relaxed), arena_.pages() / 64);
@@ -67,7 +58,25 @@ bool BasicReaper<Shared, Chunks>::reap(uint32_t dead) {
 
   space_.inherit(dead);
   TORCHSHM_POINT("reap.chunks_done");
+  return settled;
+}
 
+template <class Shared, class Chunks>
+bool BasicReaper<Shared, Chunks>::reap(uint32_t dead) {
+  auto& self = arena_.lease(slot_);
+  auto& lease = arena_.lease(dead);
+  const uint64_t word = lease.word.load(std::memory_order_relaxed);
+  TORCHSHM_POINT("reap.seen");
+  self.reaping.store(dead + 1, std::memory_order_seq_cst);
+  TORCHSHM_POINT("reap.announced");
+  // Announced first, looked at again second: a joiner does it the other way round, so one of the two sees the other.
+  if (!is_dead(arena_, slot_, dead) || lease.word.load(std::memory_order_relaxed) != word) {
+    self.reaping.store(0, std::memory_order_relaxed);  // nothing was done
+    TORCHSHM_POINT("reap.left");
+    return false;
+  }
+
+  const bool settled = take_back(dead);
   if (!settled) {  // a living lease, perhaps a paused one, is at work on that very block; all but this block and the slot is back
     self.reaping.store(0, std::memory_order_relaxed);  // and so nobody gets the slot
     TORCHSHM_POINT("reap.left");

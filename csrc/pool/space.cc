@@ -348,10 +348,14 @@ void Space::take_empty() {
 
 void Space::abandon_run(uint32_t block) {
   const uint32_t head = block / kPagesPerChunk;
-  for (uint32_t i = head, used = arena_.chunks_used(); i < used; ++i) {
-    const ChunkValue found = value(i);
-    if (found.state != ChunkState::kRun || found.owner != slot_ || found.head != head) break;
-    put_back(i, {found.committed, found});
+  const auto belongs = [&](const ChunkValue& v) {
+    return v.state == ChunkState::kRun && v.owner == slot_ && v.head == head;
+  };
+  uint32_t end = head;
+  while (end < arena_.chunks_used() && belongs(value(end))) ++end;
+  // The head goes last, as in release_run().
+  while (end-- > head) {
+    if (const ChunkValue found = value(end); belongs(found)) put_back(end, {found.committed, found});
   }
 }
 
@@ -365,15 +369,32 @@ void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   trimming.generation = 0;
   if (!replace(chunk, found, trimming)) return;
   TORCHSHM_POINT("inherit.trimming");
-  // Where the system refuses it is nobody's, and whoever trims tries again. (Not the dead one's again: others may have found nothing of
-  // it any more and freed its slot.)
-  ChunkValue next;
-  if (!os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) {
-    next = trimming;
-    next.owner = kNobody;
+  finish_giving(chunk, trimming);
+}
+
+void Space::finish_giving(uint32_t chunk, ChunkValue trimming) {
+  std::byte* at = arena_.data() + uint64_t{chunk} * kChunk;
+  if (os::punch(at, kChunk)) {
+    (void)replace(chunk, trimming, ChunkValue{});
+    TORCHSHM_POINT("inherit.given_back");
+    return;
   }
-  (void)replace(chunk, trimming, next);
-  TORCHSHM_POINT("inherit.given_back");
+  // The system keeps them (locked memory): then all that are counted shall be there, and the chunk is idle.
+  ChunkValue idle = trimming;
+  idle.state = ChunkState::kIdle;
+  idle.committed = std::min(trimming.committed, kPagesPerChunk);
+  const uint64_t bytes = idle.committed * kPage;
+  if (bytes != 0 && check_headroom(bytes) && os::commit(at, bytes)) {
+    if (replace(chunk, trimming, idle)) arena_.header().idle_estimate.fetch_add(bytes, std::memory_order_relaxed);
+    TORCHSHM_POINT("inherit.kept");
+    return;
+  }
+  // Neither: nobody's, and whoever trims tries again. (Not the dead one's again: others may have found nothing of it any more and freed
+  // its slot.)
+  ChunkValue nobodys = trimming;
+  nobodys.owner = kNobody;
+  (void)replace(chunk, trimming, nobodys);
+  TORCHSHM_POINT("inherit.refused");
 }
 
 void Space::inherit(uint32_t dead) {
@@ -440,9 +461,10 @@ uint64_t Space::trim(uint64_t keep) {
     TORCHSHM_POINT("trim.punched");
     (void)replace(i, claimed, punched ? ChunkValue{} : found);
     TORCHSHM_POINT("trim.done");
-    arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
     left -= std::min<uint64_t>(left, found.committed * kPage);
-    if (punched) given += found.committed * kPage;
+    if (!punched) continue;  // idle as before
+    arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
+    given += found.committed * kPage;
   }
   return given;
 }

@@ -28,19 +28,18 @@ int pass(const char* name) {
   if (plan.only != nullptr && std::strcmp(plan.only, name) != 0) return 0;
   const uint64_t nth = count.fetch_add(1) + 1;
   latest.store(name);
-  if (plan.action == Action::kNone) return 0;
   if (nth != plan.at && !(plan.persistent && nth > plan.at)) return 0;
   switch (plan.action) {
     case Action::kKill:
       std::raise(SIGKILL);
-      return 0;
+      break;
     case Action::kStop:
       std::raise(SIGSTOP);
-      return 0;
+      break;
     case Action::kFail:
       return plan.error;
     case Action::kNone:
-      return 0;
+      break;
   }
   return 0;
 }

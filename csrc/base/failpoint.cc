@@ -24,23 +24,16 @@ uint64_t reached() { return count.load(); }
 
 const char* last() { return latest.load(); }
 
-int pass(const char* name) {
+int pass(const char* name, bool can_fail) {
+  if (plan.action == Action::kFail && !can_fail) return 0;
   if (plan.only != nullptr && std::strcmp(plan.only, name) != 0) return 0;
   const uint64_t nth = count.fetch_add(1) + 1;
   latest.store(name);
-  if (nth != plan.at && !(plan.persistent && nth > plan.at)) return 0;
-  switch (plan.action) {
-    case Action::kKill:
-      std::raise(SIGKILL);
-      break;
-    case Action::kStop:
-      std::raise(SIGSTOP);
-      break;
-    case Action::kFail:
-      return plan.error;
-    case Action::kNone:
-      break;
-  }
+  const bool acts = plan.action != Action::kNone && (nth == plan.at || (plan.persistent && nth > plan.at));
+  if (plan.watch != nullptr) plan.watch(name, acts);
+  if (!acts) return 0;
+  if (plan.action == Action::kFail) return plan.error;
+  std::raise(plan.action == Action::kKill ? SIGKILL : SIGSTOP);
   return 0;
 }
 

@@ -12,24 +12,27 @@ enum class Action : uint8_t { kNone, kKill, kStop, kFail };
 
 struct Plan {
   Action action = Action::kNone;
-  uint64_t at = 1;             // act at the at-th matching point, counted from 1
-  bool persistent = false;     // and at every later one
-  int error = 0;               // kFail: the errno that the system call seems to return
+  uint64_t at = 1;          // act at the at-th matching point, counted from 1
+  bool persistent = false;  // and at every later one
+  int error = 0;            // kFail: the errno that the system call seems to return; only what can fail is counted then
   const char* only = nullptr;  // match this name only; a static string
+  // Told of every matching point, in the process that passes it, and whether the action follows. Must not pass points itself.
+  void (*watch)(const char* name, bool acts) = nullptr;
 };
 
 // Counts from zero again. Not for use while other threads pass points.
 void arm(const Plan& plan);
 void disarm();
-uint64_t reached();          // matching points passed since arm()
-const char* last();          // name of the point that acted or was passed last
-int pass(const char* name);  // 0, or the errno to fail with
+uint64_t reached();  // matching points passed since arm()
+const char* last();  // name of the point that acted or was passed last
+// 0, or the errno to fail with.
+int pass(const char* name, bool can_fail);
 
 }  // namespace torchshm::failpoint
 
 #if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
-#define TORCHSHM_POINT(name) ((void)::torchshm::failpoint::pass(name))
-#define TORCHSHM_INJECT(name) (::torchshm::failpoint::pass(name))
+#define TORCHSHM_POINT(name) ((void)::torchshm::failpoint::pass(name, false))
+#define TORCHSHM_INJECT(name) (::torchshm::failpoint::pass(name, true))
 #else
 #define TORCHSHM_POINT(name) ((void)0)
 #define TORCHSHM_INJECT(name) 0

@@ -34,7 +34,9 @@ Result<bool> try_lock(int fd, uint64_t byte) {
 
 Status unlock(int fd, uint64_t byte) {
   struct flock range = byte_range(F_UNLCK, byte);
-  if (::fcntl(fd, F_OFD_SETLK, &range) != 0) return Status::system("fcntl F_OFD_SETLK", std::to_string(byte), errno);
+  int error = TORCHSHM_INJECT("os.unlock");
+  if (error == 0 && ::fcntl(fd, F_OFD_SETLK, &range) != 0) error = errno;
+  if (error != 0) return Status::system("fcntl F_OFD_SETLK", std::to_string(byte), error);
   return {};
 }
 

@@ -136,9 +136,13 @@ Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size) {
       fd = -1;
       break;
   }
-  void* at = ::mmap(reinterpret_cast<void*>(address), size, prot, flags, fd, 0);
-  if (at == MAP_FAILED) {
+  error = TORCHSHM_INJECT("os.map_file");
+  void* at = MAP_FAILED;
+  if (error == 0) {
+    at = ::mmap(reinterpret_cast<void*>(address), size, prot, flags, fd, 0);
     error = errno;
+  }
+  if (at == MAP_FAILED) {
     ::munmap(reserved, reserved_size);
     return Status(Code::kUnsupported, "mmap: " + std::to_string(size) + " bytes of a memory file refused", error);
   }
@@ -180,7 +184,9 @@ Status commit(std::byte* at, uint64_t length) {
   return {};
 }
 
-void populate(std::byte* at, uint64_t length) { (void)::madvise(at, length, MADV_POPULATE_WRITE); }
+void populate(std::byte* at, uint64_t length) {
+  if (TORCHSHM_INJECT("os.populate") == 0) (void)::madvise(at, length, MADV_POPULATE_WRITE);
+}
 
 Status punch(std::byte* at, uint64_t length) {
   int error = TORCHSHM_INJECT("os.punch");
@@ -200,6 +206,7 @@ bool privately_modified(const std::byte* at, uint64_t length) {
   const uint64_t start = reinterpret_cast<uint64_t>(at) & ~(kPageBytes - 1);
   const uint64_t end = (reinterpret_cast<uint64_t>(at) + length + kPageBytes - 1) & ~(kPageBytes - 1);
   // Opened each time: a descriptor kept over fork would show the parent's pages.
+  if (TORCHSHM_INJECT("os.pagemap") != 0) return true;
   Fd pagemap(::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
   if (!pagemap.valid()) return true;
   Answer answer = scan(pagemap.get(), start, end);
@@ -209,11 +216,12 @@ bool privately_modified(const std::byte* at, uint64_t length) {
 
 uint64_t page_faults() {
   rusage usage{};
-  if (::getrusage(RUSAGE_SELF, &usage) != 0) return 0;
+  if (TORCHSHM_INJECT("os.getrusage") != 0 || ::getrusage(RUSAGE_SELF, &usage) != 0) return 0;
   return static_cast<uint64_t>(usage.ru_minflt) + static_cast<uint64_t>(usage.ru_majflt);
 }
 
 uint64_t* fork_detector() {
+  if (TORCHSHM_INJECT("os.fork_detector") != 0) return nullptr;
   void* page = ::mmap(nullptr, kPageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (page == MAP_FAILED) return nullptr;
   if (::madvise(page, kPageBytes, MADV_WIPEONFORK) != 0) {

@@ -55,13 +55,17 @@ Result<Fd> create_memfd(const std::string& name, uint64_t size) {
 }
 
 Result<uint64_t> check_memfd(int fd) {
+  int error = TORCHSHM_INJECT("os.get_seals");
+  if (error != 0) return Status::system("fcntl F_GET_SEALS", std::to_string(fd), error);
   const int seals = ::fcntl(fd, F_GET_SEALS);
   if (seals < 0) return Status(Code::kInvalid, "descriptor " + std::to_string(fd) + " is no memory file", errno);
   if ((seals & (F_SEAL_SHRINK | F_SEAL_GROW)) != (F_SEAL_SHRINK | F_SEAL_GROW)) {
     return Status(Code::kInvalid, "memory file " + std::to_string(fd) + " is not sealed against truncation");
   }
   struct stat st {};
-  if (::fstat(fd, &st) != 0) return Status::system("fstat", std::to_string(fd), errno);
+  error = TORCHSHM_INJECT("os.fstat");
+  if (error == 0 && ::fstat(fd, &st) != 0) error = errno;
+  if (error != 0) return Status::system("fstat", std::to_string(fd), error);
   return static_cast<uint64_t>(st.st_size);
 }
 
@@ -78,14 +82,21 @@ Result<Fd> reopen(int fd) {
 }
 
 Result<Fd> duplicate(int fd) {
-  const int raw = ::fcntl(fd, F_DUPFD_CLOEXEC, 3);
-  if (raw < 0) return Status::system("fcntl F_DUPFD_CLOEXEC", std::to_string(fd), errno);
+  int error = TORCHSHM_INJECT("os.duplicate");
+  int raw = -1;
+  if (error == 0) {
+    raw = ::fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    error = errno;
+  }
+  if (raw < 0) return Status::system("fcntl F_DUPFD_CLOEXEC", std::to_string(fd), error);
   return Fd(raw);
 }
 
 Result<uint64_t> inode(int fd) {
   struct stat st {};
-  if (::fstat(fd, &st) != 0) return Status::system("fstat", std::to_string(fd), errno);
+  int error = TORCHSHM_INJECT("os.fstat");
+  if (error == 0 && ::fstat(fd, &st) != 0) error = errno;
+  if (error != 0) return Status::system("fstat", std::to_string(fd), error);
   return static_cast<uint64_t>(st.st_ino);
 }
 

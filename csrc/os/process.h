@@ -16,6 +16,7 @@ ProcessId self();
 std::string self_name();  // at most 15 characters
 
 // True when the process, certainly the same one, is alive and has the file mapped: what counts when it has closed all its descriptors.
+// Says true when the kernel does not tell (no descriptor left to look with).
 bool maps_file(const ProcessId& process, uint64_t inode);
 
 }  // namespace torchshm::os

@@ -6,6 +6,7 @@
 #include "base/failpoint.h"
 #include "os/memfd.h"
 #include "os/memory.h"
+#include "pool/mark.h"
 
 namespace torchshm::pool {
 namespace {
@@ -18,7 +19,7 @@ constexpr uint64_t kMaxChunks = uint64_t{1} << 22;  // 8 TiB; page indices fit 3
 Result<uint64_t> random_id() {
   std::ifstream random("/dev/urandom", std::ios::binary);
   uint64_t id = 0;
-  if (!random.read(reinterpret_cast<char*>(&id), sizeof id) || id == 0)
+  if (TORCHSHM_INJECT("create.random") != 0 || !random.read(reinterpret_cast<char*>(&id), sizeof id) || id == 0)
     return Status(Code::kUnsupported, "/dev/urandom can't be read");
   return id;
 }
@@ -152,11 +153,9 @@ bool Arena::is_control(int fd) const {
 
 bool Arena::owns_descriptors() const { return is_control(control_fd_.get()); }
 
-uint32_t Arena::slots_used() const { return std::min(header().slots_used.load(std::memory_order_acquire), kMaxLeases); }
-uint32_t Arena::chunks_used() const { return std::min(header().chunks_used.load(std::memory_order_acquire), chunks_); }
-uint32_t Arena::tickets_used() const {
-  return std::min(header().tickets_used.load(std::memory_order_acquire), kTickets);
-}
+uint32_t Arena::slots_used() const { return marked(header().slots_used, kMaxLeases); }
+uint32_t Arena::chunks_used() const { return marked(header().chunks_used, chunks_); }
+uint32_t Arena::tickets_used() const { return marked(header().tickets_used, kTickets); }
 
 std::optional<Arena::Extent> Arena::extent(uint32_t index) const {
   if (index >= pages()) return std::nullopt;

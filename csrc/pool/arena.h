@@ -24,6 +24,9 @@ struct Limits {
 
 class Arena {
  public:
+  // How long the tables are.
+  static constexpr uint32_t kLeaseSlots = kMaxLeases, kTicketSlots = kTickets, kPagesInChunk = kPagesPerChunk;
+
   static Result<Arena> create(uint64_t family, const Limits& limits);
   static Result<Arena> attach(os::Fd data, os::Fd control);
 

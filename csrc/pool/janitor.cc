@@ -3,6 +3,8 @@
 #include <csignal>
 #include <exception>
 
+#include "base/failpoint.h"
+
 namespace torchshm::pool {
 
 void Janitor::look() {
@@ -45,6 +47,7 @@ void Janitor::run() {
     }
     (void)space_.trim(header_.warm.load(std::memory_order_relaxed));
     header_.idle_estimate.store(space_.idle(), std::memory_order_relaxed);
+    TORCHSHM_POINT("janitor.estimated");
   }
 }
 

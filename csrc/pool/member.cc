@@ -64,7 +64,7 @@ Member::Member(Arena arena, Membership membership, Holds holds)
       pool_id_(arena_.header().pool_id),
       fork_detector_(os::fork_detector()) {}
 
-Member::~Member() = default;
+Member::~Member() { TORCHSHM_POINT("leave"); }
 
 Result<std::unique_ptr<Member>> Member::make(Arena arena) {
   auto holds = Holds::create(arena.pages());
@@ -99,6 +99,7 @@ void Member::start() {
   lease.allocations.store(0, std::memory_order_relaxed);
   lease.fallbacks.store(0, std::memory_order_relaxed);
   lease.grown.store(0, std::memory_order_relaxed);
+  TORCHSHM_POINT("start.counters");
   work_->hints_seen = lease.hints_end.load(std::memory_order_acquire);
 }
 
@@ -115,8 +116,10 @@ void Member::take_hints() {
   if (end == work_->hints_seen) return;
   if (end - work_->hints_seen > kHints) work_->hints_seen = end - kHints;
   if (lease.hints_lost.exchange(0, std::memory_order_acq_rel) != 0) work_->hints_uncertain = true;
+  TORCHSHM_POINT("hints.loss_seen");
   for (; work_->hints_seen != end; ++work_->hints_seen) {
     const uint32_t hint = lease.hints[work_->hints_seen % kHints].exchange(0, std::memory_order_acq_rel);
+    TORCHSHM_POINT("hints.taken");
     if (hint == 0) {
       work_->hints_uncertain = true;  // counted but not written yet
     } else if (hint <= arena_.pages()) {
@@ -231,6 +234,7 @@ Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages, bool in_
   Lease& lease = arena_.lease(membership_.slot());
   // Relaxed store: statistics with a single writer.
   lease.allocations.store(lease.allocations.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+  TORCHSHM_POINT("allocate.told");
   holds_.add(*block, Mode::kReadWrite);
   if (in_the_making) making_.push_back(*block);
   const auto extent = arena_.extent(*block);
@@ -256,8 +260,12 @@ void Member::freed(uint32_t block, uint64_t generation) {
     Lease& owner = arena_.lease(chunk.owner);
     const uint32_t at = owner.hints_end.fetch_add(1, std::memory_order_acq_rel) % kHints;
     TORCHSHM_POINT("freed.hint_counted");
-    if (owner.hints[at].exchange(block + 1, std::memory_order_acq_rel) != 0)
+    const bool lost = owner.hints[at].exchange(block + 1, std::memory_order_acq_rel) != 0;
+    TORCHSHM_POINT("freed.hint_written");
+    if (lost) {
       owner.hints_lost.store(1, std::memory_order_release);
+      TORCHSHM_POINT("freed.loss_told");
+    }
   }
 }
 
@@ -473,12 +481,16 @@ void Member::prepare_fork() {
 }
 
 void Member::parent_after_fork() {
+  TORCHSHM_POINT("fork.parent");
   heir_.reset();  // closes our copy of the description; the child's keeps the lock
+  TORCHSHM_POINT("fork.parent_apart");
   mutex_.unlock();
 }
 
 void Member::become(Membership membership) {
+  TORCHSHM_POINT("become.child");
   membership_ = std::move(membership);  // closes our copy of the parent's description
+  TORCHSHM_POINT("become.apart");
   membership_.sign(arena_);
   start();
 }
@@ -511,6 +523,7 @@ void Member::notice_fork() {
     stranded_ = true;
     return;
   }
+  TORCHSHM_POINT("notice_fork.joined");
   const uint32_t parent = membership_.slot();
   leave_work();
   work_ = std::make_unique<Work>(*this, heir->slot());

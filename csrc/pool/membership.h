@@ -37,4 +37,7 @@ class Membership {
   uint64_t incarnation_ = 0;
 };
 
+// Whether nobody holds the slot's lock, and nobody with its record's pid has the pool mapped.
+bool gone(const Arena& arena, uint32_t slot);
+
 }  // namespace torchshm::pool

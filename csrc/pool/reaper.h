@@ -12,9 +12,10 @@
 
 namespace torchshm::pool {
 
-class Reaper {
+template <class Shared, class Chunks>
+class BasicReaper {
  public:
-  Reaper(Arena& arena, uint32_t slot, Ledger& ledger, Space& space)
+  BasicReaper(Shared& arena, uint32_t slot, BasicLedger<Shared>& ledger, Chunks& space)
       : arena_(arena), slot_(slot), ledger_(ledger), space_(space) {}
 
   // Looks at every lease and takes back the dead ones. Returns how many were finished.
@@ -23,10 +24,13 @@ class Reaper {
   bool reap(uint32_t dead);
 
  private:
-  Arena& arena_;
+  Shared& arena_;
   uint32_t slot_;
-  Ledger& ledger_;
-  Space& space_;
+  BasicLedger<Shared>& ledger_;
+  Chunks& space_;
 };
+
+using Reaper = BasicReaper<Arena, Space>;
+extern template class BasicReaper<Arena, Space>;
 
 }  // namespace torchshm::pool

@@ -5,7 +5,8 @@
 #include "base/failpoint.h"
 #include "os/mapping.h"
 #include "os/memory.h"
-#include "pool/ledger.h"
+#include "pool/mark.h"
+#include "pool/taking.h"
 
 namespace torchshm::pool {
 namespace {
@@ -29,8 +30,7 @@ bool Space::all_idle(uint32_t first, uint32_t n) const {
 }
 
 bool Space::replace(uint32_t chunk, ChunkValue expected, ChunkValue desired) {
-  Pair before = expected.pair();
-  return arena_.chunk(chunk).value.exchange_if(before, desired.pair());
+  return replace_chunk(arena_, chunk, expected, desired);
 }
 
 uint64_t Space::committed() const {
@@ -55,13 +55,6 @@ bool Space::unsettled() const {
     if (v.state == ChunkState::kRun && v.head == i &&
         !BlockValue::of(arena_.block(i * kPagesPerChunk).value.load()).live)
       return true;
-  }
-  return false;
-}
-
-bool Space::anything_live(uint32_t chunk) const {
-  for (uint32_t page = 0; page < kPagesPerChunk; ++page) {
-    if (BlockValue::of(arena_.block(chunk * kPagesPerChunk + page).value.load()).live) return true;
   }
   return false;
 }
@@ -96,28 +89,24 @@ std::optional<uint32_t> Space::find_run(uint32_t n) const {
   return std::nullopt;
 }
 
-void Space::raise_used(uint32_t chunk) {
-  uint32_t used = arena_.header().chunks_used.load(std::memory_order_relaxed);
-  while (used <= chunk &&
-         !arena_.header().chunks_used.compare_exchange_weak(used, chunk + 1, std::memory_order_seq_cst)) {
-  }
-}
-
 // Takes an idle chunk or a hole. The pages it is going to have are announced in the same exchange, before they are committed: a death in
 // between leaves the sum too high, never too low. What scans are bounded by is raised first, so that no taken chunk is ever out of sight.
 bool Space::take(uint32_t chunk, ChunkValue wanted, Taken* taken) {
   const ChunkValue found = value(chunk);
   if (found.state != ChunkState::kIdle && found.state != ChunkState::kHole) return false;
-  raise_used(chunk);
+  raise(arena_.header().chunks_used, chunk + 1);
+  TORCHSHM_POINT("claim.in_sight");
   wanted.owner = slot_;
   wanted.committed = std::max(found.committed, wanted.committed);
   if (!replace(chunk, found, wanted)) return false;
+  TORCHSHM_POINT("claim.taken");
   *taken = {found.committed, wanted};
   if (found.state == ChunkState::kIdle) {
     arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
   } else {
     mapped_[chunk] = 0;
   }
+  TORCHSHM_POINT("claim.told");
   return true;
 }
 
@@ -127,6 +116,7 @@ void Space::put_back(uint32_t chunk, const Taken& taken) {
   next.owner = taken.had == 0 ? 0 : slot_;
   next.committed = taken.had;
   if (!replace(chunk, taken.word, next)) return;
+  TORCHSHM_POINT("claim.put_back");
   if (taken.had != 0) arena_.header().idle_estimate.fetch_add(taken.had * kPage, std::memory_order_relaxed);
 }
 
@@ -159,6 +149,7 @@ Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, c
   if (growth == 0) return {};
   if (Status enough = check_headroom(growth); !enough) return enough;
   arena_.lease(slot_).grown.fetch_add(growth, std::memory_order_relaxed);
+  TORCHSHM_POINT("claim.growth_told");
   // Neighbouring ranges in one call.
   uint64_t start = 0, end = 0;
   for (size_t i = 0; i <= need.size(); ++i) {
@@ -280,6 +271,7 @@ void Space::release_run(uint32_t block, uint64_t generation) {
       next.head = 0;
       next.generation = 0;
       if (replace(head + i, found, next)) {
+        TORCHSHM_POINT("release_run.idle");
         arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
         TORCHSHM_POINT("release_run.chunk");
         break;
@@ -331,7 +323,9 @@ Result<Space::SmallChunk> Space::claim_small() {
     TORCHSHM_POINT("claim_small.backed");
     ChunkValue ready = taken[0].word;
     ready.state = ChunkState::kSmall;
-    if (replace(*chunk, taken[0].word, ready)) return SmallChunk{*chunk, false};
+    const bool mine = replace(*chunk, taken[0].word, ready);
+    TORCHSHM_POINT("claim_small.ready");
+    if (mine) return SmallChunk{*chunk, false};
   }
   return full("other processes took every free chunk first");
 }
@@ -341,51 +335,12 @@ void Space::release_small(uint32_t chunk) {
   ChunkValue next = found;
   next.state = ChunkState::kIdle;
   if (found.state == ChunkState::kSmall && found.owner == slot_ && replace(chunk, found, next)) {
+    TORCHSHM_POINT("release_small.idle");
     arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
   }
 }
 
-// Ends kTaking by `taker`: idle when nothing is live, else an orphan. Not its owner's again, who may have given it up in between.
-void Space::finish_taking(uint32_t chunk, uint32_t taker) {
-  // The owner may have looked at the chunk word before it changed, and be about to make a block live. Moving the sequence number of every
-  // free descriptor makes that exchange fail, however late it comes; what is live after that is all there is.
-  bool empty = true;
-  for (uint32_t page = 0; page < kPagesPerChunk; ++page) {
-    Block& block = arena_.block(chunk * kPagesPerChunk + page);
-    Pair found = block.value.load();
-    for (;;) {
-      BlockValue next = BlockValue::of(found);
-      if (next.live) {
-        empty = false;
-        break;
-      }
-      ++next.sequence;
-      if (block.value.exchange_if(found, next.pair())) break;
-    }
-  }
-  TORCHSHM_POINT("take_empty.looked");
-  for (;;) {
-    const ChunkValue found = value(chunk);
-    if (found.state != ChunkState::kTaking || found.owner != taker) return;
-    ChunkValue next = found;
-    next.state = empty ? ChunkState::kIdle : ChunkState::kSmall;
-    next.owner = empty ? slot_ : kNobody;
-    if (!replace(chunk, found, next)) continue;
-    if (empty) arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
-    return;
-  }
-}
-
-void Space::take_if_empty(uint32_t chunk) {
-  const ChunkValue found = value(chunk);
-  if (found.state != ChunkState::kSmall || found.owner == slot_ || anything_live(chunk)) return;
-  ChunkValue taking = found;
-  taking.state = ChunkState::kTaking;
-  taking.owner = slot_;
-  if (!replace(chunk, found, taking)) return;
-  TORCHSHM_POINT("take_empty.announced");
-  finish_taking(chunk, slot_);
-}
+void Space::take_if_empty(uint32_t chunk) { pool::take_if_empty(arena_, slot_, chunk); }
 
 void Space::take_empty() {
   for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) take_if_empty(i);
@@ -410,6 +365,7 @@ void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   if (!replace(chunk, found, trimming)) return;
   TORCHSHM_POINT("inherit.trimming");
   if (os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) (void)replace(chunk, trimming, ChunkValue{});
+  TORCHSHM_POINT("inherit.given_back");
 }
 
 void Space::inherit(uint32_t dead) {
@@ -422,7 +378,7 @@ void Space::inherit(uint32_t dead) {
       TORCHSHM_POINT("inherit.chunk");
       switch (found.state) {
         case ChunkState::kTaking:
-          finish_taking(i, dead);
+          finish_taking(arena_, slot_, i, dead);
           break;
         // Whether its pages are there is not known.
         case ChunkState::kBacking:
@@ -452,6 +408,7 @@ void Space::inherit(uint32_t dead) {
           (void)replace(i, found, next);
           break;
       }
+      TORCHSHM_POINT("inherit.decided");
       const ChunkValue now = value(i);
       if (now.pair() == found.pair()) break;  // the system refused; the next reaper tries again
       found = now;
@@ -473,6 +430,7 @@ uint64_t Space::trim(uint64_t keep) {
     const Status punched = os::punch(arena_.data() + uint64_t{i} * kChunk, kChunk);
     TORCHSHM_POINT("trim.punched");
     (void)replace(i, claimed, punched ? ChunkValue{} : found);
+    TORCHSHM_POINT("trim.done");
     arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
     left -= std::min<uint64_t>(left, found.committed * kPage);
     if (punched) given += found.committed * kPage;

@@ -55,8 +55,6 @@ class Space {
   uint64_t idle() const;       // bytes
   bool unsettled() const;      // somebody is giving a chunk back, or getting pages for one, right now
   ChunkValue value(uint32_t chunk) const { return ChunkValue::of(arena_.chunk(chunk).value.load()); }
-  // Whether any block that starts in the chunk is live.
-  bool anything_live(uint32_t chunk) const;
 
  private:
   std::optional<uint32_t> find_run(uint32_t chunks) const;
@@ -70,14 +68,12 @@ class Space {
   std::pair<uint32_t, uint64_t> take_run(uint32_t head, const std::vector<uint32_t>& need, std::vector<Taken>& taken);
   bool take(uint32_t chunk, ChunkValue wanted, Taken* taken);
   void put_back(uint32_t chunk, const Taken& taken);
-  void raise_used(uint32_t chunk);
   void give_to_system(uint32_t chunk, ChunkValue found);
   Status within_limit();
   Status back_with_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need);
   Status check_headroom(uint64_t bytes);
   void give_up_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need);
   void map_pages(uint32_t first, const std::vector<uint32_t>& need);
-  void finish_taking(uint32_t chunk, uint32_t taker);
   bool replace(uint32_t chunk, ChunkValue expected, ChunkValue desired);
 
   Arena& arena_;

@@ -72,40 +72,40 @@ class Failpoint : public testing::Test {
 
 TEST_F(Failpoint, FailsOnceWhereItWasToldTo) {
   failpoint::arm({failpoint::Action::kFail, 2, false, ENOSPC, nullptr});
-  EXPECT_EQ(failpoint::pass("a"), 0);
-  EXPECT_EQ(failpoint::pass("b"), ENOSPC);
-  EXPECT_EQ(failpoint::pass("c"), 0);
+  EXPECT_EQ(failpoint::pass("a", true), 0);
+  EXPECT_EQ(failpoint::pass("b", true), ENOSPC);
+  EXPECT_EQ(failpoint::pass("c", true), 0);
   EXPECT_EQ(failpoint::reached(), 3U);
   EXPECT_STREQ(failpoint::last(), "c");
 }
 
 TEST_F(Failpoint, FailsForGoodWhereItWasToldTo) {
   failpoint::arm({failpoint::Action::kFail, 2, true, EIO, nullptr});
-  EXPECT_EQ(failpoint::pass("a"), 0);
-  EXPECT_EQ(failpoint::pass("a"), EIO);
-  EXPECT_EQ(failpoint::pass("a"), EIO);
+  EXPECT_EQ(failpoint::pass("a", true), 0);
+  EXPECT_EQ(failpoint::pass("a", true), EIO);
+  EXPECT_EQ(failpoint::pass("a", true), EIO);
 }
 
 TEST_F(Failpoint, PassesOverOtherNames) {
   failpoint::arm({failpoint::Action::kFail, 1, true, EIO, "chosen"});
-  EXPECT_EQ(failpoint::pass("other"), 0);
+  EXPECT_EQ(failpoint::pass("other", true), 0);
   EXPECT_EQ(failpoint::reached(), 0U);
-  EXPECT_EQ(failpoint::pass("chosen"), EIO);
+  EXPECT_EQ(failpoint::pass("chosen", true), EIO);
   EXPECT_EQ(failpoint::reached(), 1U);
 }
 
 TEST_F(Failpoint, CountsOnlyWhenNothingIsToHappen) {
   failpoint::arm({});
-  EXPECT_EQ(failpoint::pass("a"), 0);
+  EXPECT_EQ(failpoint::pass("a", true), 0);
   EXPECT_EQ(failpoint::reached(), 1U);
 }
 
 TEST_F(Failpoint, StopsAndKillsTheProcessThatPasses) {
   const pid_t pid = tests::start([] {
     failpoint::arm({failpoint::Action::kStop, 1, false, 0, nullptr});
-    if (failpoint::pass("a") != 0) return false;
+    if (failpoint::pass("a", true) != 0) return false;
     failpoint::arm({failpoint::Action::kKill, 1, false, 0, nullptr});
-    (void)failpoint::pass("b");
+    (void)failpoint::pass("b", true);
     return true;
   });
   int status = 0;

@@ -514,7 +514,7 @@ TEST(Process, MayHaveAnyName) {
 
 TEST(Process, WithoutProcIsUnknown) {
   TORCHSHM_NEEDS_MOUNTS();
-  for (const std::string stat : {"", "12 no name", "12 (x) S 1 2 3"}) {
+  for (const std::string& stat : {std::string(), std::string("12 no name"), std::string("12 (x) S 1 2 3")}) {
     EXPECT_TRUE(succeeds([&] {
       return tests::private_mounts() && tests::show(tests::of_self("stat"), stat) && os::self().started == 0;
     })) << stat;

@@ -103,11 +103,6 @@ void Member::start() {
   work_->hints_seen = lease.hints_end.load(std::memory_order_acquire);
 }
 
-Member::View Member::view_of(uint32_t block, Mode, std::byte* data) const {
-  const auto extent = arena_.extent(block);
-  return {data, block, extent ? extent->length : 0};
-}
-
 // ---- allocate
 
 void Member::take_hints() {
@@ -292,10 +287,8 @@ void Member::release_locked(uint32_t block, Mode mode) {
   const Holds::Removed removed = holds_.remove(block, mode);
   if (removed.last_copy) {
     // What was written here privately would shadow the block's next contents.
-    if (const auto extent = arena_.extent(block)) {
-      if (std::byte* copy = arena_.address(Mode::kCopyOnWrite, extent->offset))
-        (void)os::drop_private(copy, extent->length);
-    }
+    if (const auto extent = arena_.extent(block))
+      (void)os::drop_private(arena_.address(Mode::kCopyOnWrite, extent->offset), extent->length);
   }
   if (removed.left != 0 || stranded_) return;
   if (holds_.is_private(block)) {
@@ -443,7 +436,7 @@ void Member::part_with_child() {
     if (end != start && !arena_.make_private(start, end - start, true)) return false;
     for (uint64_t page = start / kPage; page < end / kPage; ++page) {
       const auto block = static_cast<uint32_t>(page);
-      if (holds_.count(block) > 0 && holds_.is_exclusive(block)) holds_.mark_private(block, true);
+      if (holds_.is_exclusive(block)) holds_.mark_private(block, true);
     }
     return true;
   };

@@ -104,7 +104,6 @@ class Member final : public FreedSink {
   Result<uint32_t> allocate_small(uint32_t granules, bool whole_pages);
   bool make_room_step(int step, uint64_t bytes);
   void hold_again_for(const Membership& heir);
-  View view_of(uint32_t block, Mode mode, std::byte* data) const;
 
   std::mutex mutex_;
   Arena arena_;

@@ -224,7 +224,7 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
       TORCHSHM_POINT("claim_run.backed");
       return *head * kPagesPerChunk;
     }
-    if (allowed && !backed) give_up_pages(*head, taken, need);
+    if (allowed) give_up_pages(*head, taken, need);
     for (uint32_t i = held; i > 0; --i) put_back(*head + i - 1, taken[i - 1]);
     if (!backed) return backed;
   }
@@ -409,9 +409,7 @@ void Space::inherit(uint32_t dead) {
           break;
       }
       TORCHSHM_POINT("inherit.decided");
-      const ChunkValue now = value(i);
-      if (now.pair() == found.pair()) break;  // the system refused; the next reaper tries again
-      found = now;
+      found = value(i);
     }
   }
 }

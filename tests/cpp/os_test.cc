@@ -188,6 +188,17 @@ TEST(Os, EveryCallThatIsMadeToFailIsAnError) {
   for (const char* name : {"os.memfd_create", "os.fchmod", "os.ftruncate", "os.seal"}) {
     EXPECT_EQ(failing(name, [] { return os::create_memfd("x", kSize).code(); }), Code::kSystem) << name;
   }
+  for (const char* name : {"os.get_seals", "os.fstat"}) {
+    EXPECT_EQ(failing(name, [&] { return os::check_memfd(fd.get()).code(); }), Code::kSystem) << name;
+  }
+  EXPECT_EQ(failing("os.duplicate", [&] { return os::duplicate(fd.get()).code(); }), Code::kSystem);
+  EXPECT_EQ(failing("os.unlock", [&] { return os::unlock(fd.get(), 0).code(); }), Code::kSystem);
+  EXPECT_EQ(failing("os.map_file", [&] { return Mapping::map(Mapping::Kind::kShared, fd.get(), kSize).code(); }),
+            Code::kUnsupported);
+  EXPECT_EQ(failing("os.fork_detector", [] { return os::fork_detector() ? Code::kOk : Code::kSystem; }), Code::kSystem);
+  EXPECT_EQ(
+      failing("os.pagemap", [&] { return os::privately_modified(shared.data(), 4096) ? Code::kSystem : Code::kOk; }),
+      Code::kSystem);
   EXPECT_EQ(failing("os.reopen", [&] { return os::reopen(fd.get()).code(); }), Code::kSystem);
   EXPECT_EQ(failing("os.mmap", [&] { return Mapping::map(Mapping::Kind::kShared, fd.get(), kSize).code(); }),
             Code::kUnsupported);
@@ -333,6 +344,7 @@ bool finds_private_writes() {
   const Fd fd = memfd();
   Mapping shared = map(Mapping::Kind::kShared, fd), own = map(Mapping::Kind::kPrivate, fd);
   std::memset(shared.data(), 1, kSize);
+  if (os::privately_modified(own.data(), kSize)) return false;  // not present
   std::byte sum{0};
   for (uint64_t at = 0; at < kSize; at += 4096) sum |= own.data()[at];  // present, and the file's
   if (os::privately_modified(own.data(), kSize)) return false;
@@ -521,12 +533,43 @@ TEST(Process, WithoutProcIsUnknown) {
   }
   EXPECT_TRUE(succeeds([] {
     return tests::private_mounts() &&
-           tests::show(tests::of_self("maps"), "nonsense\n7f-80 r--p 0 0:1 77 /memfd:torchshm\n") &&
+           tests::show(tests::of_self("maps"), "nonsense memfd:torchshm\n7f-80 r--p 0 0:1 77 /memfd:torchshm\n") &&
            os::maps_file(os::self(), 77) && !os::maps_file(os::self(), 78);
   }));
   TORCHSHM_NEEDS_SECCOMP();
   EXPECT_TRUE(succeeds([] { return refuse(SYS_newfstatat, EPERM) && os::self().namespace_ == 0; }));
 }
+
+TEST(Process, IsTakenForLivingWhenTheKernelCanNotTell) {
+  const os::ProcessId self = os::self();
+  os::ProcessId unknown = self;
+  unknown.started = 0;
+  {
+    const tests::Limited files(RLIMIT_NOFILE, 0);
+    EXPECT_TRUE(os::maps_file(self, 1));
+    EXPECT_TRUE(os::maps_file(unknown, 1));
+    EXPECT_EQ(os::self().started, 0U);
+  }
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds([&] { return refuse(SYS_newfstatat, EPERM) && os::maps_file(self, 1); }));
+  EXPECT_TRUE(succeeds([&] { return refuse(SYS_read, EIO) && os::maps_file(self, 1) && os::maps_file(unknown, 1); }));
+  // It ended between the two looks: that is told.
+  EXPECT_TRUE(
+      succeeds([&] { return refuse(SYS_read, ESRCH) && !os::maps_file(self, 1) && !os::maps_file(unknown, 1); }));
+}
+
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+
+TEST(Process, WithoutItsNamespaceIsTakenForLiving) {
+  const os::ProcessId self = os::self();
+  for (const char* name : {"os.namespace", "os.proc"}) {
+    failpoint::arm({failpoint::Action::kFail, 1, true, EMFILE, name});
+    EXPECT_TRUE(os::maps_file(self, 1)) << name;
+    failpoint::disarm();
+  }
+}
+
+#endif
 
 }  // namespace
 }  // namespace torchshm

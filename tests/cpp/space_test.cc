@@ -156,6 +156,10 @@ TEST_F(SpaceTest, AReleaseOfSomethingElseChangesNothing) {
   const ChunkValue before = chunk(head);
   a.space.release_run(block, generation + 1);
   a.space.release_run(block + 1, generation);
+  pool::BlockValue odd;
+  odd.granules = 4;
+  tests::set_block(arena, block + 5, odd);  // a block with an extent, and no run's
+  a.space.release_run(block + 5, generation);
   a.space.release_run(arena.pages(), generation);
   EXPECT_EQ(chunk(head).pair(), before.pair());
   set(head + 1, ChunkState::kRun, b.slot, 4, head + 7, generation);  // somebody else's since
@@ -180,6 +184,7 @@ TEST_F(SpaceTest, AnAbandonedRunIsAsItWasBefore) {
   auto block = a.space.claim_run(5 * kMib);
   ASSERT_TRUE(block.ok());
   const uint32_t head = *block / kPagesPerChunk;
+  (void)b.small();  // in the next chunk
   a.space.abandon_run(*block);
   for (uint32_t i = head; i < head + 3; ++i) EXPECT_EQ(chunk(i).state, ChunkState::kIdle);
   // Only what is still its own: each of these ends it.
@@ -313,6 +318,22 @@ TEST_F(SpaceTest, AClaimThatLosesAChunkTakesOthers) {
   EXPECT_EQ(a.space.committed(), 14 * kMib);
 }
 
+TEST_F(SpaceTest, AClaimThatLosesAChunkLeavesThoseThatWereTakenMeanwhile) {
+  int passed = 0;
+  const Between between(
+      "claim_run.chunk",
+      [&] {  // its first chunk was taken for a dead lease's, and the second is gone
+        if (passed++ > 0) return;
+        set(0, ChunkState::kIdle, 9, 4);
+        set(1, ChunkState::kSmall, b.slot, 4);
+      },
+      Between::kEachTime);
+  const uint32_t block = a.run(4 * kMib);
+  EXPECT_GE(block / kPagesPerChunk, 2U);
+  EXPECT_EQ(chunk(0).owner, 9U);
+  EXPECT_EQ(chunk(1).owner, b.slot);
+}
+
 TEST_F(SpaceTest, AClaimThatAlwaysLosesGivesUp) {
   uint32_t at = 0;
   const auto steal = [&] {  // the chunk that is about to be claimed
@@ -396,13 +417,14 @@ TEST_F(SpaceTest, TwoWhoInheritDoItOnce) {
 // ---- the system refuses
 
 TEST_F(SpaceTest, PagesThatCanNotBeHadAreGivenUpExactly) {
-  a.ledger.drop(a.run(kMib));  // half a chunk is there
+  a.ledger.drop(a.run(3 * kMib));  // a chunk and a half are there
   {
     const Failing failing("os.commit", ENOMEM);
-    EXPECT_EQ(a.space.claim_run(4 * kMib).code(), Code::kFull);
+    EXPECT_EQ(a.space.claim_run(6 * kMib).code(), Code::kFull);
+    EXPECT_TRUE(a.space.claim_small().ok());  // the warm one
     EXPECT_EQ(a.space.claim_small().code(), Code::kFull);
   }
-  EXPECT_EQ(a.space.committed(), kMib);
+  EXPECT_EQ(a.space.committed(), 3 * kMib);
   EXPECT_EQ(a.space.idle(), kMib);
   EXPECT_TRUE(a.space.claim_run(4 * kMib).ok());
 }
@@ -415,7 +437,7 @@ TEST_F(SpaceTest, AChunkThatTheSystemDoesNotTakeBackStaysForTheNext) {
     EXPECT_EQ(chunk(0).state, ChunkState::kTrimming);
     EXPECT_EQ(chunk(0).owner, a.slot);
   }
-  a.space.inherit(a.slot);
+  b.space.inherit(a.slot);
   EXPECT_EQ(chunk(0).state, ChunkState::kHole);
   a.ledger.drop(a.run(2 * kMib));
   {

@@ -94,10 +94,14 @@ def measure() -> tuple[dict[str, list[int]], list[Line]]:
     lines = []
     for file in json.loads(raw.read_text())["files"]:
         source = (ROOT / file["file"]).read_text().splitlines()
-        per_line: dict[int, list[int]] = {}
+        per_line: dict[int, list[list[int]]] = {}
         for line in file["lines"]:
-            per_line.setdefault(line["line_number"], []).extend(b["count"] for b in line.get("branches", []))
-        for number, counts in sorted(per_line.items()):
+            if line.get("branches"):
+                per_line.setdefault(line["line_number"], []).append([b["count"] for b in line["branches"]])
+        for number, instances in sorted(per_line.items()):
+            # A branch of a template is one branch, however often it is instantiated.
+            alike = len({len(counts) for counts in instances}) == 1
+            counts = [max(c) for c in zip(*instances, strict=True)] if alike else [c for i in instances for c in i]
             missing = counts.count(0)
             room = totals[file["file"].split("/")[1]]
             room[0] += len(counts) - missing

@@ -10,6 +10,7 @@ namespace {
 Plan plan;
 std::atomic<uint64_t> count{0};
 std::atomic<const char*> latest{""};
+thread_local uint64_t points_left = 0;
 
 }  // namespace
 
@@ -24,7 +25,10 @@ uint64_t reached() { return count.load(); }
 
 const char* last() { return latest.load(); }
 
+void die_after(uint64_t points) { points_left = points; }
+
 int pass(const char* name, bool can_fail) {
+  if (points_left != 0 && --points_left == 0) throw Died{name};
   if (plan.action == Action::kFail && !can_fail) return 0;
   if (plan.only != nullptr && std::strcmp(plan.only, name) != 0) return 0;
   const uint64_t nth = count.fetch_add(1) + 1;

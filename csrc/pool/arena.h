@@ -30,6 +30,9 @@ class Arena {
   static Result<Arena> create(uint64_t family, const Limits& limits);
   static Result<Arena> attach(os::Fd data, os::Fd control);
 
+  // The same files under the same mappings, for a further lease of this process. REQUIRES: this outlives it, and no fork meanwhile.
+  Result<Arena> alias() const;
+
   // What a control file's header says about its family, without attaching.
   static Result<uint64_t> family_of(int control_fd);
 

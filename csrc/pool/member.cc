@@ -89,6 +89,12 @@ Result<std::unique_ptr<Member>> Member::attach(os::Fd data, os::Fd control) {
   return make(arena.take());
 }
 
+Result<std::unique_ptr<Member>> Member::beside(const Member& other) {
+  auto arena = other.arena_.alias();
+  if (!arena) return std::move(arena.status());
+  return make(arena.take());
+}
+
 // In a forked child: heap, chunks and janitor thread are the parent's, and joining a thread that is not there would hang. Leaked.
 void Member::leave_work() { (void)work_.release(); }
 

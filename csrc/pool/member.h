@@ -31,6 +31,10 @@ class Member final : public FreedSink {
   static Result<std::unique_ptr<Member>> create(uint64_t family, const Limits& limits);
   static Result<std::unique_ptr<Member>> attach(os::Fd data, os::Fd control);
 
+  // A further lease of this process over the same mappings: members as threads, which ThreadSanitizer can follow. For tests.
+  // REQUIRES: the other one outlives it, and no fork meanwhile.
+  static Result<std::unique_ptr<Member>> beside(const Member& other);
+
   struct View {
     std::byte* data = nullptr;  // first byte of the block under the mode asked for
     uint32_t block = 0;

@@ -93,6 +93,12 @@ class Limited {
   bool good_ = false;
 };
 
+// Valgrind makes system calls of its own and manages the address space.
+inline bool under_valgrind() {
+  const char* preloaded = std::getenv("LD_PRELOAD");
+  return preloaded != nullptr && std::string(preloaded).find("vgpreload") != std::string::npos;
+}
+
 // Whether this machine lets a process do all that to itself; tests that need it skip otherwise.
 inline bool permitted(const std::function<bool()>& step) { return succeeds(step); }
 
@@ -100,5 +106,6 @@ inline bool permitted(const std::function<bool()>& step) { return succeeds(step)
 
 #define TORCHSHM_NEEDS_MOUNTS() \
   if (!tests::permitted(tests::private_mounts)) GTEST_SKIP() << "no mount namespaces for this user"
-#define TORCHSHM_NEEDS_SECCOMP() \
+#define TORCHSHM_NEEDS_SECCOMP()                                        \
+  if (tests::under_valgrind()) GTEST_SKIP() << "valgrind's own calls would be refused"; \
   if (!tests::permitted([] { return tests::refuse(SYS_getppid, EPERM); })) GTEST_SKIP() << "no seccomp filters here"

@@ -161,6 +161,24 @@ Result<Arena> Arena::inspect(os::Fd data, os::Fd control) {
   return arena;
 }
 
+Result<Arena> Arena::alias() const {
+  auto data = os::duplicate(data_fd_.get()), control = os::duplicate(control_fd_.get());
+  if (!data) return std::move(data.status());
+  if (!control) return std::move(control.status());
+  Arena arena;
+  arena.data_fd_ = data.take();
+  arena.control_fd_ = control.take();
+  arena.control_ = control_.alias();
+  arena.shared_ = shared_.alias();
+  arena.read_ = read_.alias();
+  arena.copy_ = copy_.alias();
+  arena.offsets_ = offsets_;
+  arena.chunks_ = chunks_;
+  arena.data_inode_ = data_inode_;
+  arena.control_inode_ = control_inode_;
+  return arena;
+}
+
 Result<uint64_t> Arena::family_of(int control_fd) {
   auto size = os::check_memfd(control_fd);
   if (!size) return std::move(size.status());

@@ -35,6 +35,9 @@ class Arena {
   // meanwhile ends this process.
   static Result<Arena> inspect(os::Fd data, os::Fd control);
 
+  // The same files under the same mappings, for a further lease of this process. REQUIRES: this outlives it, and no fork meanwhile.
+  Result<Arena> alias() const;
+
   // What a control file's header says about its family, without attaching.
   static Result<uint64_t> family_of(int control_fd);
 

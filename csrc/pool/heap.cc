@@ -202,12 +202,4 @@ std::optional<uint32_t> Heap::remove_empty(uint32_t keep) {
   return std::nullopt;
 }
 
-void Heap::forget() {
-  owned_.clear();
-  for (auto& owned : by_chunk_) owned.reset();
-  for (Cached& cached : cache_) cached.granules = 0;
-  current_ = 0;
-  empty_ = 0;
-}
-
 }  // namespace torchshm::pool

@@ -38,8 +38,6 @@ class Heap {
   std::optional<uint32_t> remove_empty(uint32_t keep);
   uint32_t empty_chunks() const { return empty_; }
   bool owns(uint32_t chunk) const { return chunk < by_chunk_.size() && by_chunk_[chunk] != nullptr; }
-  // Forgets every chunk (in a forked child: they are the parent's).
-  void forget();
 
  private:
   struct Owned {

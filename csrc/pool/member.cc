@@ -103,6 +103,12 @@ Result<std::unique_ptr<Member>> Member::attach(os::Fd data, os::Fd control) {
   return make(arena.take());
 }
 
+Result<std::unique_ptr<Member>> Member::beside(const Member& other) {
+  auto arena = other.arena_.alias();
+  if (!arena) return std::move(arena.status());
+  return make(arena.take());
+}
+
 // In a forked child: heap, chunks and janitor thread are the parent's, and joining a thread that is not there would hang. Leaked.
 void Member::leave_work() { (void)work_.release(); }
 
@@ -115,11 +121,6 @@ void Member::start() {
   lease.grown.store(0, std::memory_order_relaxed);
   TORCHSHM_POINT("start.counters");
   work_->hints_seen = lease.hints_end.load(std::memory_order_acquire);
-}
-
-Member::View Member::view_of(uint32_t block, Mode, std::byte* data) const {
-  const auto extent = arena_.extent(block);
-  return {data, block, extent ? extent->length : 0};
 }
 
 // ---- allocate
@@ -479,7 +480,7 @@ void Member::part_with_child() {
     if (end != start && !arena_.make_private(start, end - start, true)) return false;
     for (uint64_t page = start / kPage; page < end / kPage; ++page) {
       const auto block = static_cast<uint32_t>(page);
-      if (holds_.count(block) > 0 && holds_.is_exclusive(block)) holds_.mark_private(block, true);
+      if (holds_.is_exclusive(block)) holds_.mark_private(block, true);
     }
     return true;
   };

@@ -32,6 +32,10 @@ class Member final : public FreedSink {
   static Result<std::unique_ptr<Member>> create(uint64_t family, const Limits& limits);
   static Result<std::unique_ptr<Member>> attach(os::Fd data, os::Fd control);
 
+  // A further lease of this process over the same mappings: members as threads, which ThreadSanitizer can follow. For tests.
+  // REQUIRES: the other one outlives it, and no fork meanwhile.
+  static Result<std::unique_ptr<Member>> beside(const Member& other);
+
   struct View {
     std::byte* data = nullptr;  // first byte of the block under the mode asked for
     uint32_t block = 0;
@@ -107,7 +111,6 @@ class Member final : public FreedSink {
   Result<uint32_t> allocate_small(uint32_t granules, bool whole_pages);
   bool make_room_step(int step, uint64_t bytes);
   void hold_again_for(const Membership& heir);
-  View view_of(uint32_t block, Mode mode, std::byte* data) const;
 
   std::mutex mutex_;
   Arena arena_;

@@ -224,7 +224,7 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
       TORCHSHM_POINT("claim_run.backed");
       return *head * kPagesPerChunk;
     }
-    if (allowed && !backed) give_up_pages(*head, taken, need);
+    if (allowed) give_up_pages(*head, taken, need);
     for (uint32_t i = held; i > 0; --i) put_back(*head + i - 1, taken[i - 1]);
     if (!backed) return backed;
   }

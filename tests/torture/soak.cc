@@ -103,6 +103,7 @@ uint64_t own_descriptors() {
 }
 
 [[noreturn]] void join_and_work(os::Fd data, os::Fd control, Board& board, uint32_t index, uint64_t seed) {
+  if (seed % 16 == 0) Worker::arm(board, seed);
   auto member = pool::Member::attach(std::move(data), std::move(control));
   if (!member) {
     board.report("pid %d: attach: %s", ::getpid(), member.status().what().c_str());
@@ -174,11 +175,14 @@ class Conductor {
       beat();
       bury();
       resume(false);
-      watch();
+      if (random_() % 8 == 0) {
+        find_stopped();
+        watch();
+      }
       populate();
       act();
       if (now_ns() > next_rest) {
-        next_rest = now_ns() + (1 + random_() % 4) * 1'000'000'000;
+        next_rest = now_ns() + (300 + random_() % 1500) * 1'000'000;
         rest();
       }
       if (now_ns() > next_line) {
@@ -229,6 +233,7 @@ class Conductor {
       if (worker != workers_.end()) *worker = 0;
       if (WIFEXITED(status) && WEXITSTATUS(status) != 0)
         board_->report("pid %d ended with status %d", pid, WEXITSTATUS(status));
+      if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) ++kills_;
       if (WIFSIGNALED(status) && WTERMSIG(status) != SIGKILL)
         board_->report("pid %d ended by signal %d", pid, WTERMSIG(status));
       for (Entry& entry : board_->entries) {
@@ -327,7 +332,6 @@ class Conductor {
   void send(pid_t pid, int signal) {
     if (pid <= 1) return;
     if (::kill(pid, signal) != 0) return;
-    if (signal == SIGKILL) ++kills_;
     if (signal == SIGSTOP) ++stops_;
   }
 
@@ -346,6 +350,15 @@ class Conductor {
       stopped_[pid] = now_ns() + ms * 1'000'000;
     } else {
       for (int i = 0; i < 3; ++i) timed("operation", [&] { worker_->step(false); });
+    }
+  }
+
+  // Those that a failpoint has stopped.
+  void find_stopped() {
+    for (const Entry& entry : board_->entries) {
+      const pid_t pid = entry.pid.load();
+      if (pid <= 1 || pid == ::getpid() || stopped_.contains(pid) || state_of(pid) != 'T') continue;
+      stopped_[pid] = now_ns() + random_() % 400 * 1'000'000;
     }
   }
 
@@ -414,9 +427,13 @@ class Conductor {
       for (const Entry& entry : board_->entries) {
         if (entry.parked.load() == pauses_) held[entry.pid.load()] = entry.held.load();
       }
+      bool all = true;
       for (const pid_t pid : alive) {
-        if (!held.contains(pid)) return false;
+        if (held.contains(pid)) continue;
+        all = false;
+        if (state_of(pid) == 'T') ::kill(pid, SIGCONT);
       }
+      if (!all) return false;
       return descendants() == alive;  // a parked process forks nobody
     });
     if (!quiet) {
@@ -561,6 +578,8 @@ class Conductor {
     all.emplace_back("processes started", births_);
     all.emplace_back("ordinary ends", board_->left.load());
     all.emplace_back("kills", kills_);
+    all.emplace_back("kills armed at a failpoint", board_->armed_kills.load());
+    all.emplace_back("stops armed at a failpoint", board_->armed_stops.load());
     all.emplace_back("stops", stops_);
     all.emplace_back("leases reaped", member_->arena().header().reaped.load());
     all.emplace_back("tickets taken back", member_->arena().header().taken_back.load());

@@ -59,7 +59,7 @@ struct Board {
   std::atomic<uint64_t> actions[static_cast<size_t>(Action::kCount)];
   std::atomic<uint64_t> longest_ns[static_cast<size_t>(Action::kCount)];
   std::atomic<uint64_t> verified;  // bytes
-  std::atomic<uint64_t> full, stale, first_stale, lost, duplicated, private_writes, left;
+  std::atomic<uint64_t> full, stale, first_stale, lost, duplicated, private_writes, left, armed_kills, armed_stops;
   std::atomic<uint32_t> found;
   char what[kMostFound][320];
   int pipes[kMostWorkers][2];

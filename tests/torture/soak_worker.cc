@@ -9,6 +9,7 @@
 #include <set>
 #include <utility>
 
+#include "base/failpoint.h"
 #include "pool/members.h"
 
 namespace torchshm::torture {
@@ -92,11 +93,25 @@ void Worker::run(uint64_t steps) {
   for (uint64_t n = 0; n < steps; ++n) {
     if (board_.pause.load() != 0) park();
     if (n % 64 == 0 && now_ns() - board_.heartbeat.load() > 60'000'000'000) ::_exit(0);  // nobody is watching any more
+    if (pick(300) == 0) arm(board_, random_());
     step(true);
   }
   // Ordinary ends: with everything released, and with nothing.
   if (pick(2) == 0) release_all();
   board_.left.fetch_add(1, std::memory_order_relaxed);
+}
+
+void Worker::arm(Board& board, uint64_t random) {
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+  failpoint::Plan plan;
+  const bool stop = random % 3 == 0;
+  plan.action = stop ? failpoint::Action::kStop : failpoint::Action::kKill;
+  plan.at = 1 + random / 3 % (random % 7 == 0 ? 400 : 24);  // an operation has few, reaping and forking have many
+  failpoint::arm(plan);
+  (stop ? board.armed_stops : board.armed_kills).fetch_add(1, std::memory_order_relaxed);
+#else
+  (void)board, (void)random;
+#endif
 }
 
 void Worker::step(bool may_fork) {

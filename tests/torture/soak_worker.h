@@ -34,6 +34,9 @@ class Worker {
   void before_fork();
   void become(pool::Member& member, Entry* entry, uint32_t index, uint64_t seed);
 
+  // In a build with failpoints: to be killed or stopped at one of the next few that are passed.
+  static void arm(Board& board, uint64_t random);
+
   // An entry for the calling process; null when all are taken.
   static Entry* enter(Board& board);
   // A crash is a finding. In the conductor's children.

@@ -26,6 +26,10 @@ class Arena {
  public:
   static Result<Arena> create(uint64_t family, const Limits& limits);
   static Result<Arena> attach(os::Fd data, os::Fd control);
+  // To look at, without joining: the control file mapped read-only, the data file not at all, so address() is null and nothing here may
+  // be written. Takes a pool's memory files, and plain files that they were copied to: those are not sealed, and whoever cuts one short
+  // meanwhile ends this process.
+  static Result<Arena> inspect(os::Fd data, os::Fd control);
 
   // What a control file's header says about its family, without attaching.
   static Result<uint64_t> family_of(int control_fd);
@@ -63,6 +67,9 @@ class Arena {
   // The mode and offset of an address, if it lies in this pool.
   std::optional<std::pair<Mode, uint64_t>> locate(const void* p) const;
 
+  // Whether inspect() was given copies: their holes and locks say nothing about the pool's memory and processes.
+  bool is_copy() const { return is_copy_; }
+
   int data_fd() const { return data_fd_.get(); }
   int control_fd() const { return control_fd_.get(); }
   uint64_t data_inode() const { return data_inode_; }
@@ -75,10 +82,13 @@ class Arena {
 
  private:
   Status map(uint64_t control_size, uint64_t data_size);
+  Status remember_inodes();
+  Status validate(uint64_t control_size, uint64_t data_size);
   os::Fd data_fd_, control_fd_;
   os::Mapping control_, shared_, read_, copy_;
   Offsets offsets_{};
   uint32_t chunks_ = 0;
+  bool is_copy_ = false;
   uint64_t data_inode_ = 0, control_inode_ = 0;
 };
 

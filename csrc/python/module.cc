@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 
 #include "os/memfd.h"
+#include "pool/checker.h"
+#include "pool/stats.h"
 #include "python/block_ref.h"
 #include "python/errors.h"
 #include "python/family.h"
@@ -113,6 +115,36 @@ uint64_t trim(uint64_t keep) {
   return pool.trim(keep);
 }
 
+// A pool that this process need not have joined. The descriptors stay the caller's.
+py::dict check(int data, int control, bool at_rest) {
+  auto own_data = os::duplicate(data), own_control = os::duplicate(control);
+  if (!own_data) fail(own_data.status());
+  if (!own_control) fail(own_control.status());
+  auto arena = pool::Arena::inspect(own_data.take(), own_control.take());
+  if (!arena) fail(arena.status());
+  pool::CheckReport report;
+  {
+    py::gil_scoped_release release;
+    report = pool::check(*arena, {.at_rest = at_rest, .limit = false});  // set_limit() may have lowered it
+  }
+  py::list violations, members;
+  for (const pool::Violation& v : report.violations) violations.append(py::make_tuple(v.invariant, v.what));
+  for (const pool::Signature& s : pool::signatures(*arena)) {
+    // A damaged file says anything.
+    auto name = py::reinterpret_steal<py::object>(
+        PyUnicode_DecodeUTF8(s.name.data(), static_cast<Py_ssize_t>(s.name.size()), "replace"));
+    members.append(py::make_tuple(s.pid, name));
+  }
+  py::dict out;
+  out["pool_id"] = arena->header().pool_id;
+  out["is_copy"] = arena->is_copy();
+  out["members"] = members;
+  out["blocks"] = report.blocks;
+  out["tickets"] = report.tickets;
+  out["violations"] = violations;
+  return out;
+}
+
 PyMethodDef hot[] = {
     {"reduce_ndarray", reduce_ndarray, METH_O,
      "reduce_ndarray(array)\n--\n\nThe reduce value of an array; registered with ForkingPickler."},
@@ -141,6 +173,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("create", &create, py::arg("family"), py::arg("limit") = 0, py::arg("warm") = 0);
   m.def("attach", &attach, py::arg("data_fd"), py::arg("control_fd"), py::arg("current") = false);
   m.def("peek_family", &peek_family, py::arg("control_fd"));
+  m.def("check", &check, py::arg("data_fd"), py::arg("control_fd"), py::arg("at_rest") = false);
   m.def("is_member", [] { return member() != nullptr; });
   m.def("pool_id", [] { return current().pool_id(); });
   m.def("family", [] { return current().family(); });

@@ -493,11 +493,13 @@ class Conductor:
         killed = self.chance.random() < 0.5
         if not killed:
             queue.put(None)
+        rest = os.dup(queue._reader.fileno())  # the thread behind the queue closes its own
         self.end(process, killed)
         queue.close()
-        if killed:
-            # The thread behind the queue may be in the middle of a message that nobody reads; it ends when the pipe breaks.
-            queue._reader.close()
+        # What a killed consumer has not received, perhaps from the middle of a message on, nobody will: those messages are lost.
+        while os.read(rest, 1 << 16):
+            pass
+        os.close(rest)
         queue.join_thread()
         self.tally["queues"] += 1
 

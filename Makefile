@@ -45,13 +45,8 @@ lint: $(INSTALLED) ## ruff, mypy, clang-format; changes nothing
 	find csrc tests benchmarks -name '*.h' -o -name '*.cc' | xargs -r clang-format --dry-run --Werror
 
 .PHONY: torture
-torture: build/dev/build.ninja ## The long tests: kills at every failpoint, soaks
-	@if [ ! -d tests/torture ]; then
-		echo 'make torture: there is no tests/torture yet; nothing was run.'
-		exit 0
-	fi
-	cmake --build --preset dev --parallel $(JOBS)
-	TORCHSHM_TORTURE=full PYTHONPATH=$(CURDIR)/build/dev/python $(BIN)/pytest tests/torture $(ARGS)
+torture: build/dev/build.ninja ## The long tests, hours of them; writes tests/torture/RESULTS.md. ARGS='--only soak --minutes 5'
+	$(BIN)/python tests/torture/campaign.py $(ARGS)
 
 .PHONY: build
 build: build/release/build.ninja ## After an edit in csrc/: the release module, built and copied into torchshm/
@@ -125,12 +120,13 @@ system:
 	command -v ccache >/dev/null || missing+=' ccache'
 	[ -e /usr/include/gtest/gtest.h ] || missing+=' libgtest-dev'
 	[ -e /usr/include/benchmark/benchmark.h ] || missing+=' libbenchmark-dev'
+	command -v valgrind >/dev/null || missing+=' valgrind'
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing+=' python3-venv'
 	headers=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 	[ -e "$$headers/Python.h" ] || missing+=' python3-dev'
 	[ -n "$$missing" ] || exit 0
 	$(install_from_debian)
-	[ -z "$$failed" ] || echo '(`make test` needs libgtest-dev; ccache and libbenchmark-dev can be done without)' >&2
+	[ -z "$$failed" ] || echo '(`make test` needs libgtest-dev; ccache, libbenchmark-dev and valgrind can be done without)' >&2
 
 .PHONY: clang-tidy
 clang-tidy:

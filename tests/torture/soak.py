@@ -195,7 +195,9 @@ def reporting(folder: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        Path(folder, f"{os.getpid()}.txt").write_text(traceback.format_exc())
+        path = Path(folder, f"{os.getpid()}.part")
+        path.write_text(traceback.format_exc())
+        path.rename(path.with_suffix(".txt"))
         os._exit(1)
 
 
@@ -633,7 +635,7 @@ class Conductor:
         faulthandler.cancel_dump_traceback_later()
 
     def collect_reports(self) -> None:
-        for path in Path(self.folder).iterdir():
+        for path in Path(self.folder).glob("*.txt"):
             self.wrong(f"pid {path.stem}: {path.read_text()}")
             path.unlink()
 

@@ -48,6 +48,7 @@ class Campaign:
     budget: bool = False  # takes --seconds or --minutes: as long as it is given
     seeds: int = 1  # the budget is shared by so many runs
     own_json: bool = True  # false: the result is read from what it prints
+    writes: str = ""  # it takes no --json and writes this file
     needs: tuple[str, ...] = ()  # CMake presets that are built before
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -146,6 +147,7 @@ CAMPAIGNS = [
         script("tests/fuzz/run.py"),
         [*script("tests/fuzz/run.py"), "--full"],
         budget=True,
+        writes="fuzz{-full}.json",
     ),
     Campaign(
         "soak",
@@ -177,6 +179,7 @@ CAMPAIGNS = [
         "branch coverage of base, os and pool; what is not covered has a reason",
         None,
         [*script("tests/torture/coverage.py"), "--full"],
+        writes="coverage.json",
     ),
 ]
 
@@ -196,16 +199,17 @@ def commands(
     """What is run, and where each run leaves its result."""
     if not full:
         if campaign.short is not None:
-            yield OUT / f"{campaign.name}.json", campaign.short
+            yield OUT / file_name(campaign, ""), campaign.short
         return
     runs = campaign.seeds if campaign.budget else 1
     for n in range(runs):
         extra = budgeted(campaign, minutes, first_seed + n) if campaign.budget else []
-        yield (
-            OUT
-            / (f"{campaign.name}-full-{first_seed + n}.json" if runs > 1 else f"{campaign.name}-full.json"),
-            [*campaign.full, *extra],
-        )
+        form = f"-full-{first_seed + n}" if runs > 1 else "-full"
+        yield OUT / file_name(campaign, form), [*campaign.full, *extra]
+
+
+def file_name(campaign: Campaign, form: str) -> str:
+    return campaign.writes.replace("{-full}", form) or f"{campaign.name}{form}.json"
 
 
 def prepare(preset: str, log: Path) -> str:
@@ -255,7 +259,7 @@ def run_one(campaign: Campaign, path: Path, command: Command, full: bool) -> lis
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{path.stem}.log"
     path.unlink(missing_ok=True)
-    if campaign.own_json:
+    if campaign.own_json and not campaign.writes:
         command = [*command, "--json", str(path)]
     started = Path(command[1] if command[0] == PYTHON and command[1].startswith("/") else command[0])
     if started.is_absolute() and not started.exists():

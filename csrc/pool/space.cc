@@ -51,7 +51,7 @@ uint64_t Space::idle() const {
 bool Space::unsettled() const {
   for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
     const ChunkValue v = value(i);
-    if (v.state == ChunkState::kTrimming || v.state == ChunkState::kBacking) return true;
+    if ((v.state == ChunkState::kTrimming && v.owner != kNobody) || v.state == ChunkState::kBacking) return true;
     if (v.state == ChunkState::kRun && v.head == i &&
         !BlockValue::of(arena_.block(i * kPagesPerChunk).value.load()).live)
       return true;
@@ -401,7 +401,8 @@ void Space::abandon_run(uint32_t block) {
   }
 }
 
-// Through kTrimming, so that a death on the way is finished by the next.
+// Through kTrimming, so that a death on the way is finished by the next. What the system refuses to take is nobody's from then on, since
+// the dead lease will be forgotten: the next trim() tries again.
 void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   ChunkValue trimming = found;
   trimming.state = ChunkState::kTrimming;
@@ -410,7 +411,12 @@ void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   trimming.generation = 0;
   if (!replace(chunk, found, trimming)) return;
   TORCHSHM_POINT("inherit.trimming");
-  if (os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) (void)replace(chunk, trimming, ChunkValue{});
+  ChunkValue next;
+  if (!os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) {
+    next = trimming;
+    next.owner = kNobody;
+  }
+  (void)replace(chunk, trimming, next);
 }
 
 void Space::inherit(uint32_t dead) {
@@ -454,7 +460,7 @@ void Space::inherit(uint32_t dead) {
           break;
       }
       const ChunkValue now = value(i);
-      if (now.pair() == found.pair()) break;  // the system refused; the next reaper tries again
+      if (now.pair() == found.pair()) break;
       found = now;
     }
   }
@@ -463,9 +469,10 @@ void Space::inherit(uint32_t dead) {
 uint64_t Space::trim(uint64_t keep) {
   uint64_t given = 0, left = idle();
   // From the end, so that the file's used part stays compact.
-  for (uint32_t i = arena_.chunks_used(); i-- > 0 && left > keep;) {
+  for (uint32_t i = arena_.chunks_used(); i-- > 0;) {
     const ChunkValue found = value(i);
-    if (found.state != ChunkState::kIdle) continue;
+    if (found.state == ChunkState::kTrimming && found.owner == kNobody) give_to_system(i, found);
+    if (left <= keep || found.state != ChunkState::kIdle) continue;
     ChunkValue claimed = found;
     claimed.state = ChunkState::kTrimming;
     claimed.owner = slot_;

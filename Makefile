@@ -45,13 +45,8 @@ lint: $(INSTALLED) ## ruff, mypy, clang-format; changes nothing
 	find csrc tests benchmarks -name '*.h' -o -name '*.cc' | xargs -r clang-format --dry-run --Werror
 
 .PHONY: torture
-torture: build/dev/build.ninja ## The long tests: kills at every failpoint, soaks
-	@if [ ! -d tests/torture ]; then
-		echo 'make torture: there is no tests/torture yet; nothing was run.'
-		exit 0
-	fi
-	cmake --build --preset dev --parallel $(JOBS)
-	TORCHSHM_TORTURE=full PYTHONPATH=$(CURDIR)/build/dev/python $(BIN)/pytest tests/torture $(ARGS)
+torture: build/dev/build.ninja ## The long tests, hours of them; writes tests/torture/RESULTS.md. ARGS='--only soak --minutes 5'
+	$(BIN)/python tests/torture/campaign.py $(ARGS)
 
 .PHONY: build
 build: build/release/build.ninja ## After an edit in csrc/: the release module, built and copied into torchshm/
@@ -130,6 +125,7 @@ system:
 	command -v rumur >/dev/null || missing+=' rumur'
 	command -v clang++-14 >/dev/null || missing+=' clang-14'
 	compgen -G '/usr/lib/llvm-14/lib/clang/*/lib/linux/libclang_rt.fuzzer-*' >/dev/null || missing+=' libclang-rt-14-dev'
+	command -v valgrind >/dev/null || missing+=' valgrind'
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing+=' python3-venv'
 	headers=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 	[ -e "$$headers/Python.h" ] || missing+=' python3-dev'

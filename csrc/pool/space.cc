@@ -288,7 +288,8 @@ std::optional<uint32_t> Space::adopt_orphan() {
     adopted.owner = slot_;
     if (!replace(i, found, adopted)) continue;
     TORCHSHM_POINT("claim_small.adopted");
-    map_pages(i, {kPagesPerChunk});
+    // Its pages are not mapped in advance: until a block of ours is live in it, others may find it empty and give its pages back, and mapping
+    // them would make new ones that nobody counts.
     return i;
   }
   return std::nullopt;

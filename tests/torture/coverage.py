@@ -101,7 +101,9 @@ def measure() -> tuple[dict[str, list[int]], list[Line]]:
         for number, instances in sorted(per_line.items()):
             # A branch of a template is one branch, however often it is instantiated.
             alike = len({len(counts) for counts in instances}) == 1
-            counts = [max(c) for c in zip(*instances, strict=True)] if alike else [c for i in instances for c in i]
+            counts = (
+                [max(c) for c in zip(*instances, strict=True)] if alike else [c for i in instances for c in i]
+            )
             missing = counts.count(0)
             room = totals[file["file"].split("/")[1]]
             room[0] += len(counts) - missing

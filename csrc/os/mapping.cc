@@ -240,4 +240,8 @@ uint64_t* fork_detector() {
   return word;
 }
 
+void drop_fork_detector(uint64_t* word) {
+  if (word != nullptr) ::munmap(word, kPageBytes);
+}
+
 }  // namespace torchshm::os

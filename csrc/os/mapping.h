@@ -80,5 +80,6 @@ uint64_t page_faults();
 
 // A word that reads 1 in this process and 0 in every child made by any kind of fork (MADV_WIPEONFORK); null where the kernel has none.
 uint64_t* fork_detector();
+void drop_fork_detector(uint64_t* word);
 
 }  // namespace torchshm::os

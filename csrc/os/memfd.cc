@@ -69,6 +69,21 @@ Result<uint64_t> check_memfd(int fd) {
   return static_cast<uint64_t>(st.st_size);
 }
 
+Result<uint64_t> file_size(int fd) {
+  struct stat st {};
+  if (::fstat(fd, &st) != 0) return Status::system("fstat", std::to_string(fd), errno);
+  return static_cast<uint64_t>(st.st_size);
+}
+
+Range next_data(int fd, uint64_t from, uint64_t size) {
+  if (from >= size) return {size, size};
+  if (TORCHSHM_INJECT("os.seek_data") != 0) return {from, size};
+  const off_t begin = ::lseek(fd, static_cast<off_t>(from), SEEK_DATA);
+  if (begin < 0) return errno == ENXIO ? Range{size, size} : Range{from, size};
+  const off_t end = ::lseek(fd, begin, SEEK_HOLE);
+  return {static_cast<uint64_t>(begin), end <= begin ? size : static_cast<uint64_t>(end)};
+}
+
 Result<Fd> reopen(int fd) {
   const std::string path = "/proc/self/fd/" + std::to_string(fd);
   int error = TORCHSHM_INJECT("os.reopen");
@@ -92,12 +107,12 @@ Result<Fd> duplicate(int fd) {
   return Fd(raw);
 }
 
-Result<uint64_t> inode(int fd) {
+Result<FileId> file_id(int fd) {
   struct stat st {};
   int error = TORCHSHM_INJECT("os.fstat");
   if (error == 0 && ::fstat(fd, &st) != 0) error = errno;
   if (error != 0) return Status::system("fstat", std::to_string(fd), error);
-  return static_cast<uint64_t>(st.st_ino);
+  return FileId{static_cast<uint64_t>(st.st_dev), static_cast<uint64_t>(st.st_ino)};
 }
 
 }  // namespace torchshm::os

@@ -18,13 +18,28 @@ Result<Fd> create_memfd(const std::string& name, uint64_t size);
 // Size in bytes of a memory file received from someone else, after checking that it is sealed and so can't be cut short under us.
 Result<uint64_t> check_memfd(int fd);
 
+// Size in bytes of any file.
+Result<uint64_t> file_size(int fd);
+
+// The first range at or after `from` that has memory behind it (SEEK_DATA); empty at the end of the file. Where the system does not tell,
+// everything. Reading the rest through a mapping would give it pages.
+struct Range {
+  uint64_t begin = 0, end = 0;
+};
+Range next_data(int fd, uint64_t from, uint64_t size);
+
 // A new open file description of the same file (through /proc/self/fd), for locks of its own.
 Result<Fd> reopen(int fd);
 
 // A close-on-exec duplicate.
 Result<Fd> duplicate(int fd);
 
-// Inode number of the file: what /proc/<pid>/maps shows for its mappings.
-Result<uint64_t> inode(int fd);
+// Which file it is. The inode number is what /proc/<pid>/maps shows for its mappings; alone it proves nothing, since every file system
+// has its own.
+struct FileId {
+  uint64_t device = 0, inode = 0;
+  friend bool operator==(const FileId&, const FileId&) = default;
+};
+Result<FileId> file_id(int fd);
 
 }  // namespace torchshm::os

@@ -43,12 +43,16 @@ Status Arena::map(uint64_t control_size, uint64_t data_size) {
   // The other faces are optional: a private mapping of this size may be refused (vm.overcommit_memory=2, RLIMIT_AS).
   if (auto read = os::Mapping::map(os::Mapping::Kind::kReadOnly, data_fd_.get(), data_size)) read_ = read.take();
   if (auto copy = os::Mapping::map(os::Mapping::Kind::kPrivate, data_fd_.get(), data_size)) copy_ = copy.take();
-  auto inode = os::inode(data_fd_.get());
-  if (!inode) return std::move(inode.status());
-  data_inode_ = *inode;
-  inode = os::inode(control_fd_.get());
-  if (!inode) return std::move(inode.status());
-  control_inode_ = *inode;
+  return remember_files();
+}
+
+Status Arena::remember_files() {
+  auto id = os::file_id(data_fd_.get());
+  if (!id) return std::move(id.status());
+  data_id_ = *id;
+  id = os::file_id(control_fd_.get());
+  if (!id) return std::move(id.status());
+  control_id_ = *id;
   return {};
 }
 
@@ -58,9 +62,11 @@ Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
   if (!id) return std::move(id.status());
   auto secret = random_id();
   if (!secret) return std::move(secret.status());
+  // No file is larger, whatever the limit says: nothing below can overflow.
+  const uint64_t size = std::min(limit, kMaxChunks * kChunk);
   Status last;
   for (const uint64_t factor : kReserveFactors) {
-    const uint64_t chunks = std::clamp<uint64_t>((limit * factor + kChunk - 1) / kChunk, 16, kMaxChunks);
+    const uint64_t chunks = std::clamp<uint64_t>((size * factor + kChunk - 1) / kChunk, 16, kMaxChunks);
     Arena arena;
     arena.offsets_ = Offsets::of(chunks);
     arena.chunks_ = static_cast<uint32_t>(chunks);
@@ -110,23 +116,48 @@ Result<Arena> Arena::attach(os::Fd data, os::Fd control) {
   arena.data_fd_ = std::move(data);
   Status mapped = arena.map(*control_size, *data_size);
   if (!mapped) return mapped;
+  Status valid = arena.validate(*control_size, *data_size);
+  if (!valid) return valid;
+  return arena;
+}
+
+Status Arena::validate(uint64_t control_size, uint64_t data_size) {
   // Copy once, then validate: another process may write the header meanwhile.
-  const Header& header = arena.header();
-  const bool ready = header.ready.load(std::memory_order_acquire) == 1;
-  const uint64_t magic = header.magic, chunks = header.chunks;
-  const uint32_t version = header.version, hash = header.layout_hash;
+  const Header& seen = header();
+  const bool ready = seen.ready.load(std::memory_order_acquire) == 1;
+  const uint64_t magic = seen.magic, chunks = seen.chunks;
+  const uint32_t version = seen.version, hash = seen.layout_hash;
   if (magic != kMagic) return Status(Code::kInvalid, "not a torchshm control file");
   if (version != kVersion || hash != kLayoutHash) {
     return Status(Code::kInvalid, "the pool was made by another version of torchshm (layout " +
                                       std::to_string(version) + "); use the same version in every process");
   }
   if (!ready) return Status(Code::kInvalid, "the pool's creator has not finished making it");
-  if (chunks < 1 || chunks > kMaxChunks || chunks * kChunk != *data_size ||
-      Offsets::of(chunks).total != *control_size) {
+  if (chunks < 1 || chunks > kMaxChunks || chunks * kChunk != data_size || Offsets::of(chunks).total != control_size) {
     return Status(Code::kCorrupt, "the pool's header contradicts the size of its files");
   }
-  arena.chunks_ = static_cast<uint32_t>(chunks);
-  arena.offsets_ = Offsets::of(chunks);
+  chunks_ = static_cast<uint32_t>(chunks);
+  offsets_ = Offsets::of(chunks);
+  return {};
+}
+
+Result<Arena> Arena::inspect(os::Fd data, os::Fd control) {
+  const bool is_copy = !os::check_memfd(control.get()) || !os::check_memfd(data.get());
+  auto control_size = os::file_size(control.get());
+  if (!control_size) return std::move(control_size.status());
+  auto data_size = os::file_size(data.get());
+  if (!data_size) return std::move(data_size.status());
+  if (*control_size < sizeof(Header)) return Status(Code::kInvalid, "the control file is too short for a pool");
+  auto mapped = os::Mapping::map(os::Mapping::Kind::kReadOnly, control.get(), *control_size);
+  if (!mapped) return std::move(mapped.status());
+  Arena arena;
+  arena.control_fd_ = std::move(control);
+  arena.data_fd_ = std::move(data);
+  arena.control_ = mapped.take();
+  arena.is_copy_ = is_copy;
+  Status valid = arena.validate(*control_size, *data_size);
+  if (valid) valid = arena.remember_files();
+  if (!valid) return valid;
   return arena;
 }
 
@@ -158,15 +189,14 @@ Result<uint64_t> Arena::family_of(int control_fd) {
 }
 
 Status Arena::make_private(uint64_t offset, uint64_t length, bool on) {
-  const auto inode = os::inode(data_fd_.get());
-  if (!inode.ok() || *inode != data_inode_)
-    return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
+  const auto id = os::file_id(data_fd_.get());
+  if (!id.ok() || *id != data_id_) return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
   return shared_.remap(on ? os::Mapping::Kind::kPrivate : os::Mapping::Kind::kShared, data_fd_.get(), offset, length);
 }
 
 bool Arena::is_control(int fd) const {
-  const auto inode = os::inode(fd);
-  return inode.ok() && *inode == control_inode_;
+  const auto id = os::file_id(fd);
+  return id.ok() && *id == control_id_;
 }
 
 bool Arena::owns_descriptors() const { return is_control(control_fd_.get()); }
@@ -183,7 +213,8 @@ std::optional<Arena::Extent> Arena::extent(uint32_t index) const {
   const uint64_t granules = value.granules != 0 ? value.granules : descriptor.granules.load(std::memory_order_relaxed);
   const uint64_t length = granules * kGranule;
   const uint64_t offset = index * kPage + value.first * kGranule;
-  if (length == 0 || length > shared_.size() || offset > shared_.size() - length) return std::nullopt;
+  const uint64_t size = uint64_t{chunks_} * kChunk;
+  if (length == 0 || length > size || offset > size - length) return std::nullopt;
   return Extent{offset, length};
 }
 

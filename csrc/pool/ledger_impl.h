@@ -11,11 +11,11 @@ namespace torchshm::pool {
 template <class Shared>
 void BasicLedger<Shared>::begin(Op op, uint32_t block, uint64_t generation) {
   auto& lease = arena_.lease(slot_);
-  lease.intent_generation.store(generation, std::memory_order_relaxed);  // published by the next store
+  lease.intent_generation.store(generation, std::memory_order_relaxed);
   TORCHSHM_POINT("ledger.generation_up");
-  // Sequentially consistent: a recount looks at the intents before and after it looks at the bits, and must not miss one that was up
-  // when a bit changed.
-  lease.intent.store(static_cast<uint64_t>(op) << 32 | block, std::memory_order_seq_cst);
+  // Relaxed: whoever sees a step that the intent covers (the word's exchange, a ticket's, a bit taken off) sees the intent, since each of
+  // them releases; and after a death the kernel's lock has ordered everything.
+  lease.intent.store(static_cast<uint64_t>(op) << 32 | block, std::memory_order_relaxed);
   TORCHSHM_POINT("ledger.intent_up");
 }
 
@@ -35,18 +35,20 @@ void BasicLedger<Shared>::set_bit(uint32_t slot, uint32_t block) {
   if (lease.ledger_end.load(std::memory_order_relaxed) <= word)
     lease.ledger_end.store(word + 1, std::memory_order_relaxed);
   TORCHSHM_POINT("ledger.end_moved");
-  arena_.ledger(slot, word).fetch_or(uint64_t{1} << (block % 64), std::memory_order_seq_cst);
+  // Relaxed: a recount that misses the bit sees the intent, or what took it down.
+  arena_.ledger(slot, word).fetch_or(uint64_t{1} << (block % 64), std::memory_order_relaxed);
 }
 
 template <class Shared>
 bool BasicLedger<Shared>::clear_bit(uint32_t slot, uint32_t block) {
   const uint64_t bit = uint64_t{1} << (block % 64);
-  return (arena_.ledger(slot, block / 64).fetch_and(~bit, std::memory_order_seq_cst) & bit) != 0;
+  // Release: a recount that no longer counts the bit sees the intent.
+  return (arena_.ledger(slot, block / 64).fetch_and(~bit, std::memory_order_release) & bit) != 0;
 }
 
 template <class Shared>
 bool BasicLedger<Shared>::holds(uint32_t slot, uint32_t block) const {
-  return (arena_.ledger(slot, block / 64).load(std::memory_order_seq_cst) >> (block % 64) & 1) != 0;
+  return (arena_.ledger(slot, block / 64).load(std::memory_order_acquire) >> (block % 64) & 1) != 0;
 }
 
 template <class Shared>
@@ -150,7 +152,8 @@ bool BasicLedger<Shared>::busy_elsewhere(uint32_t dead, uint32_t block) const {
   for (uint32_t slot = 0; slot < slots; ++slot) {
     if (slot == dead || slot == slot_) continue;
     const auto& lease = arena_.lease(slot);
-    const uint64_t intent = lease.intent.load(std::memory_order_seq_cst);
+    // Acquire: of what an intent has covered that is down again, everything is seen.
+    const uint64_t intent = lease.intent.load(std::memory_order_acquire);
     if (intent >> 32 == 0 || static_cast<uint32_t>(intent) != block) continue;
     if (!is_dead(arena_, slot_, slot)) return true;
   }

@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "base/status.h"
@@ -103,6 +104,8 @@ class Member final : public FreedSink {
   void release_empty();
   void keep_few_empty();
   void release_locked(uint32_t block, Mode mode);
+  bool drop_copy(const Arena::Extent& extent);
+  bool copy_is_clean(const Arena::Extent& extent);
   void part_with_child();
   Result<uint32_t> allocate_block(uint64_t bytes, bool whole_pages);
   Result<uint32_t> allocate_small(uint32_t granules, bool whole_pages);
@@ -125,7 +128,10 @@ class Member final : public FreedSink {
     uint64_t faults = 0;
   };
   Unwritten unwritten_[16];
-  bool stranded_ = false;  // forked when no slot was left: may read what it inherited, and nothing else
+  // Ranges of the copy-on-write face that show what was written to a view that is gone: the system refused to drop it.
+  std::vector<Arena::Extent> spoiled_;
+  bool stranded_ = false;  // forked when no slot was to be had: may read what it inherited, and nothing else
+  std::string stranded_why_;
 
  public:
   ~Member() override;

@@ -10,11 +10,21 @@
 
 namespace torchshm::pool {
 
-Result<Membership> Membership::join(Arena& arena, bool unsigned_yet) {
+namespace {
+
+Result<os::Fd> open_life(const Arena& arena) {
+  const auto closed = [] { return Status(Code::kUnsupported, "this process has closed the pool's descriptors"); };
+  if (!arena.owns_descriptors()) return closed();
   auto life = os::reopen(arena.control_fd());
+  if (life && !arena.is_control(life->get())) return closed();  // in between
+  return life;
+}
+
+}  // namespace
+
+Result<Membership> Membership::join(Arena& arena, bool unsigned_yet) {
+  auto life = open_life(arena);
   if (!life) return std::move(life.status());
-  if (!arena.is_control(life->get()))
-    return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
   Membership self;
   self.life_ = life.take();
   for (uint32_t slot = 0; slot < kMaxLeases; ++slot) {
@@ -36,6 +46,42 @@ Result<Membership> Membership::join(Arena& arena, bool unsigned_yet) {
   }
   return Status(Code::kNoSlot,
                 "all " + std::to_string(kMaxLeases) + " leases of the pool are taken by living processes");
+}
+
+Result<Membership> Membership::succeed(Arena& arena, uint32_t from) {
+  auto life = open_life(arena);
+  if (!life) return std::move(life.status());
+  Membership self;
+  self.life_ = life.take();
+  for (uint32_t slot = from; slot < kMaxLeases; ++slot) {
+    const Lease& lease = arena.lease(slot);
+    const uint64_t word = lease.word.load(std::memory_order_seq_cst);
+    if (!is_dead(arena, kNobody, slot)) continue;
+    auto locked = os::try_lock(self.life_.get(), slot);
+    if (!locked) return std::move(locked.status());
+    if (!*locked) continue;
+    TORCHSHM_POINT("succeed.locked");
+    // Locked first, announcements looked at second; a reaper does it the other way round, so one of the two sees the other.
+    if (!being_reaped(arena, slot) && lease.word.load(std::memory_order_seq_cst) == word &&
+        (word & 0xff) == kLeaseLive) {
+      self.slot_ = slot;
+      self.incarnation_ = word >> 8;
+      return self;
+    }
+    (void)os::unlock(self.life_.get(), slot);
+  }
+  return Status(Code::kNoSlot,
+                "all " + std::to_string(kMaxLeases) + " leases of the pool are taken by living processes");
+}
+
+void Membership::renew(Arena& arena) {
+  Lease& lease = arena.lease(slot_);
+  lease.reaping.store(0, std::memory_order_release);  // whom the dead one was taking back
+  incarnation_ = arena.header().next_incarnation.fetch_add(1, std::memory_order_relaxed);  // unique is enough
+  lease.pid.store(0, std::memory_order_relaxed);
+  lease.word.store(lease_word(incarnation_), std::memory_order_seq_cst);
+  TORCHSHM_POINT("succeed.renewed");
+  sign(arena);
 }
 
 void Membership::sign(Arena& arena) const {

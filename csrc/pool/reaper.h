@@ -22,8 +22,12 @@ class BasicReaper {
   uint32_t reap_all();
   // Cheap when nobody is dead: one F_OFD_GETLK per lease.
   bool reap(uint32_t dead);
+  // What the dead process whose lease this was has left. False when a living lease is at work on the block that its intent names; the
+  // lease must then be let die again. REQUIRES: the lease is locked and nothing was done with it yet.
+  bool end_own() { return take_back(slot_); }
 
  private:
+  bool take_back(uint32_t dead);
   Shared& arena_;
   uint32_t slot_;
   BasicLedger<Shared>& ledger_;

@@ -51,7 +51,7 @@ uint64_t Space::idle() const {
 bool Space::unsettled() const {
   for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
     const ChunkValue v = value(i);
-    if (v.state == ChunkState::kTrimming || v.state == ChunkState::kBacking) return true;
+    if ((v.state == ChunkState::kTrimming && v.owner != kNobody) || v.state == ChunkState::kBacking) return true;
     if (v.state == ChunkState::kRun && v.head == i &&
         !BlockValue::of(arena_.block(i * kPagesPerChunk).value.load()).live)
       return true;
@@ -288,7 +288,8 @@ std::optional<uint32_t> Space::adopt_orphan() {
     adopted.owner = slot_;
     if (!replace(i, found, adopted)) continue;
     TORCHSHM_POINT("claim_small.adopted");
-    map_pages(i, {kPagesPerChunk});
+    // Its pages are not mapped in advance: until a block of ours is live in it, others may find it empty and give its pages back, and mapping
+    // them would make new ones that nobody counts.
     return i;
   }
   return std::nullopt;
@@ -348,14 +349,19 @@ void Space::take_empty() {
 
 void Space::abandon_run(uint32_t block) {
   const uint32_t head = block / kPagesPerChunk;
-  for (uint32_t i = head, used = arena_.chunks_used(); i < used; ++i) {
-    const ChunkValue found = value(i);
-    if (found.state != ChunkState::kRun || found.owner != slot_ || found.head != head) break;
-    put_back(i, {found.committed, found});
+  const auto belongs = [&](const ChunkValue& v) {
+    return v.state == ChunkState::kRun && v.owner == slot_ && v.head == head;
+  };
+  uint32_t end = head;
+  while (end < arena_.chunks_used() && belongs(value(end))) ++end;
+  // The head goes last, as in release_run().
+  while (end-- > head) {
+    if (const ChunkValue found = value(end); belongs(found)) put_back(end, {found.committed, found});
   }
 }
 
-// Through kTrimming, so that a death on the way is finished by the next.
+// Through kTrimming, so that a death on the way is finished by the next. What the system refuses to take is nobody's from then on, since
+// the dead lease will be forgotten: the next trim() tries again.
 void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   ChunkValue trimming = found;
   trimming.state = ChunkState::kTrimming;
@@ -364,8 +370,32 @@ void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   trimming.generation = 0;
   if (!replace(chunk, found, trimming)) return;
   TORCHSHM_POINT("inherit.trimming");
-  if (os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) (void)replace(chunk, trimming, ChunkValue{});
-  TORCHSHM_POINT("inherit.given_back");
+  finish_giving(chunk, trimming);
+}
+
+void Space::finish_giving(uint32_t chunk, ChunkValue trimming) {
+  std::byte* at = arena_.data() + uint64_t{chunk} * kChunk;
+  if (os::punch(at, kChunk)) {
+    (void)replace(chunk, trimming, ChunkValue{});
+    TORCHSHM_POINT("inherit.given_back");
+    return;
+  }
+  // The system keeps them (locked memory): then all that are counted shall be there, and the chunk is idle.
+  ChunkValue idle = trimming;
+  idle.state = ChunkState::kIdle;
+  idle.committed = std::min(trimming.committed, kPagesPerChunk);
+  const uint64_t bytes = idle.committed * kPage;
+  if (bytes != 0 && check_headroom(bytes) && os::commit(at, bytes)) {
+    if (replace(chunk, trimming, idle)) arena_.header().idle_estimate.fetch_add(bytes, std::memory_order_relaxed);
+    TORCHSHM_POINT("inherit.kept");
+    return;
+  }
+  // Neither: nobody's, and whoever trims tries again. (Not the dead one's again: others may have found nothing of it any more and freed
+  // its slot.)
+  ChunkValue nobodys = trimming;
+  nobodys.owner = kNobody;
+  (void)replace(chunk, trimming, nobodys);
+  TORCHSHM_POINT("inherit.refused");
 }
 
 void Space::inherit(uint32_t dead) {
@@ -409,7 +439,9 @@ void Space::inherit(uint32_t dead) {
           break;
       }
       TORCHSHM_POINT("inherit.decided");
-      found = value(i);
+      const ChunkValue now = value(i);
+      if (now.pair() == found.pair()) break;
+      found = now;
     }
   }
 }
@@ -417,9 +449,10 @@ void Space::inherit(uint32_t dead) {
 uint64_t Space::trim(uint64_t keep) {
   uint64_t given = 0, left = idle();
   // From the end, so that the file's used part stays compact.
-  for (uint32_t i = arena_.chunks_used(); i-- > 0 && left > keep;) {
+  for (uint32_t i = arena_.chunks_used(); i-- > 0;) {
     const ChunkValue found = value(i);
-    if (found.state != ChunkState::kIdle) continue;
+    if (found.state == ChunkState::kTrimming && found.owner == kNobody) give_to_system(i, found);
+    if (left <= keep || found.state != ChunkState::kIdle) continue;
     ChunkValue claimed = found;
     claimed.state = ChunkState::kTrimming;
     claimed.owner = slot_;
@@ -429,9 +462,10 @@ uint64_t Space::trim(uint64_t keep) {
     TORCHSHM_POINT("trim.punched");
     (void)replace(i, claimed, punched ? ChunkValue{} : found);
     TORCHSHM_POINT("trim.done");
-    arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
     left -= std::min<uint64_t>(left, found.committed * kPage);
-    if (punched) given += found.committed * kPage;
+    if (!punched) continue;  // idle as before
+    arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
+    given += found.committed * kPage;
   }
   return given;
 }

@@ -106,7 +106,8 @@ uint32_t BasicTickets<Shared>::take_back(uint32_t older_than, bool dead_only, ui
     if (ticket.sender == 0 || sender >= Shared::kLeaseSlots || ticket.block >= arena_.pages()) continue;
     if (dead_only) {
       // Another incarnation in the slot, none, or a dead one.
-      const uint64_t word = arena_.lease(sender).word.load();
+      // Relaxed: whoever sees the ticket sees its sender.
+      const uint64_t word = arena_.lease(sender).word.load(std::memory_order_relaxed);
       const bool same = (word & 0xff) == kLeaseLive && TicketValue::sender_of(sender, word >> 8) == ticket.sender;
       int8_t& known = gone[sender];
       if (same && known < 0) known = is_dead(arena_, slot_, sender) ? 1 : 0;

@@ -174,6 +174,7 @@ Result<Arena> Arena::alias() const {
   arena.copy_ = copy_.alias();
   arena.offsets_ = offsets_;
   arena.chunks_ = chunks_;
+  arena.is_copy_ = is_copy_;
   arena.data_id_ = data_id_;
   arena.control_id_ = control_id_;
   return arena;

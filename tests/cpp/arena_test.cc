@@ -24,13 +24,6 @@ using tests::succeeds;
 
 constexpr uint64_t kMib = uint64_t{1} << 20;
 
-uint64_t address_space_used() {
-  std::ifstream statm("/proc/self/statm");
-  uint64_t pages = 0;
-  statm >> pages;
-  return pages * 4096;
-}
-
 // ---- create
 
 TEST(Arena, TakesHalfOfTheMemoryAndAQuarterOfThatWarmUnlessItIsTold) {
@@ -64,7 +57,15 @@ TEST(Arena, IsRefusedWhereNoFileIsLargeEnough) {
 
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // they reserve address space themselves
 
+uint64_t address_space_used() {
+  std::ifstream statm("/proc/self/statm");
+  uint64_t pages = 0;
+  statm >> pages;
+  return pages * 4096;
+}
+
 TEST(Arena, DoesWithoutTheOtherFacesWhereAddressSpaceIsShort) {
+  if (tests::under_valgrind()) GTEST_SKIP() << "it reserves address space itself";
   const uint64_t before = address_space_used();
   const tests::Limited space(RLIMIT_AS, before + 700 * kMib);
   auto arena = Arena::create(1, {256 * kMib, 0});
@@ -77,6 +78,7 @@ TEST(Arena, DoesWithoutTheOtherFacesWhereAddressSpaceIsShort) {
 }
 
 TEST(Arena, IsRefusedWithoutAddressSpace) {
+  if (tests::under_valgrind()) GTEST_SKIP() << "it reserves address space itself";
   const tests::Limited space(RLIMIT_AS, address_space_used() + 100 * kMib);
   EXPECT_EQ(Arena::create(1, {256 * kMib, 0}).code(), Code::kUnsupported);
 }

@@ -111,7 +111,7 @@ TEST(Memfd, FromElsewhereMustBeOneAndSealed) {
 TEST(Memfd, OperationsOnAClosedDescriptorAreErrors) {
   EXPECT_EQ(os::reopen(1 << 20).code(), Code::kSystem);
   EXPECT_EQ(os::duplicate(-1).code(), Code::kSystem);
-  EXPECT_EQ(os::inode(-1).code(), Code::kSystem);
+  EXPECT_EQ(os::file_id(-1).code(), Code::kSystem);
   TORCHSHM_NEEDS_SECCOMP();
   const Fd fd = memfd();
   EXPECT_TRUE(
@@ -475,7 +475,7 @@ TEST(Memory, LinesThatAreNoCgroupAreSkipped) {
 TEST(Process, IsKnownByMoreThanItsPid) {
   const Fd fd = memfd();
   const Mapping shared = map(Mapping::Kind::kShared, fd);
-  const uint64_t inode = *os::inode(fd.get());
+  const uint64_t inode = os::file_id(fd.get())->inode;
   const os::ProcessId self = os::self();
   EXPECT_EQ(self.pid, static_cast<uint32_t>(::getpid()));
   EXPECT_NE(self.started, 0U);
@@ -500,10 +500,10 @@ TEST(Process, ThatIsGoneMapsNothing) {
   });
   other.pid = static_cast<uint32_t>(child);
   other.started = 0;
-  EXPECT_TRUE(os::maps_file(other, *os::inode(fd.get())));
+  EXPECT_TRUE(os::maps_file(other, os::file_id(fd.get())->inode));
   ::kill(child, SIGKILL);
   (void)tests::wait_for(child);
-  EXPECT_FALSE(os::maps_file(other, *os::inode(fd.get())));
+  EXPECT_FALSE(os::maps_file(other, os::file_id(fd.get())->inode));
 }
 
 TEST(Process, OnlyMemoryFilesOfThePoolCount) {
@@ -512,7 +512,8 @@ TEST(Process, OnlyMemoryFilesOfThePoolCount) {
   ASSERT_TRUE(file.valid());
   ASSERT_EQ(::ftruncate(file.get(), kSize), 0);
   const Mapping shared = map(Mapping::Kind::kShared, file);
-  EXPECT_FALSE(os::maps_file(os::self(), *os::inode(file.get())));  // inode numbers of other file systems say nothing
+  EXPECT_FALSE(os::maps_file(os::self(), os::file_id(file.get())))
+      ->inode;  // inode numbers of other file systems say nothing
   ::unlink(name);
 }
 

@@ -36,6 +36,9 @@ class Mapping {
   // REQUIRES: page boundaries; fd is the mapped file's.
   Status remap(Kind kind, int fd, uint64_t offset, uint64_t length);
 
+  // The same range once more, which this one goes on owning. REQUIRES: this outlives it.
+  Mapping alias() const;
+
   std::byte* data() const { return data_; }
   uint64_t size() const { return size_; }
   bool valid() const { return data_ != nullptr; }
@@ -77,5 +80,6 @@ uint64_t page_faults();
 
 // A word that reads 1 in this process and 0 in every child made by any kind of fork (MADV_WIPEONFORK); null where the kernel has none.
 uint64_t* fork_detector();
+void drop_fork_detector(uint64_t* word);
 
 }  // namespace torchshm::os

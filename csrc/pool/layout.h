@@ -93,7 +93,7 @@ enum class ChunkState : uint8_t {
   kIdle,      // pages [0, committed) are warm and free for anyone; home got them last
   kRun,       // part of one large block that starts in chunk `head` with generation `generation`
   kSmall,     // small blocks, allocated by `owner` alone
-  kTrimming,  // owner is giving its pages back
+  kTrimming,  // owner is giving its pages back; kNobody: the system refused them, and whoever trims tries again
   kBacking,   // owner is committing its pages; then it becomes kSmall
   kTaking,    // owner is looking whether somebody else's chunk of small blocks is empty, and then takes it
 };

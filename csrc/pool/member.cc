@@ -64,15 +64,29 @@ Member::Member(Arena arena, Membership membership, Holds holds)
       pool_id_(arena_.header().pool_id),
       fork_detector_(os::fork_detector()) {}
 
-Member::~Member() { TORCHSHM_POINT("leave"); }
+Member::~Member() {
+  TORCHSHM_POINT("leave");
+  os::drop_fork_detector(fork_detector_);
+}
 
 Result<std::unique_ptr<Member>> Member::make(Arena arena) {
   auto holds = Holds::create(arena.pages());
   if (!holds) return std::move(holds.status());
   auto membership = Membership::join(arena);
+  // Every slot is taken, but perhaps by the dead only, with nobody there to reap them.
+  const bool succeeds = membership.code() == Code::kNoSlot;
+  if (succeeds) membership = Membership::succeed(arena, 0);
   if (!membership) return std::move(membership.status());
   std::unique_ptr<Member> member(new Member(std::move(arena), membership.take(), holds.take()));
   member->start();
+  while (succeeds && !member->work_->reaper.end_own()) {
+    auto next = Membership::succeed(member->arena_, member->membership_.slot() + 1);
+    if (!next) return std::move(next.status());
+    member->membership_ = next.take();
+    member->work_.reset();
+    member->start();
+  }
+  if (succeeds) member->membership_.renew(member->arena_);
   (void)member->work_->reaper.reap_all();
   return member;
 }
@@ -89,6 +103,12 @@ Result<std::unique_ptr<Member>> Member::attach(os::Fd data, os::Fd control) {
   return make(arena.take());
 }
 
+Result<std::unique_ptr<Member>> Member::beside(const Member& other) {
+  auto arena = other.arena_.alias();
+  if (!arena) return std::move(arena.status());
+  return make(arena.take());
+}
+
 // In a forked child: heap, chunks and janitor thread are the parent's, and joining a thread that is not there would hang. Leaked.
 void Member::leave_work() { (void)work_.release(); }
 
@@ -101,11 +121,6 @@ void Member::start() {
   lease.grown.store(0, std::memory_order_relaxed);
   TORCHSHM_POINT("start.counters");
   work_->hints_seen = lease.hints_end.load(std::memory_order_acquire);
-}
-
-Member::View Member::view_of(uint32_t block, Mode, std::byte* data) const {
-  const auto extent = arena_.extent(block);
-  return {data, block, extent ? extent->length : 0};
 }
 
 // ---- allocate
@@ -211,7 +226,7 @@ bool Member::make_room_step(int step, uint64_t bytes) {
 Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages, bool in_the_making) {
   const std::lock_guard lock(mutex_);
   notice_fork();
-  if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
+  if (stranded_) return Status(Code::kNoSlot, stranded_why_);
   take_hints();
   auto block = allocate_block(bytes, whole_pages);
   uint64_t enough = bytes;
@@ -237,8 +252,13 @@ Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages, bool in_
   TORCHSHM_POINT("allocate.told");
   holds_.add(*block, Mode::kReadWrite);
   if (in_the_making) making_.push_back(*block);
+  // The caller writes as many bytes as it asked for, so what the descriptor says now is not believed when it is less.
   const auto extent = arena_.extent(*block);
-  if (!extent) return Status(Code::kCorrupt, "somebody else wrote to the descriptor of a block that was just made");
+  if (!extent || extent->length < bytes) {
+    if (in_the_making) making_.pop_back();
+    release_locked(*block, Mode::kReadWrite);
+    return Status(Code::kCorrupt, "somebody else wrote to the descriptor of a block that was just made");
+  }
   return View{arena_.data() + extent->offset, *block, extent->length};
 }
 
@@ -288,14 +308,28 @@ void Member::release(uint32_t block, Mode mode) {
   release_locked(block, mode);
 }
 
+bool Member::drop_copy(const Arena::Extent& extent) {
+  std::byte* copy = arena_.address(Mode::kCopyOnWrite, extent.offset);
+  return copy == nullptr || os::drop_private(copy, extent.length).ok();
+}
+
+// Tries again where it was refused. Until then such a range is not seen through that face.
+bool Member::copy_is_clean(const Arena::Extent& extent) {
+  bool clean = true;
+  std::erase_if(spoiled_, [&](const Arena::Extent& old) {
+    if (old.offset >= extent.offset + extent.length || extent.offset >= old.offset + old.length) return false;
+    const bool dropped = drop_copy(old);
+    clean = clean && dropped;
+    return dropped;
+  });
+  return clean;
+}
+
 void Member::release_locked(uint32_t block, Mode mode) {
   const Holds::Removed removed = holds_.remove(block, mode);
   if (removed.last_copy) {
     // What was written here privately would shadow the block's next contents.
-    if (const auto extent = arena_.extent(block)) {
-      if (std::byte* copy = arena_.address(Mode::kCopyOnWrite, extent->offset))
-        (void)os::drop_private(copy, extent->length);
-    }
+    if (const auto extent = arena_.extent(block); extent && !drop_copy(*extent)) spoiled_.push_back(*extent);
   }
   if (removed.left != 0 || stranded_) return;
   if (holds_.is_private(block)) {
@@ -313,7 +347,7 @@ void Member::release_locked(uint32_t block, Mode mode) {
 Result<Handle> Member::issue(uint32_t block) {
   const std::lock_guard lock(mutex_);
   notice_fork();
-  if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
+  if (stranded_) return Status(Code::kNoSlot, stranded_why_);
   if (!work_->ledger.holds(membership_.slot(), block))
     return Status(Code::kStale, "the block was lost in a fork that ran no handlers");
   const uint64_t generation = work_->ledger.value(block).generation;
@@ -326,7 +360,7 @@ Result<Member::View> Member::redeem(const Handle& handle, Mode mode, bool exclus
   const std::lock_guard lock(mutex_);
   notice_fork();
   if (handle.pool_id != pool_id_) return Status(Code::kForeign, "the handle belongs to another pool");
-  if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
+  if (stranded_) return Status(Code::kNoSlot, stranded_why_);
   if (handle.block >= arena_.pages() || handle.ticket >= kTickets)
     return Status(Code::kInvalid, "the handle names no block of this pool");
   // Both are looked at: after a fork without handlers there may be objects that look at a block which is not held any more.
@@ -339,7 +373,8 @@ Result<Member::View> Member::redeem(const Handle& handle, Mode mode, bool exclus
   const auto extent = arena_.extent(handle.block);
   // Seen copy-on-write, a block must not share its pages with another.
   const bool whole = extent && extent->offset % kPage == 0 && extent->length % kPage == 0;
-  std::byte* data = extent && (whole || mode != Mode::kCopyOnWrite) ? arena_.address(mode, extent->offset) : nullptr;
+  const bool seen = extent && (mode != Mode::kCopyOnWrite || (whole && copy_is_clean(*extent)));
+  std::byte* data = seen ? arena_.address(mode, extent->offset) : nullptr;
   if (data == nullptr) {
     if (holds_.count(handle.block) == 0) work_->ledger.drop(handle.block);
     if (!extent) return Status(Code::kCorrupt, "the block's descriptor contradicts the pool's size");
@@ -361,6 +396,8 @@ Result<Member::View> Member::view(uint32_t block, Mode mode) {
   if (mode == Mode::kCopyOnWrite && (extent->offset % kPage != 0 || extent->length % kPage != 0)) {
     return Status(Code::kUnsupported, "the block shares pages with others");
   }
+  if (mode == Mode::kCopyOnWrite && !copy_is_clean(*extent))
+    return Status(Code::kUnsupported, "the system keeps what was written to an earlier view");
   std::byte* data = arena_.address(mode, extent->offset);
   if (data == nullptr) return Status(Code::kUnsupported, "no address space for this mode");
   holds_.add(block, mode);
@@ -443,7 +480,7 @@ void Member::part_with_child() {
     if (end != start && !arena_.make_private(start, end - start, true)) return false;
     for (uint64_t page = start / kPage; page < end / kPage; ++page) {
       const auto block = static_cast<uint32_t>(page);
-      if (holds_.count(block) > 0 && holds_.is_exclusive(block)) holds_.mark_private(block, true);
+      if (holds_.is_exclusive(block)) holds_.mark_private(block, true);
     }
     return true;
   };
@@ -476,6 +513,7 @@ void Member::prepare_fork() {
     hold_again_for(*heir_);
     return;
   }
+  stranded_why_ = "this process was forked when no lease could be had: " + heir.status().what();
   // No slot for the child: what it inherits stays held by this lease, which lives as long as either of the two.
   each_held(arena_, membership_.slot(), [&](uint32_t block) { holds_.add(block, Mode::kReadWrite); });
 }
@@ -521,6 +559,7 @@ void Member::notice_fork() {
   auto heir = Membership::join(arena_);
   if (!heir) {
     stranded_ = true;
+    stranded_why_ = "this process was forked when no lease could be had: " + heir.status().what();
     return;
   }
   TORCHSHM_POINT("notice_fork.joined");

@@ -26,16 +26,21 @@ void add_block(const Arena& arena, uint32_t block, Stats& stats) {
   }
 }
 
-LeaseStats describe(const Arena& arena, uint32_t slot) {
-  const Lease& lease = arena.lease(slot);
-  LeaseStats out;
-  out.slot = slot;
-  out.pid = lease.pid.load(std::memory_order_relaxed);
+Signature signature_of(const Lease& lease) {
   const uint64_t words[2] = {lease.name[0].load(std::memory_order_relaxed),
                              lease.name[1].load(std::memory_order_relaxed)};
   char name[sizeof words + 1] = {};
   std::memcpy(name, words, sizeof words);
-  out.name = name;
+  return {lease.pid.load(std::memory_order_relaxed), name};
+}
+
+LeaseStats describe(const Arena& arena, uint32_t slot) {
+  const Lease& lease = arena.lease(slot);
+  LeaseStats out;
+  out.slot = slot;
+  const Signature signature = signature_of(lease);
+  out.pid = signature.pid;
+  out.name = signature.name;
   out.allocations = lease.allocations.load(std::memory_order_relaxed);
   out.fallbacks = lease.fallbacks.load(std::memory_order_relaxed);
   out.grown_bytes = lease.grown.load(std::memory_order_relaxed);
@@ -53,6 +58,15 @@ LeaseStats describe(const Arena& arena, uint32_t slot) {
 }
 
 }  // namespace
+
+std::vector<Signature> signatures(const Arena& arena) {
+  std::vector<Signature> all;
+  for (uint32_t slot = 0, used = arena.slots_used(); slot < used; ++slot) {
+    const Lease& lease = arena.lease(slot);
+    if ((lease.word.load(std::memory_order_acquire) & 0xff) == kLeaseLive) all.push_back(signature_of(lease));
+  }
+  return all;
+}
 
 Stats collect(const Arena& arena) {
   Stats stats;

@@ -29,6 +29,13 @@ struct Stats {
 
 Stats collect(const Arena& arena);
 
+// Who the members say they are.
+struct Signature {
+  uint32_t pid = 0;
+  std::string name;
+};
+std::vector<Signature> signatures(const Arena& arena);
+
 // "3 blocks, 1.2 GB, held by pid 12 (python) 1.0 GB, ...": for PoolFullError.
 std::string summary(const Stats& stats);
 

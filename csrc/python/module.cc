@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 
 #include "os/memfd.h"
+#include "pool/checker.h"
+#include "pool/stats.h"
 #include "python/block_ref.h"
 #include "python/errors.h"
 #include "python/family.h"
@@ -66,6 +68,12 @@ uint64_t peek_family(int control) {
   return *family;
 }
 
+// Names of processes are bytes, and in a damaged file anything.
+py::object text_of(const std::string& name) {
+  return py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeUTF8(name.data(), static_cast<Py_ssize_t>(name.size()), "replace"));
+}
+
 py::dict stats() {
   pool::Stats s;
   pool::Member& pool = current();
@@ -77,7 +85,7 @@ py::dict stats() {
   for (const pool::LeaseStats& lease : s.leases) {
     py::dict row;
     row["pid"] = lease.pid;
-    row["name"] = lease.name;
+    row["name"] = text_of(lease.name);
     row["held_blocks"] = lease.held_blocks;
     row["held_bytes"] = lease.held_bytes;
     row["allocations"] = lease.allocations;
@@ -113,6 +121,33 @@ uint64_t trim(uint64_t keep) {
   return pool.trim(keep);
 }
 
+// A pool that this process need not have joined. The descriptors stay the caller's.
+py::dict check(int data, int control, bool at_rest) {
+  auto own_data = os::duplicate(data), own_control = os::duplicate(control);
+  if (!own_data) fail(own_data.status());
+  if (!own_control) fail(own_control.status());
+  auto arena = pool::Arena::inspect(own_data.take(), own_control.take());
+  if (!arena) fail(arena.status());
+  pool::CheckReport report;
+  {
+    py::gil_scoped_release release;
+    report = pool::check(*arena, {.at_rest = at_rest, .limit = false});  // set_limit() may have lowered it
+  }
+  py::list violations, members;
+  for (const pool::Violation& v : report.violations) violations.append(py::make_tuple(v.invariant, v.what));
+  for (const pool::Signature& s : pool::signatures(*arena)) {
+    members.append(py::make_tuple(s.pid, text_of(s.name)));
+  }
+  py::dict out;
+  out["pool_id"] = arena->header().pool_id;
+  out["is_copy"] = arena->is_copy();
+  out["members"] = members;
+  out["blocks"] = report.blocks;
+  out["tickets"] = report.tickets;
+  out["violations"] = violations;
+  return out;
+}
+
 PyMethodDef hot[] = {
     {"reduce_ndarray", reduce_ndarray, METH_O,
      "reduce_ndarray(array)\n--\n\nThe reduce value of an array; registered with ForkingPickler."},
@@ -131,7 +166,9 @@ int load_numpy() {
 }  // namespace
 }  // namespace torchshm::python
 
-PYBIND11_MODULE(_C, m) {
+// Under another name than the file's, so that PyInit__C can look at the interpreter before pybind11 does: in a subinterpreter
+// pybind11 waits for ever for a lock on Python 3.11.
+PYBIND11_MODULE(unchecked, m) {
   using namespace torchshm;
   using namespace torchshm::python;
   if (load_numpy() < 0 || add_block_ref_type(m.ptr()) < 0 || add_array_type(m.ptr()) < 0 ||
@@ -141,6 +178,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("create", &create, py::arg("family"), py::arg("limit") = 0, py::arg("warm") = 0);
   m.def("attach", &attach, py::arg("data_fd"), py::arg("control_fd"), py::arg("current") = false);
   m.def("peek_family", &peek_family, py::arg("control_fd"));
+  m.def("check", &check, py::arg("data_fd"), py::arg("control_fd"), py::arg("at_rest") = false);
   m.def("is_member", [] { return member() != nullptr; });
   m.def("pool_id", [] { return current().pool_id(); });
   m.def("family", [] { return current().family(); });
@@ -173,4 +211,12 @@ PYBIND11_MODULE(_C, m) {
         scope().mode = static_cast<pool::Mode>(mode);
       },
       py::arg("sharing"), py::arg("mode"));
+}
+
+// From Python 3.12 on, the import system refuses by itself: the module does not claim support.
+extern "C" PYBIND11_EXPORT PyObject* PyInit__C() {
+  if (PyInterpreterState_Get() == PyInterpreterState_Main()) return PyInit_unchecked();
+  PyErr_SetString(PyExc_ImportError,
+                  "torchshm can't be used in a subinterpreter: import it in the main one, or in another process");
+  return nullptr;
 }

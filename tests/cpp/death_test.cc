@@ -1,4 +1,6 @@
 // What a pool promises when processes die, at any point.
+#include <sys/resource.h>
+
 #include <cstring>
 
 #include "base/failpoint.h"
@@ -63,6 +65,36 @@ TEST(Death, AProcessThatClosedAllDescriptorsIsNotDead) {
   char byte = 0;
   ASSERT_EQ(::read(ends[0], &byte, 1), 1);
   EXPECT_EQ(member->stats().blocks, 1U);
+  ::kill(pid, SIGKILL);
+  (void)tests::wait_for(pid);
+  EXPECT_EQ(member->stats().blocks, 0U);
+  ::close(ends[0]);
+  ::close(ends[1]);
+}
+
+TEST(Death, IsNotConcludedByAReaperWithoutDescriptorsToLookWith) {
+  auto member = fresh_pool();
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  const pid_t pid = tests::start([&] {
+    auto worker = join(*member);
+    (void)worker->allocate(5000, false);
+    for (int fd = 3; fd < 256; ++fd) {
+      if (fd != ends[1]) ::close(fd);
+    }
+    (void)!::write(ends[1], "x", 1);
+    ::pause();
+    return true;
+  });
+  char byte = 0;
+  ASSERT_EQ(::read(ends[0], &byte, 1), 1);
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+  const rlimit none{0, before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &none), 0);
+  const uint64_t blocks = member->stats().blocks;
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &before), 0);
+  EXPECT_EQ(blocks, 1U);
   ::kill(pid, SIGKILL);
   (void)tests::wait_for(pid);
   EXPECT_EQ(member->stats().blocks, 0U);
@@ -230,6 +262,59 @@ TEST(Failure, OfAnySystemCallIsAnErrorAndNotACrash) {
       survivor->release(mine->block, Mode::kReadWrite);
     }
   }
+}
+
+TEST(Failure, ToDropACopyDoesNotShowItAgain) {
+  auto member = fresh_pool();
+  auto block = member->allocate(20000, true);
+  std::memset(block->data, 1, 20000);
+  for (const bool persistent : {false, true}) {
+    auto copy = member->view(block->block, Mode::kCopyOnWrite);
+    ASSERT_TRUE(copy.ok());
+    std::memset(copy->data, 2, 20000);
+    failpoint::Plan plan;
+    plan.action = failpoint::Action::kFail;
+    plan.only = "os.drop_private";
+    plan.error = ENOMEM;
+    plan.persistent = persistent;
+    failpoint::arm(plan);
+    member->release(block->block, Mode::kCopyOnWrite);
+    // Refused once, it is dropped now; refused for good, there is no copy-on-write view of this place.
+    auto again = member->view(block->block, Mode::kCopyOnWrite);
+    EXPECT_EQ(again.ok(), !persistent);
+    if (again) {
+      EXPECT_EQ(again->data[0], std::byte{1});
+      member->release(block->block, Mode::kCopyOnWrite);
+    }
+    failpoint::disarm();
+    again = member->view(block->block, Mode::kCopyOnWrite);
+    ASSERT_TRUE(again.ok());
+    EXPECT_EQ(again->data[0], std::byte{1});
+    member->release(block->block, Mode::kCopyOnWrite);
+  }
+}
+
+TEST(Failure, ToGiveAChunkOfTheDeadBackIsMadeUpForByTheNextTrim) {
+  auto member = fresh_pool();
+  failpoint::Plan plan;
+  plan.action = failpoint::Action::kKill;
+  plan.only = "claim_small.taken";
+  const pid_t pid = tests::start([&] {
+    auto worker = join(*member);
+    failpoint::arm(plan);
+    (void)worker->allocate(5000, false);
+    return true;
+  });
+  EXPECT_TRUE(WIFSIGNALED(tests::wait_for(pid)));
+  plan.action = failpoint::Action::kFail;
+  plan.only = "os.punch";
+  plan.error = EINTR;
+  failpoint::arm(plan);
+  EXPECT_EQ(member->reap(), 1U);
+  failpoint::disarm();
+  EXPECT_EQ(member->stats().committed, pool::kChunk);  // as far as anybody knows
+  (void)member->trim(0);
+  EXPECT_EQ(member->stats().committed, 0U);
 }
 
 #endif

@@ -174,8 +174,8 @@ Result<Arena> Arena::alias() const {
   arena.copy_ = copy_.alias();
   arena.offsets_ = offsets_;
   arena.chunks_ = chunks_;
-  arena.data_inode_ = data_inode_;
-  arena.control_inode_ = control_inode_;
+  arena.data_id_ = data_id_;
+  arena.control_id_ = control_id_;
   return arena;
 }
 

@@ -98,7 +98,7 @@ std::string error_for(Scene& s, const Handle& handle, const char* which) {
   return std::string("; ") + which + " gives a block";
 }
 
-std::string receive_letter(Scene& s) {
+std::string receive_letter(Scene& s, bool reaped) {
   std::string wrong;
   auto view = s.survivor->redeem(s.letter, Mode::kRead);
   if (!view) {
@@ -108,13 +108,21 @@ std::string receive_letter(Scene& s) {
   } else {
     if (!all(view->data, kLetterBytes, kLetter)) wrong += "; the bytes of the survivor's message have changed";
     s.survivor->release(view->block, Mode::kRead);
-    wrong += error_for(s, s.letter, "the received message");
+    // As long as the dead who were at work on the block were not reaped it may count too high, and be there: with its own bytes.
+    auto again = s.survivor->redeem(s.letter, Mode::kRead);
+    if (again) {
+      if (reaped) wrong += "; the received message gives a block";
+      if (!all(again->data, kLetterBytes, kLetter)) wrong += "; the received message gives other data";
+      s.survivor->release(again->block, Mode::kRead);
+    } else if (again.code() != Code::kStale) {
+      wrong += "; the received message: " + again.status().what();
+    }
   }
   return wrong;
 }
 
-std::string receive(Scene& s) {
-  std::string wrong = receive_letter(s);
+std::string receive(Scene& s, bool reaped) {
+  std::string wrong = receive_letter(s, reaped);
   for (const Handle& handle : s.messages()) {
     auto message = s.survivor->redeem(handle, Mode::kReadWrite);
     if (!message) {
@@ -193,7 +201,7 @@ std::string verify(Scene& s, unsigned variant) {
       wrong += newcomer(s);
       break;
     default:
-      wrong += receive(s);
+      wrong += receive(s, false);
       break;
   }
   wrong += leases(s, 0);
@@ -213,7 +221,7 @@ std::string verify(Scene& s, unsigned variant) {
       if (!own) wrong += error_for(s, handle, "a message that was taken back");
     }
   } else {
-    if (variant % kVariants != 3) wrong += receive(s);
+    if (variant % kVariants != 3) wrong += receive(s, true);
     wrong += all_memory(s);
   }
   const auto blocks = s.survivor->stats().blocks;

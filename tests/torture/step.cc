@@ -88,6 +88,9 @@ struct Totals {
 
 Totals totals;
 
+// Of violations: a core that is broken breaks nearly everywhere, and the checker looks long at what is wrong.
+bool enough() { return totals.violations.size() >= 50; }
+
 void report(const Operation& operation, const Recording* recording, uint64_t n, uint64_t rip, const std::string& wrong,
             const std::string& reproduce) {
   std::string text = operation.name + ", killed at instruction " + std::to_string(n);
@@ -230,13 +233,12 @@ bool step_within_state(Run& run, const Recording& recording, uint32_t n) {
   return run.picture().difference() == recording.states[state].difference;
 }
 
-void kill_at(const Operation& operation, const Recording& recording, uint32_t n, const std::string& reproduce,
-             bool by_stepping = false) {
+void kill_at(const Operation& operation, const Recording& recording, uint32_t n, unsigned variant,
+             const std::string& how) {
+  if (enough()) return;
   std::optional<Scene> scene(std::in_place, kLimit);
   std::optional<Run> run(std::in_place, operation, *scene);
-  if (by_stepping) {
-    (void)step_to(*run, n);
-  } else if (!bring_to(*run, recording, n)) {
+  if (!bring_to(*run, recording, n)) {
     run.reset();
     scene.emplace(kLimit);
     run.emplace(operation, *scene);
@@ -247,10 +249,10 @@ void kill_at(const Operation& operation, const Recording& recording, uint32_t n,
   run->process().kill();
   ++totals.kills;
   std::string wrong = run->end_of_family();
-  const std::string rest = verify(*scene, n);
+  const std::string rest = verify(*scene, variant);
   if (!wrong.empty() && !rest.empty()) wrong += "; ";
   wrong += rest;
-  if (!wrong.empty()) report(operation, &recording, n, rip, wrong, reproduce);
+  if (!wrong.empty()) report(operation, &recording, n, rip, wrong, how);
 }
 
 // The reaping of a process that was killed at an instruction of an operation of its own. It is brought there first, as it was recorded;
@@ -277,6 +279,7 @@ bool can_be_victim(const Operation& operation) { return !operation.child && std:
 // ---- random combinations
 
 void random_trial(uint64_t seed) {
+  if (enough()) return;
   std::mt19937_64 random(seed);
   const auto& all = operations();
   Scene scene(random() % 2 == 0 ? kLimit : 2 * kLimit);
@@ -339,7 +342,7 @@ struct Arguments {
   bool full = false, every = false, random_only = false, list = false;
   std::string operation, victim, json;
   uint64_t seed = 1;
-  int64_t trials = -1, instruction = -1, at = -1;
+  int64_t trials = -1, instruction = -1, at = -1, variant = -1;
 };
 
 std::string quoted(const std::string& text) {
@@ -380,16 +383,18 @@ Arguments parse(int count, char** values) {
       out.trials = std::stoll(next());
     } else if (name == "--instruction") {
       out.instruction = std::stoll(next());
+    } else if (name == "--variant") {
+      out.variant = std::stoll(next());
     } else if (name == "--victim") {
       out.victim = next();
     } else if (name == "--at") {
       out.at = std::stoll(next());
     } else {
-      std::fprintf(
-          stderr,
-          "usage: torchshm_step [--full] [--every] [--operation PART_OF_NAME] [--instruction N] [--victim NAME --at N] "
-          "[--random] "
-          "[--trials N] [--seed N] [--json FILE] [--list]\n");
+      std::fprintf(stderr,
+                   "usage: torchshm_step [--full] [--every] [--operation PART_OF_NAME] [--victim NAME [--at N]] "
+                   "[--instruction N [--variant N]] "
+                   "[--random] "
+                   "[--trials N] [--seed N] [--json FILE] [--list]\n");
       std::exit(2);
     }
   }
@@ -416,8 +421,9 @@ bool every_instruction(const Operation& operation) {
   return families.count(operation.family) != 0;
 }
 
-std::string command(const Operation& operation, uint32_t n) {
-  return "--operation '" + operation.name + "' --instruction " + std::to_string(n);
+std::string command(const Operation& operation, uint32_t n, unsigned variant) {
+  return "--operation '" + operation.name + "' --instruction " + std::to_string(n) + " --variant " +
+         std::to_string(variant);
 }
 
 uint64_t descriptors() {
@@ -445,6 +451,15 @@ std::set<uint32_t> choose(const Operation& operation, const Recording& recording
   return at;
 }
 
+// The one kill that the command line names; whatever the survivor does first, unless that is named too.
+void reproduce(const Operation& operation, const Recording& recording, const Arguments& arguments,
+               const std::string& how) {
+  const auto n = std::min(static_cast<uint32_t>(arguments.instruction), recording.instructions());
+  for (unsigned variant = 0; variant < kVariants; ++variant) {
+    if (arguments.variant < 0 || variant == arguments.variant) kill_at(operation, recording, n, variant, how);
+  }
+}
+
 int campaign(const Arguments& arguments) {
   const auto begin = std::chrono::steady_clock::now();
   const auto seconds = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); };
@@ -462,13 +477,22 @@ int campaign(const Arguments& arguments) {
       continue;
     const double since = seconds();
     const Recording& recording = recordings[operation.name] = record(operation);
+    if (!arguments.victim.empty()) continue;
     if (arguments.instruction >= 0) {
-      kill_at(operation, recording, static_cast<uint32_t>(arguments.instruction),
-              command(operation, static_cast<uint32_t>(arguments.instruction)), true);
+      reproduce(operation, recording, arguments, command(operation, 0, 0));
       continue;
     }
     const auto at = choose(operation, recording, arguments, random);
-    for (const uint32_t n : at) kill_at(operation, recording, n, command(operation, n));
+    for (const uint32_t n : at) {
+      const auto variant = static_cast<unsigned>(random() % kVariants);
+      kill_at(operation, recording, n, variant, command(operation, n, variant));
+    }
+    // Whatever the survivor does first.
+    const std::set<uint32_t> firsts = arguments.full ? recording.points(false, kPerInstruction) : std::set<uint32_t>();
+    for (const uint32_t n : firsts) {
+      for (unsigned variant = 0; variant < kVariants; ++variant)
+        kill_at(operation, recording, n, variant, command(operation, n, variant));
+    }
     states += recording.states.size();
     covered[operation.family].first += recording.instructions();
     covered[operation.family].second += at.size();
@@ -498,11 +522,16 @@ int campaign(const Arguments& arguments) {
   double since = seconds();
   const auto reaped = [&](const Operation* victim, uint32_t n, bool each) {
     const Operation reap = reaping_of(*victim, recordings[victim->name], n);
-    const std::string reproduce =
+    const std::string death =
         "--operation '" + victim->name + "' --victim '" + victim->name + "' --at " + std::to_string(n);
     const Recording recording = record(reap);
+    if (arguments.instruction >= 0) return reproduce(reap, recording, arguments, death);
     const auto at = each ? choose(reap, recording, arguments, random) : recording.points(false, kPerInstruction);
-    for (const uint32_t m : at) kill_at(reap, recording, m, reproduce);
+    for (const uint32_t m : at) {
+      const auto variant = static_cast<unsigned>(random() % kVariants);
+      kill_at(reap, recording, m, variant,
+              death + " --instruction " + std::to_string(m) + " --variant " + std::to_string(variant));
+    }
     if (!each) {
       ++nested;
       nested_states += recording.states.size();

@@ -512,8 +512,8 @@ TEST(Process, OnlyMemoryFilesOfThePoolCount) {
   ASSERT_TRUE(file.valid());
   ASSERT_EQ(::ftruncate(file.get(), kSize), 0);
   const Mapping shared = map(Mapping::Kind::kShared, file);
-  EXPECT_FALSE(os::maps_file(os::self(), os::file_id(file.get())))
-      ->inode;  // inode numbers of other file systems say nothing
+  // Inode numbers of other file systems say nothing.
+  EXPECT_FALSE(os::maps_file(os::self(), os::file_id(file.get())->inode));
   ::unlink(name);
 }
 

@@ -64,11 +64,18 @@ test-python: build build/dev/build.ninja ## The Python tests alone
 	PYTHONPATH=$(CURDIR)/build/dev/python $(BIN)/pytest $(ARGS)
 
 .PHONY: sanitize
-sanitize: build/asan-ubsan/build.ninja build/tsan/build.ninja ## The C++ tests under ASan + UBSan, then under TSan
-	for preset in asan-ubsan tsan; do
-		cmake --build --preset $$preset --parallel $(JOBS)
-		ctest --preset $$preset --parallel $(JOBS) $(ARGS)
-	done
+sanitize: $(INSTALLED) ## The C++ tests and those of _C under ASan + UBSan and under TSan
+	$(BIN)/python tests/torture/sanitizers.py --jobs $(JOBS) $(ARGS)
+
+.PHONY: valgrind
+valgrind: $(INSTALLED) ## The C++ tests under valgrind's memcheck: an hour
+	@missing=valgrind
+	command -v valgrind >/dev/null || { $(install_from_debian); }
+	$(BIN)/python tests/torture/sanitizers.py --only valgrind --jobs $(JOBS) $(ARGS)
+
+.PHONY: coverage
+coverage: $(INSTALLED) ## Branch coverage of base, os and pool: build/torture/coverage/index.html
+	$(BIN)/python tests/torture/coverage.py --jobs $(JOBS) $(ARGS)
 
 .PHONY: tidy
 tidy: clang-tidy build/tidy/build.ninja ## clang-tidy over the core and the C++ tests
@@ -91,7 +98,7 @@ $(INSTALLED): pyproject.toml setup.py Makefile | system
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet '$(TORCH)' --group build --group lint
+	$(BIN)/pip install --quiet '$(TORCH)' --group build --group lint --group torture
 	TORCHSHM_SKIP_CMAKE=1 PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-build-isolation --check-build-dependencies \
 		'$(TORCH)' --editable '.[bench,demo,test]'
 	$(BIN)/pip install --quiet --group fuzz || echo 'atheris not installed: forged messages are fuzzed without its guidance' >&2

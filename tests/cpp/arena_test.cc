@@ -113,6 +113,18 @@ TEST(Arena, IsRefusedWhenAnyStepOfMakingItFailsForGood) {
   }
 }
 
+TEST(Arena, AnAliasIsTheSameMemoryOrAnError) {
+  const Arena arena = fresh_arena();
+  auto alias = arena.alias();
+  ASSERT_TRUE(alias.ok());
+  EXPECT_EQ(alias->data(), arena.data());
+  EXPECT_TRUE(alias->owns_descriptors());
+  for (const uint64_t at : {1, 2}) {
+    const tests::Failing failing("os.duplicate", EMFILE, at, false);
+    EXPECT_EQ(arena.alias().code(), Code::kSystem) << at;
+  }
+}
+
 TEST(Arena, IsAttachedWithoutTheFacesThatCanNotBeMapped) {
   const Arena arena = fresh_arena();
   for (uint64_t at = 1; at <= 4; ++at) {

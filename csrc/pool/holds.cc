@@ -9,6 +9,8 @@ Result<Holds> Holds::create(uint32_t pages) {
   Holds holds;
   auto counts = Mapping::map(Mapping::Kind::kAnonymous, -1, uint64_t{pages} * sizeof(uint32_t));
   if (!counts) return std::move(counts.status());
+  auto generations = Mapping::map(Mapping::Kind::kAnonymous, -1, uint64_t{pages} * sizeof(uint64_t));
+  if (!generations) return std::move(generations.status());
   auto copies = Mapping::map(Mapping::Kind::kAnonymous, -1, uint64_t{pages} * sizeof(uint32_t));
   if (!copies) return std::move(copies.status());
   auto starts = Mapping::map(Mapping::Kind::kAnonymous, -1, uint64_t{pages} / 8);
@@ -20,15 +22,16 @@ Result<Holds> Holds::create(uint32_t pages) {
   holds.private_ = private_words.take();
   holds.exclusive_ = exclusive.take();
   holds.counts_ = counts.take();
+  holds.generations_ = generations.take();
   holds.copies_ = copies.take();
   holds.starts_ = starts.take();
   return holds;
 }
 
-uint32_t Holds::add(uint32_t block, Mode mode) {
+void Holds::add(uint32_t block, Mode mode, uint64_t generation) {
   if (mode == Mode::kCopyOnWrite) ++copies()[block];
   starts()[block / 64] |= uint64_t{1} << (block % 64);
-  return counts()[block]++;
+  if (counts()[block]++ == 0) generations()[block] = generation;
 }
 
 Holds::Removed Holds::remove(uint32_t block, Mode mode) {

@@ -33,8 +33,11 @@ class Holds {
   int64_t private_blocks() const { return private_blocks_; }
   bool is_private(uint32_t block) const { return (private_words()[block / 64] >> (block % 64) & 1) != 0; }
 
-  // Returns the count before.
-  uint32_t add(uint32_t block, Mode mode);
+  // generation: of the block, when this is the first object that looks at it.
+  void add(uint32_t block, Mode mode, uint64_t generation);
+  void add_further(uint32_t block, Mode mode) { add(block, mode, generation(block)); }
+  // That the objects look at. What lies there now may be another one: a fork without handlers may have lost the hold.
+  uint64_t generation(uint32_t block) const { return generations()[block]; }
   // Returns the count after, and whether the last copy-on-write view has gone with it.
   struct Removed {
     uint32_t left;
@@ -47,11 +50,12 @@ class Holds {
 
  private:
   uint32_t* counts() const { return reinterpret_cast<uint32_t*>(counts_.data()); }
+  uint64_t* generations() const { return reinterpret_cast<uint64_t*>(generations_.data()); }
   uint32_t* copies() const { return reinterpret_cast<uint32_t*>(copies_.data()); }
   uint64_t* starts() const { return reinterpret_cast<uint64_t*>(starts_.data()); }
   uint64_t* exclusive() const { return reinterpret_cast<uint64_t*>(exclusive_.data()); }
   uint64_t* private_words() const { return reinterpret_cast<uint64_t*>(private_.data()); }
-  os::Mapping counts_, copies_, starts_, exclusive_, private_;
+  os::Mapping counts_, generations_, copies_, starts_, exclusive_, private_;
   int64_t private_blocks_ = 0;
 };
 

@@ -250,7 +250,7 @@ Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages, bool in_
   // Relaxed store: statistics with a single writer.
   lease.allocations.store(lease.allocations.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   TORCHSHM_POINT("allocate.told");
-  holds_.add(*block, Mode::kReadWrite);
+  holds_.add(*block, Mode::kReadWrite, work_->ledger.value(*block).generation);
   if (in_the_making) making_.push_back(*block);
   // The caller writes as many bytes as it asked for, so what the descriptor says now is not believed when it is less.
   const auto extent = arena_.extent(*block);
@@ -291,7 +291,7 @@ void Member::freed(uint32_t block, uint64_t generation) {
 
 void Member::retain(uint32_t block, Mode mode) {
   const std::lock_guard lock(mutex_);
-  holds_.add(block, mode);
+  holds_.add_further(block, mode);
 }
 
 void Member::release_made(uint32_t block) {
@@ -365,8 +365,10 @@ Result<Member::View> Member::redeem(const Handle& handle, Mode mode, bool exclus
     return Status(Code::kInvalid, "the handle names no block of this pool");
   // Both are looked at: after a fork without handlers there may be objects that look at a block which is not held any more.
   if (holds_.count(handle.block) > 0 && work_->ledger.holds(membership_.slot(), handle.block)) {
-    if (work_->ledger.value(handle.block).generation != handle.generation)
+    if (holds_.generation(handle.block) != handle.generation)
       return Status(Code::kStale, "the handle's block has been released");
+  } else if (holds_.count(handle.block) > 0 && holds_.generation(handle.block) != handle.generation) {
+    return Status(Code::kStale, "arrays that were lost in a fork without handlers still look at the handle's place");
   } else if (!work_->ledger.attach(handle.block, handle.generation)) {
     return Status(Code::kStale, "the handle's block has been released");
   }
@@ -380,7 +382,7 @@ Result<Member::View> Member::redeem(const Handle& handle, Mode mode, bool exclus
     if (!extent) return Status(Code::kCorrupt, "the block's descriptor contradicts the pool's size");
     return Status(Code::kUnsupported, "no address space for this mode");
   }
-  holds_.add(handle.block, mode);
+  holds_.add(handle.block, mode, handle.generation);
   if (exclusive) holds_.mark_exclusive(handle.block);
   (void)work_->tickets.redeem({handle.ticket, handle.nonce}, handle.block, handle.generation);
   return View{data, handle.block, extent->length};
@@ -400,7 +402,7 @@ Result<Member::View> Member::view(uint32_t block, Mode mode) {
     return Status(Code::kUnsupported, "the system keeps what was written to an earlier view");
   std::byte* data = arena_.address(mode, extent->offset);
   if (data == nullptr) return Status(Code::kUnsupported, "no address space for this mode");
-  holds_.add(block, mode);
+  holds_.add_further(block, mode);
   return View{data, block, extent->length};
 }
 
@@ -515,7 +517,7 @@ void Member::prepare_fork() {
   }
   stranded_why_ = "this process was forked when no lease could be had: " + heir.status().what();
   // No slot for the child: what it inherits stays held by this lease, which lives as long as either of the two.
-  each_held(arena_, membership_.slot(), [&](uint32_t block) { holds_.add(block, Mode::kReadWrite); });
+  each_held(arena_, membership_.slot(), [&](uint32_t block) { holds_.add_further(block, Mode::kReadWrite); });
 }
 
 void Member::parent_after_fork() {
@@ -567,7 +569,8 @@ void Member::notice_fork() {
   leave_work();
   work_ = std::make_unique<Work>(*this, heir->slot());
   each_held(arena_, parent, [&](uint32_t block) {
-    if (holds_.count(block) > 0) (void)work_->ledger.attach(block, work_->ledger.value(block).generation);
+    // Of that generation: the parent may have dropped it and have another block in its place.
+    if (holds_.count(block) > 0) (void)work_->ledger.attach(block, holds_.generation(block));
   });
   become(heir.take());
 }

@@ -164,9 +164,10 @@ TEST_F(HeapTest, LooksForAGapInOtherChunksThanTheLast) {
 TEST(Holds, CountsEachWayOfLooking) {
   auto holds = Holds::create(1024);
   ASSERT_TRUE(holds.ok());
-  EXPECT_EQ(holds->add(5, Mode::kReadWrite), 0U);
-  EXPECT_EQ(holds->add(5, Mode::kCopyOnWrite), 1U);
-  EXPECT_EQ(holds->add(5, Mode::kCopyOnWrite), 2U);
+  holds->add(5, Mode::kReadWrite, 7);
+  holds->add_further(5, Mode::kCopyOnWrite);
+  holds->add(5, Mode::kCopyOnWrite, 8);
+  EXPECT_EQ(holds->generation(5), 7U);  // the first one's
   EXPECT_EQ(holds->count(5), 3U);
   EXPECT_FALSE(holds->remove(5, Mode::kCopyOnWrite).last_copy);
   const auto last_copy = holds->remove(5, Mode::kCopyOnWrite);
@@ -179,7 +180,7 @@ TEST(Holds, CountsEachWayOfLooking) {
 
 TEST(Holds, ABlockIsExclusiveUntilTheLastHoldGoes) {
   auto holds = Holds::create(1024);
-  holds->add(70, Mode::kReadWrite);
+  holds->add(70, Mode::kReadWrite, 1);
   EXPECT_FALSE(holds->is_exclusive(70));
   holds->mark_exclusive(70);
   EXPECT_TRUE(holds->is_exclusive(70));
@@ -199,14 +200,14 @@ TEST(Holds, ABlockIsExclusiveUntilTheLastHoldGoes) {
 TEST(Holds, LeadFromAPageToTheBlockItMayBelongTo) {
   auto holds = Holds::create(2 * kPagesPerChunk);
   EXPECT_FALSE(holds->start_at_or_before(kPagesPerChunk + 400).has_value());
-  holds->add(kPagesPerChunk - 1, Mode::kReadWrite);  // in the chunk before: never leads out of its chunk
+  holds->add(kPagesPerChunk - 1, Mode::kReadWrite, 1);  // in the chunk before: never leads out of its chunk
   EXPECT_FALSE(holds->start_at_or_before(kPagesPerChunk + 400).has_value());
-  holds->add(kPagesPerChunk + 3, Mode::kReadWrite);
+  holds->add(kPagesPerChunk + 3, Mode::kReadWrite, 1);
   EXPECT_EQ(holds->start_at_or_before(kPagesPerChunk + 400), kPagesPerChunk + 3);
   EXPECT_EQ(holds->start_at_or_before(kPagesPerChunk + 63), kPagesPerChunk + 3);
   EXPECT_EQ(holds->start_at_or_before(kPagesPerChunk + 3), kPagesPerChunk + 3);
   EXPECT_FALSE(holds->start_at_or_before(kPagesPerChunk + 2).has_value());
-  holds->add(kPagesPerChunk + 63, Mode::kReadWrite);
+  holds->add(kPagesPerChunk + 63, Mode::kReadWrite, 1);
   EXPECT_EQ(holds->start_at_or_before(kPagesPerChunk + 63), kPagesPerChunk + 63);
   EXPECT_EQ(holds->start_at_or_before(kPagesPerChunk + 62), kPagesPerChunk + 3);
 }

@@ -57,7 +57,12 @@ def faults() -> list[Fault]:
 def copy_sources(tree: Path) -> None:
     """Makes the tree equal to the sources, and leaves alone what is: the build then compiles only what differs."""
     wanted = [ROOT / "CMakeLists.txt"]
-    wanted += [p for folder in ("csrc", "tests/cpp", "tests/torture") for p in (ROOT / folder).rglob("*") if p.is_file()]
+    wanted += [
+        p
+        for folder in ("csrc", "tests/cpp", "tests/torture")
+        for p in (ROOT / folder).rglob("*")
+        if p.is_file()
+    ]
     for source in wanted:
         target = tree / source.relative_to(ROOT)
         content = source.read_bytes()
@@ -68,7 +73,16 @@ def copy_sources(tree: Path) -> None:
 
 def plant(fault: Fault, tree: Path) -> None:
     """Applies a patch, without any tolerance for what has moved: it must still be the mistake that it was."""
-    command = ["patch", "-p1", "--fuzz=0", "--force", "--silent", "--no-backup-if-mismatch", "-i", str(fault.patch)]
+    command = [
+        "patch",
+        "-p1",
+        "--fuzz=0",
+        "--force",
+        "--silent",
+        "--no-backup-if-mismatch",
+        "-i",
+        str(fault.patch),
+    ]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{fault.patch.name} does not apply any more:\n{done.stdout}{done.stderr}")
@@ -105,21 +119,30 @@ def with_relacy(layer: Layer, fault: Fault | None, work: Path) -> str:
     return run(layer, program)
 
 
-def with_cmake(layers: list[Layer], fault: Fault | None, work: Path, jobs: int, until_caught: bool) -> dict[str, str]:
+def with_cmake(
+    layers: list[Layer], fault: Fault | None, work: Path, jobs: int, until_caught: bool
+) -> dict[str, str]:
     """Builds the layers' programs in one tree that is kept, and runs them."""
     tree, build = work / "tree", work / "build"
     copy_sources(tree)
     if fault:
         plant(fault, tree)
     if not (build / "build.ninja").exists():
-        options = ["-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -D_GLIBCXX_ASSERTIONS"]
+        options = [
+            "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
+            "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -D_GLIBCXX_ASSERTIONS",
+        ]
         options += ["-DTORCHSHM_BUILD_TESTS=ON", "-DTORCHSHM_FAILPOINTS=ON", "-DTORCHSHM_BUILD_PYTHON=OFF"]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", tree, "-B", build, *options], check=True, capture_output=True)
+        subprocess.run(
+            ["cmake", "-G", "Ninja", "-S", tree, "-B", build, *options], check=True, capture_output=True
+        )
     said: dict[str, str] = {}
     for layer in layers:
         command = ["cmake", "--build", build, "--target", layer.target, "--parallel", str(jobs)]
         subprocess.run(command, check=True, capture_output=True)
-        said[layer.name] = run(layer, next(p for p in build.rglob(layer.target) if p.is_file() and os.access(p, os.X_OK)))
+        said[layer.name] = run(
+            layer, next(p for p in build.rglob(layer.target) if p.is_file() and os.access(p, os.X_OK))
+        )
         if said[layer.name] and until_caught:
             break
     return said
@@ -153,7 +176,9 @@ def main(
     if chosen[0].name == "relacy":
         with ThreadPoolExecutor(jobs) as pool:
             everything = [None, *planted]
-            for fault, words in zip(everything, pool.map(lambda f: with_relacy(chosen[0], f, work), everything), strict=True):
+            for fault, words in zip(
+                everything, pool.map(lambda f: with_relacy(chosen[0], f, work), everything), strict=True
+            ):
                 if fault:
                     said[fault.name]["relacy"] = words
                     console.print(f"{fault.name}: relacy {words or 'notices nothing'}")
@@ -168,7 +193,9 @@ def main(
                 said[fault.name] |= with_cmake(built, fault, work, jobs, not full)
                 console.print(f"{fault.name}: {said[fault.name]}")
 
-    table = Table("fault", *(layer.name for layer in chosen), "what it is", title="planted mistakes and who notices")
+    table = Table(
+        "fault", *(layer.name for layer in chosen), "what it is", title="planted mistakes and who notices"
+    )
     for fault in planted:
         words = said[fault.name]
         cells = [words[x.name] or "-" if x.name in words else "" for x in chosen]
@@ -177,7 +204,10 @@ def main(
     violations += [f"{name} is caught by nobody" for name, words in said.items() if not any(words.values())]
     for violation in violations:
         console.print(f"[red]{violation}")
-    figures: dict[str, object] = {"faults": len(planted), "caught": sum(any(w.values()) for w in said.values())}
+    figures: dict[str, object] = {
+        "faults": len(planted),
+        "caught": sum(any(w.values()) for w in said.values()),
+    }
     figures |= {name: ", ".join(x for x, words in found.items() if words) for name, found in said.items()}
     report = {"name": "faults", "seed": None, "full": full, "seconds": time.monotonic() - begun}
     output.parent.mkdir(parents=True, exist_ok=True)

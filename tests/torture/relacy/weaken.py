@@ -86,7 +86,9 @@ def build(work: Path) -> Path:
 def explore(program: Path, variant: Variant, arguments: list[str]) -> Variant:
     environment = os.environ | {"TORCHSHM_WEAKEN": f"{variant.site}:{ORDERS.index(variant.weaker)}"}
     start = time.monotonic()
-    done = subprocess.run([program, "--quiet", *arguments], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [program, "--quiet", *arguments], env=environment, capture_output=True, text=True, check=False
+    )
     variant.seconds = time.monotonic() - start
     if done.returncode != 0:
         found = re.search(r"VIOLATION in (\w+)", done.stdout)
@@ -99,7 +101,8 @@ def main(
     only: Annotated[str, typer.Option(help="Only orders whose place contains this.")] = "",
     small: Annotated[bool, typer.Option(help="The small scenarios only.")] = False,
     jobs: Annotated[int, typer.Option(help="Variants at a time.")] = 2,
-    output: Annotated[Path, typer.Option(help="Where the results go.")] = ROOT / "build/torture/relacy_orders.json",
+    output: Annotated[Path, typer.Option(help="Where the results go.")] = ROOT
+    / "build/torture/relacy_orders.json",
 ) -> None:
     console = Console(width=150)
     begun = time.monotonic()
@@ -110,11 +113,18 @@ def main(
         with ThreadPoolExecutor(jobs) as pool:
             arguments = ["--full"] if full else ["--small"] if small else []
             for v in pool.map(lambda v: explore(program, v, arguments), variants):
-                console.print(f"{v.where} {v.order} -> {v.weaker}: {v.caught_by or 'nobody'} ({v.seconds:.0f} s)")
+                console.print(
+                    f"{v.where} {v.order} -> {v.weaker}: {v.caught_by or 'nobody'} ({v.seconds:.0f} s)"
+                )
     table = Table("place", "order", "weaker", "caught by", "s", "line", title="memory orders, each weakened")
     for v in variants:
         table.add_row(
-            v.where, v.order, v.weaker, v.caught_by or "[red]nobody", f"{v.seconds:.1f}", v.line.replace("[", "\\[")[:70]
+            v.where,
+            v.order,
+            v.weaker,
+            v.caught_by or "[red]nobody",
+            f"{v.seconds:.1f}",
+            v.line.replace("[", "\\[")[:70],
         )
     console.print(table)
     missed = [f"{v.where}: {v.order} -> {v.weaker} is not caught" for v in variants if not v.caught_by]

@@ -14,12 +14,12 @@ namespace torchshm::model {
 namespace {
 
 // The sender dies, the receiver does not: one message is redeemed.
-struct Send : Scenario<Send, 2> {
-  void arrange() {
+struct Send : Scenario {
+  void arrange() override {
     live_at_first(0, 1);
     holds_at_first(kA, 0);
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 1) {
       Process b(pool, kB);
       if (receive(b, true)) drop(b, 0);
@@ -35,14 +35,14 @@ struct Send : Scenario<Send, 2> {
 };
 
 // The receiver dies; the sender drops its own hold meanwhile, and uses the block again when it is free.
-struct Receive : Scenario<Receive, 2> {
-  void arrange() {
+struct Receive : Scenario {
+  void arrange() override {
     live_at_first(0, 2);
     holds_at_first(kB, 0);
     ticket_at_first(0, kB, 0);
     chunk_of(kB);
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 1) {
       Process b(pool, kB);
       drop(b, 0);
@@ -58,13 +58,13 @@ struct Receive : Scenario<Receive, 2> {
 };
 
 // The receiver dies while another process issues a second ticket: the recount must not miss what it did.
-struct Issue : Scenario<Issue, 2> {
-  void arrange() {
+struct Issue : Scenario {
+  void arrange() override {
     live_at_first(0, 2);
     holds_at_first(kA, 0);
     holds_at_first(kB, 0);
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 1) {
       Process b(pool, kB);
       send(b, 0);
@@ -80,12 +80,12 @@ struct Issue : Scenario<Issue, 2> {
 };
 
 // Two processes unpickle one message; one of them dies.
-struct Twice : Scenario<Twice, 2> {
-  void arrange() {
+struct Twice : Scenario {
+  void arrange() override {
     live_at_first(0, 1);
     ticket_at_first(0, kC, 0);
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 1) {
       Process b(pool, kB);
       if (receive(b, false)) drop(b, 0);
@@ -100,9 +100,9 @@ struct Twice : Scenario<Twice, 2> {
 };
 
 // A chunk that looks empty is taken away from a process that allocates in it, and dies.
-struct Allocate : Scenario<Allocate, 2> {
-  void arrange() { chunk_of(kA); }
-  void process(unsigned i) {
+struct Allocate : Scenario {
+  void arrange() override { chunk_of(kA); }
+  void process(unsigned i) override {
     if (i == 1) {
       Process b(pool, kB, true);
       pool::take_if_empty(pool, kB, 0);
@@ -118,9 +118,9 @@ struct Allocate : Scenario<Allocate, 2> {
 };
 
 // The same, and it is the taker that dies; its reaper ends the taking.
-struct Take : Scenario<Take, 2> {
-  void arrange() { chunk_of(kB); }
-  void process(unsigned i) {
+struct Take : Scenario {
+  void arrange() override { chunk_of(kB); }
+  void process(unsigned i) override {
     if (i == 1) {
       Process b(pool, kB, true);
       if (allocate(b, 0)) drop(b, 0);
@@ -136,12 +136,12 @@ struct Take : Scenario<Take, 2> {
 };
 
 // A full pool takes a ticket back while it is being redeemed, by one who dies.
-struct Retake : Scenario<Retake, 2> {
-  void arrange() {
+struct Retake : Scenario {
+  void arrange() override {
     live_at_first(0, 1);
     ticket_at_first(0, kC, 0);
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 1) {
       Process b(pool, kB);
       (void)b.tickets.take_back(0, false, ~uint64_t{0});
@@ -156,12 +156,12 @@ struct Retake : Scenario<Retake, 2> {
 };
 
 // The taker back dies, too.
-struct RetakeDies : Scenario<RetakeDies, 2> {
-  void arrange() {
+struct RetakeDies : Scenario {
+  void arrange() override {
     live_at_first(0, 1);
     ticket_at_first(0, kC, 0);
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 1) {
       Process b(pool, kB);
       if (receive(b, false)) drop(b, 0);
@@ -177,34 +177,33 @@ struct RetakeDies : Scenario<RetakeDies, 2> {
 
 // Somebody has died in the middle of something; two reap it at once, and one of them dies of it and is reaped as well.
 template <int operation>
-struct Reapers : Scenario<Reapers<operation>, 2> {
-  using S = Scenario<Reapers<operation>, 2>;
-  void arrange() {
-    this->chunk_of(kA);
-    if (operation != 0) this->live_at_first(0, operation == 1 ? 1 : 2);
-    if (operation == 1 || operation == 2) this->ticket_at_first(0, kA, 0);
-    if (operation >= 2) this->holds_at_first(kA, 0);
-    if (operation == 3) this->holds_at_first(kB, 0);
-    this->dies_in(kA, [&] {
-      Process a(this->pool, kA, true);
-      if (operation == 0) (void)this->allocate(a, 0);
-      if (operation == 1) (void)this->receive(a, false);
-      if (operation == 2) this->drop(a, 0);
-      if (operation == 3) this->send(a, 0);
+struct Reapers : Scenario {
+  void arrange() override {
+    chunk_of(kA);
+    if (operation != 0) live_at_first(0, operation == 1 ? 1 : 2);
+    if (operation == 1 || operation == 2) ticket_at_first(0, kA, 0);
+    if (operation >= 2) holds_at_first(kA, 0);
+    if (operation == 3) holds_at_first(kB, 0);
+    dies_in(kA, [&] {
+      Process a(pool, kA, true);
+      if (operation == 0) (void)allocate(a, 0);
+      if (operation == 1) (void)receive(a, false);
+      if (operation == 2) drop(a, 0);
+      if (operation == 3) send(a, 0);
     });
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 1) {
-      (void)Process(this->pool, kC, true).reaper.reap(kA);
+      (void)Process(pool, kC, true).reaper.reap(kA);
       return;
     }
-    (void)this->mortal(kB, [&] { (void)Process(this->pool, kB, true).reaper.reap(kA); });
+    (void)mortal(kB, [&] { (void)Process(pool, kB, true).reaper.reap(kA); });
   }
 };
 
 // A slot is given out again while a slow reaper may still be at it.
-struct Reuse : Scenario<Reuse, 2> {
-  void arrange() {
+struct Reuse : Scenario {
+  void arrange() override {
     live_at_first(0, 2);
     holds_at_first(kA, 0);
     ticket_at_first(0, kA, 0);
@@ -213,7 +212,7 @@ struct Reuse : Scenario<Reuse, 2> {
       drop(a, 0);
     });
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 0) {
       (void)Process(pool, kB).reaper.reap(kA);
       return;
@@ -226,13 +225,13 @@ struct Reuse : Scenario<Reuse, 2> {
 };
 
 // The sender is killed, then the reaper is, then others take both back.
-struct Nested : Scenario<Nested, 2> {
-  static constexpr uint32_t kLiving = 4;
-  void arrange() {
+struct Nested : Scenario {
+  Nested() : Scenario(4) {}
+  void arrange() override {
     live_at_first(0, 1);
     holds_at_first(kA, 0);
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 1) {
       Process b(pool, kB);
       if (receive(b, true)) drop(b, 0);
@@ -252,15 +251,15 @@ struct Nested : Scenario<Nested, 2> {
 };
 
 // A message is unpickled twice while its sender drops the block; the first receiver dies.
-struct Three : Scenario<Three, 3> {
-  static constexpr uint32_t kLiving = 4;
-  void arrange() {
+struct Three : Scenario {
+  Three() : Scenario(4) {}
+  void arrange() override {
     live_at_first(0, 2);
     holds_at_first(kC, 0);
     ticket_at_first(0, kC, 0);
     chunk_of(kC);
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 2) {
       Process c(pool, kC);
       drop(c, 0);
@@ -281,10 +280,10 @@ struct Three : Scenario<Three, 3> {
 };
 
 // The owner allocates, another takes the chunk and dies, a third finds it empty as well.
-struct ThreeTake : Scenario<ThreeTake, 3> {
-  static constexpr uint32_t kLiving = 4;
-  void arrange() { chunk_of(kB); }
-  void process(unsigned i) {
+struct ThreeTake : Scenario {
+  ThreeTake() : Scenario(4) {}
+  void arrange() override { chunk_of(kB); }
+  void process(unsigned i) override {
     if (i == 2) {
       Process c(pool, kC, true);
       pool::take_if_empty(pool, kC, 0);
@@ -306,9 +305,9 @@ struct ThreeTake : Scenario<ThreeTake, 3> {
 };
 
 // Two live members work on a block while a third reaps one that died at work on it.
-struct ThreeReap : Scenario<ThreeReap, 3> {
-  static constexpr uint32_t kLiving = 4;
-  void arrange() {
+struct ThreeReap : Scenario {
+  ThreeReap() : Scenario(4) {}
+  void arrange() override {
     live_at_first(0, 3);
     holds_at_first(kA, 0);
     holds_at_first(kB, 0);
@@ -318,7 +317,7 @@ struct ThreeReap : Scenario<ThreeReap, 3> {
       drop(a, 0);
     });
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 2) {
       (void)Process(pool, kC).tickets.take_back(0, true, ~uint64_t{0});
       return;
@@ -332,10 +331,10 @@ struct ThreeReap : Scenario<ThreeReap, 3> {
   }
 };
 
-// The same, and the slow reaper dies of it; who takes it back ends its announcement.
-struct ReuseDies : Scenario<ReuseDies, 2> {
-  static constexpr uint32_t kLiving = 4;
-  void arrange() {
+// The same, and the slow reaper dies; who takes it back ends its announcement, which a joiner looks at after that one's own.
+struct ReuseDies : Scenario {
+  ReuseDies() : Scenario(4) {}
+  void arrange() override {
     live_at_first(0, 2);
     holds_at_first(kA, 0);
     ticket_at_first(0, kA, 0);
@@ -343,12 +342,12 @@ struct ReuseDies : Scenario<ReuseDies, 2> {
     holding[kA] = kNothing;
     died[kA] = true;
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 0) {
-      if (mortal(kB, [&] { (void)Process(pool, kB).reaper.reap(kA); })) (void)Process(pool, kC).reaper.reap(kB);
+      if (mortal(kD, [&] { (void)Process(pool, kD).reaper.reap(kA); })) (void)Process(pool, kB).reaper.reap(kD);
       return;
     }
-    (void)Process(pool, kD).reaper.reap(kA);
+    (void)Process(pool, kC).reaper.reap(kA);
     if (!join(kA)) return;
     Process j(pool, kA);
     (void)receive(j, false);
@@ -356,9 +355,9 @@ struct ReuseDies : Scenario<ReuseDies, 2> {
 };
 
 // The slow reaper has only just joined, in a slot that was never used before: a joiner must look at it as well.
-struct Late : Scenario<Late, 2> {
-  static constexpr uint32_t kLiving = 2;
-  void arrange() {
+struct Late : Scenario {
+  Late() : Scenario(2) {}
+  void arrange() override {
     live_at_first(0, 2);
     holds_at_first(kA, 0);
     ticket_at_first(0, kA, 0);
@@ -366,7 +365,7 @@ struct Late : Scenario<Late, 2> {
     holding[kA] = kNothing;
     died[kA] = true;
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 0) {
       if (join(kC)) (void)Process(pool, kC).reaper.reap(kA);
       return;
@@ -379,7 +378,7 @@ struct Late : Scenario<Late, 2> {
 };
 
 // AtomicPair as it is: two halves that change together, and are read one by one.
-struct Halves : Scenario<Halves, 2> {
+struct Halves : Scenario {
   // A half knows the number of its pair's change; who has acquired one half of a change does not find the other half as it was before.
   struct Half {
     Halves& pair;
@@ -394,14 +393,14 @@ struct Halves : Scenario<Halves, 2> {
   uint64_t seen = 0, changes = 0;
   Half lo{*this, Word<uint64_t>("lo")}, hi{*this, Word<uint64_t>("hi")};
   rl::var<uint32_t> published;
-  void arrange() { published($) = 0; }
+  void arrange() override { published($) = 0; }
   void exchange(pool::Pair to) {
     const Alone alone;
     ++changes;
     (void)lo.word.exchange(changes << 32 | to.lo, std::memory_order_acq_rel);
     (void)hi.word.exchange(changes << 32 | to.hi, std::memory_order_acq_rel);
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 0) {
       exchange({1, 1});
       published($) = 1;
@@ -418,29 +417,27 @@ struct Halves : Scenario<Halves, 2> {
 };
 
 // The same program under Relacy's own search and under the one that recognises states: both end in the same set of states.
-struct Small : Scenario<Small, 2> {
+struct Small : Scenario {
   static inline std::set<uint64_t> ends;
-  void arrange() {
+  void arrange() override {
     live_at_first(0, 2);
     holds_at_first(kA, 0);
     holds_at_first(kB, 0);
   }
-  void process(unsigned i) {
+  void process(unsigned i) override {
     if (i == 0) (void)mortal(kA, [&] { Process(pool, kA).ledger.begin(pool::Op::kDrop, 0, 1); });
     if (i == 0 && died[kA]) (void)pool::is_dead(pool, kB, kA);
     if (i == 1) (void)Process(pool, kB).ledger.count_up(0, 1);
     if (i == 1) (void)pool.lease(kA).intent.load(std::memory_order_acquire);
   }
-  void after() {
-    trace.threads_running = false;
-    if (!search.seen_before) ends.insert(trace.state());
-    rl::ctx().*PlainNew::counter() -= 1;
-  }
+  void end() override { ends.insert(trace.state()); }
 };
 
-template <class T>
+template <int threads, class T>
 Outcome explore(bool history) {
-  return run<T>(history);
+  static_assert(sizeof(T) <= Test<threads>::kRoom);
+  Test<threads>::make = [](void* where) -> Scenario* { return ::new (where) T(); };
+  return run<Test<threads>>(history);
 }
 
 struct Entry {
@@ -452,26 +449,26 @@ struct Entry {
 
 constexpr unsigned kAll = Search::kUnbounded;
 constexpr Entry kScenarios[] = {
-    {"halves", explore<Halves>, kAll, kAll, "a pair is read while it changes"},
-    {"send", explore<Send>, kAll, kAll, "the sender dies, the receiver redeems and drops"},
-    {"receive", explore<Receive>, kAll, kAll, "the receiver dies, the sender drops and uses the block again"},
-    {"issue", explore<Issue>, kAll, kAll, "one dies in drop, the other issues and drops"},
-    {"twice", explore<Twice>, 3, kAll, "two receive one message, one of them dies"},
-    {"allocate", explore<Allocate>, kAll, kAll, "the owner dies in allocate, another takes its chunk"},
-    {"take", explore<Take>, 3, kAll, "the taker of a chunk dies, its owner allocates"},
-    {"retake", explore<Retake>, kAll, kAll, "the receiver dies, its ticket is taken back"},
-    {"retake_dies", explore<RetakeDies>, kAll, kAll, "who takes a ticket back dies, the receiver does not"},
-    {"reapers_allocate", explore<Reapers<0>>, 3, kAll, "died in allocate; two reap, one dies"},
-    {"reapers_receive", explore<Reapers<1>>, 3, kAll, "died in receive; two reap, one dies"},
-    {"reapers_drop", explore<Reapers<2>>, 4, kAll, "died in drop; two reap, one dies"},
-    {"reapers_issue", explore<Reapers<3>>, 4, kAll, "died in issue and drop; two reap, one dies"},
-    {"reuse", explore<Reuse>, kAll, kAll, "the slot is given out again beside a slow reaper"},
-    {"reuse_dies", explore<ReuseDies>, kAll, kAll, "the same, and the slow reaper dies"},
-    {"late", explore<Late>, kAll, kAll, "the slow reaper has only just joined"},
-    {"nested", explore<Nested>, 2, 4, "the sender dies, its reaper dies, another reaps both"},
-    {"three", explore<Three>, 1, 3, "two receive one message, the sender drops and allocates"},
-    {"three_take", explore<ThreeTake>, 1, 3, "owner, taker who dies, second taker"},
-    {"three_reap", explore<ThreeReap>, 2, 4, "reaper, another holder, a ticket taken back"},
+    {"halves", explore<2, Halves>, kAll, kAll, "a pair is read while it changes"},
+    {"send", explore<2, Send>, kAll, kAll, "the sender dies, the receiver redeems and drops"},
+    {"receive", explore<2, Receive>, kAll, kAll, "the receiver dies, the sender drops and uses the block again"},
+    {"issue", explore<2, Issue>, kAll, kAll, "one dies in drop, the other issues and drops"},
+    {"twice", explore<2, Twice>, 3, kAll, "two receive one message, one of them dies"},
+    {"allocate", explore<2, Allocate>, kAll, kAll, "the owner dies in allocate, another takes its chunk"},
+    {"take", explore<2, Take>, 3, kAll, "the taker of a chunk dies, its owner allocates"},
+    {"retake", explore<2, Retake>, kAll, kAll, "the receiver dies, its ticket is taken back"},
+    {"retake_dies", explore<2, RetakeDies>, kAll, kAll, "who takes a ticket back dies, the receiver does not"},
+    {"reapers_allocate", explore<2, Reapers<0>>, 3, kAll, "died in allocate; two reap, one dies"},
+    {"reapers_receive", explore<2, Reapers<1>>, 3, kAll, "died in receive; two reap, one dies"},
+    {"reapers_drop", explore<2, Reapers<2>>, 4, kAll, "died in drop; two reap, one dies"},
+    {"reapers_issue", explore<2, Reapers<3>>, 4, kAll, "died in issue and drop; two reap, one dies"},
+    {"reuse", explore<2, Reuse>, kAll, kAll, "the slot is given out again beside a slow reaper"},
+    {"reuse_dies", explore<2, ReuseDies>, kAll, kAll, "the same, and the slow reaper dies"},
+    {"late", explore<2, Late>, kAll, kAll, "the slow reaper has only just joined"},
+    {"nested", explore<2, Nested>, 2, 4, "the sender dies, its reaper dies, another reaps both"},
+    {"three", explore<3, Three>, 1, 3, "two receive one message, the sender drops and allocates"},
+    {"three_take", explore<3, ThreeTake>, 1, 3, "owner, taker who dies, second taker"},
+    {"three_reap", explore<3, ThreeReap>, 2, 4, "reaper, another holder, a ticket taken back"},
 };
 
 }  // namespace
@@ -512,11 +509,11 @@ int main(int argc, char** argv) {
 
   if (only.empty()) {
     search.every_interleaving = true;
-    const Outcome plain = run<Small>(false);
+    const Outcome plain = explore<2, Small>(false);
     std::set<uint64_t> all;
     all.swap(Small::ends);
     search.every_interleaving = false;
-    const Outcome once = run<Small>(false);
+    const Outcome once = explore<2, Small>(false);
     const bool same = plain.ok && once.ok && all == Small::ends;
     if (!quiet || !same)
       std::printf("%s: %lu interleavings and the %lu that are followed end in the same %lu states\n",

@@ -14,8 +14,7 @@ struct PlainNew : rl::context {
 constexpr uint32_t kA = 0, kB = 1, kC = 2, kD = 3, kUndertaker = 4;  // slots; the last joins when all is over
 constexpr uint32_t kNothing = ~0U;
 
-template <class Derived, int threads>
-class Scenario : public rl::test_suite<Derived, threads> {
+class Scenario {
   struct Restart {
     Restart() { trace.restart(); }
   } restart_;
@@ -30,13 +29,16 @@ class Scenario : public rl::test_suite<Derived, threads> {
   std::array<bool, 5> died{};
 
   // Leases that live at first; the fewer, the fewer words a recount looks at.
-  static constexpr uint32_t kLiving = 3;
+  explicit Scenario(uint32_t living = 3) : living_(living) {}
+  virtual ~Scenario() = default;
+  virtual void arrange() {}
+  virtual void process(unsigned thread) = 0;
 
   void before() {
     rl::ctx().*PlainNew::counter() += 1;
     pool.header().next_incarnation.store(9, std::memory_order_relaxed);
-    pool.header().slots_used.store(Derived::kLiving, std::memory_order_relaxed);
-    for (uint32_t slot = 0; slot < Derived::kLiving; ++slot) {
+    pool.header().slots_used.store(living_, std::memory_order_relaxed);
+    for (uint32_t slot = 0; slot < living_; ++slot) {
       pool.lease(slot).lock.store(1, std::memory_order_relaxed);
       pool.lease(slot).word.store(pool::lease_word(slot + 1), std::memory_order_relaxed);
     }
@@ -44,13 +46,13 @@ class Scenario : public rl::test_suite<Derived, threads> {
     payload[0]($) = 0;
     payload[1]($) = 0;
     for (uint32_t slot = 0; slot < SmallPool::kLeaseSlots; ++slot) pool.custody(slot)($) = 0;
-    self().arrange();
+    arrange();
     trace.threads_running = true;
   }
 
   void thread(unsigned i) {
     trace.read(1);  // to have begun is a state of its own
-    self().process(i);
+    process(i);
   }
 
   // The pool's invariant, in every state.
@@ -75,7 +77,7 @@ class Scenario : public rl::test_suite<Derived, threads> {
 
   void after() {
     trace.threads_running = false;
-    if (!search.seen_before) at_rest();
+    if (!search.seen_before) end();
     rl::ctx().*PlainNew::counter() -= 1;
   }
 
@@ -194,10 +196,8 @@ class Scenario : public rl::test_suite<Derived, threads> {
   }
 
  private:
-  Derived& self() { return *static_cast<Derived*>(this); }
-
   // Everybody has stopped. What the dead used comes back, counts are exact, and what the living drop is free.
-  void at_rest() {
+  virtual void end() {
     pool.lease(kUndertaker).lock.store(1, std::memory_order_relaxed);
     pool.lease(kUndertaker).word.store(pool::lease_word(8), std::memory_order_relaxed);
     pool.header().slots_used.store(kUndertaker + 1, std::memory_order_relaxed);
@@ -229,6 +229,22 @@ class Scenario : public rl::test_suite<Derived, threads> {
     const ChunkState state = pool.chunk_now(0).state;
     RL_ASSERT(state != ChunkState::kTaking && "nobody ends the taking of a chunk");
   }
+  uint32_t living_;
+};
+
+// A scenario as a test of Relacy's, which is instantiated but once for two threads and for three.
+template <int threads>
+struct Test : rl::test_suite<Test<threads>, threads> {
+  static inline Scenario* (*make)(void* where) = nullptr;
+  Test() : scenario(make(room)) {}
+  ~Test() { scenario->~Scenario(); }
+  void before() { scenario->before(); }
+  void thread(unsigned i) { scenario->thread(i); }
+  void invariant() { scenario->invariant(); }
+  void after() { scenario->after(); }
+  static constexpr size_t kRoom = 32768;
+  alignas(64) std::byte room[kRoom];
+  Scenario* scenario;
 };
 
 }  // namespace torchshm::model

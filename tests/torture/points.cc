@@ -438,6 +438,10 @@ int main_of(const Options& options) {
     bool any = false;
     for (const auto& run : t.reached) any = any || run[i].load() != 0;
     if (!any) add_violation("no operation reaches the point " + point_names()[i]);
+    const auto& can_fail = names_that_can_fail();
+    if (std::find(can_fail.begin(), can_fail.end(), point_names()[i]) != can_fail.end() &&
+        t.reached[static_cast<int>(Run::kFail)][i].load() == 0)
+      add_violation("no operation was made to fail at " + point_names()[i]);
   }
   std::vector<std::string> violations;
   for (uint32_t i = 0; i < std::min(t.violations.load(), kMaxViolations); ++i) violations.emplace_back(t.violation[i]);

@@ -57,7 +57,7 @@ void took_too_long(int) {
   const uint32_t at = here.totals->violations.fetch_add(1);
   if (at < kMaxViolations) {
     char* to = here.totals->violation[at];
-    std::strcpy(to, "somebody waits for the dead or the stopped, or does not end: ");
+    std::strncpy(to, "somebody waits for the dead or the stopped, or does not end: ", 100);
     std::strncat(to, running, sizeof here.totals->violation[0] - 100);
     (void)!::write(2, to, std::strlen(to));
     (void)!::write(2, "\n", 1);
@@ -82,7 +82,7 @@ class Worker {
     }
     const std::string text = trial.describe();
     std::strncpy(running, text.c_str(), sizeof running - 1);
-    const Outcome outcome = session_->run(trial);
+    Outcome outcome = session_->run(trial);
     if (!outcome.wrong.empty()) {
       const Board& board = *here.board;
       std::string at;
@@ -143,7 +143,7 @@ void enumerate_kills(Worker& worker, uint32_t operation, const Options& options)
     raise_to(here.totals->most[operation], at);
     if ((flags & kOnlyAlone) != 0) continue;
     // All recoveries in the full form. Of the other kinds one M each for every N: what they have in common is enumerated already.
-    const uint64_t stride = options.full ? 1 : 23;
+    const uint64_t stride = options.full ? 1 : 37;
     trial.whole = false;
     trial.leave_dead = true;
     for (uint64_t nested = 1 + random() % stride; nested < kMostPoints && !enough(); nested += stride) {
@@ -427,7 +427,14 @@ int main_of(const Options& options) {
     workers.push_back(pid);
   }
   for (const pid_t pid : workers) {
-    const int status = wait_for(pid);
+    int status = 0;
+    for (unsigned seconds = 1; ::waitpid(pid, &status, WNOHANG) != pid; ++seconds) {
+      ::usleep(options.full ? 1'000'000 : 20'000);
+      if (options.full && seconds % 60 == 0) {
+        std::fprintf(stderr, "%lu SIGKILLs, %lu pairs, %lu trials, %u violations\n", here.totals->kills.load(),
+                     here.totals->pairs.load(), here.totals->trials.load(), here.totals->violations.load());
+      }
+    }
     if (status != 0 && here.totals->violations.load() == 0)
       add_violation("a worker ended with status " + std::to_string(status) + " in " + options.trial.describe());
   }

@@ -12,7 +12,6 @@
 namespace torchshm::torture {
 namespace {
 
-using pool::Handle;
 using pool::Member;
 using pool::Mode;
 

@@ -200,8 +200,13 @@ void enumerate_stops(Worker& worker, uint32_t operation, const Options& options)
     trial.run = Run::kStop;
     trial.operation = operation;
     trial.at = at;
-    trial.seed = options.seed;
-    if (!run_up_to(worker, trial, kTries, &Outcome::reached).reached) break;
+    bool reached = false;
+    for (uint64_t rounds = 0; rounds < 2; ++rounds) {
+      trial.seed = options.seed + rounds;
+      if (options.full || (at + operation) % 2 == rounds)
+        reached = run_up_to(worker, trial, reached ? 1 : kTries, &Outcome::reached).reached || reached;
+    }
+    if (!reached) break;
     here.totals->points[static_cast<int>(Run::kStop)].fetch_add(1);
   }
 }

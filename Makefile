@@ -45,13 +45,8 @@ lint: $(INSTALLED) ## ruff, mypy, clang-format; changes nothing
 	find csrc tests benchmarks -name '*.h' -o -name '*.cc' | xargs -r clang-format --dry-run --Werror
 
 .PHONY: torture
-torture: build/dev/build.ninja ## The long tests: kills at every failpoint, soaks
-	@if [ ! -d tests/torture ]; then
-		echo 'make torture: there is no tests/torture yet; nothing was run.'
-		exit 0
-	fi
-	cmake --build --preset dev --parallel $(JOBS)
-	TORCHSHM_TORTURE=full PYTHONPATH=$(CURDIR)/build/dev/python $(BIN)/pytest tests/torture $(ARGS)
+torture: build/dev/build.ninja ## The long tests, hours of them; writes tests/torture/RESULTS.md. ARGS='--only soak --minutes 5'
+	$(BIN)/python tests/torture/campaign.py $(ARGS)
 
 .PHONY: build
 build: build/release/build.ninja ## After an edit in csrc/: the release module, built and copied into torchshm/
@@ -99,6 +94,7 @@ $(INSTALLED): pyproject.toml setup.py Makefile | system
 	$(BIN)/pip install --quiet '$(TORCH)' --group build --group lint
 	TORCHSHM_SKIP_CMAKE=1 PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-build-isolation --check-build-dependencies \
 		'$(TORCH)' --editable '.[bench,demo,test]'
+	$(BIN)/pip install --quiet --group fuzz || echo 'atheris not installed: forged messages are fuzzed without its guidance' >&2
 	touch $@
 
 build/%/build.ninja: CMakePresets.json $(INSTALLED)
@@ -125,12 +121,17 @@ system:
 	command -v ccache >/dev/null || missing+=' ccache'
 	[ -e /usr/include/gtest/gtest.h ] || missing+=' libgtest-dev'
 	[ -e /usr/include/benchmark/benchmark.h ] || missing+=' libbenchmark-dev'
+	[ -e /usr/include/relacy/relacy.hpp ] || missing+=' relacy-dev'
+	command -v rumur >/dev/null || missing+=' rumur'
+	command -v clang++-14 >/dev/null || missing+=' clang-14'
+	compgen -G '/usr/lib/llvm-14/lib/clang/*/lib/linux/libclang_rt.fuzzer-*' >/dev/null || missing+=' libclang-rt-14-dev'
+	command -v valgrind >/dev/null || missing+=' valgrind'
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing+=' python3-venv'
 	headers=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 	[ -e "$$headers/Python.h" ] || missing+=' python3-dev'
 	[ -n "$$missing" ] || exit 0
 	$(install_from_debian)
-	[ -z "$$failed" ] || echo '(`make test` needs libgtest-dev; ccache and libbenchmark-dev can be done without)' >&2
+	[ -z "$$failed" ] || echo '(`make test` needs libgtest-dev, relacy-dev, rumur, clang-14 and libclang-rt-14-dev; the others can be done without)' >&2
 
 .PHONY: clang-tidy
 clang-tidy:

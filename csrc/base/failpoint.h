@@ -28,6 +28,13 @@ const char* last();  // name of the point that acted or was passed last
 // 0, or the errno to fail with.
 int pass(const char* name, bool can_fail);
 
+// For members that are threads: this thread leaves what it is doing by an exception at its n-th point from here, as if it had been
+// killed there, with all that it has written and nothing that it has not. 0: not at all.
+struct Died {
+  const char* at;
+};
+void die_after(uint64_t points);
+
 }  // namespace torchshm::failpoint
 
 #if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS

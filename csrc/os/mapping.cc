@@ -156,6 +156,13 @@ Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size) {
   return mapping;
 }
 
+Mapping Mapping::alias() const {
+  Mapping mapping;
+  mapping.data_ = data_;
+  mapping.size_ = size_;
+  return mapping;
+}
+
 Status Mapping::remap(Kind kind, int fd, uint64_t offset, uint64_t length) {
   const int flags = MAP_FIXED | MAP_NORESERVE | (kind == Kind::kPrivate ? MAP_PRIVATE : MAP_SHARED);
   int error = TORCHSHM_INJECT("os.remap");

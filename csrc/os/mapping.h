@@ -36,6 +36,9 @@ class Mapping {
   // REQUIRES: page boundaries; fd is the mapped file's.
   Status remap(Kind kind, int fd, uint64_t offset, uint64_t length);
 
+  // The same range once more, which this one goes on owning. REQUIRES: this outlives it.
+  Mapping alias() const;
+
   std::byte* data() const { return data_; }
   uint64_t size() const { return size_; }
   bool valid() const { return data_ != nullptr; }

@@ -107,12 +107,12 @@ Result<Fd> duplicate(int fd) {
   return Fd(raw);
 }
 
-Result<uint64_t> inode(int fd) {
+Result<FileId> file_id(int fd) {
   struct stat st {};
   int error = TORCHSHM_INJECT("os.fstat");
   if (error == 0 && ::fstat(fd, &st) != 0) error = errno;
   if (error != 0) return Status::system("fstat", std::to_string(fd), error);
-  return static_cast<uint64_t>(st.st_ino);
+  return FileId{static_cast<uint64_t>(st.st_dev), static_cast<uint64_t>(st.st_ino)};
 }
 
 }  // namespace torchshm::os

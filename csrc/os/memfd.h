@@ -34,7 +34,12 @@ Result<Fd> reopen(int fd);
 // A close-on-exec duplicate.
 Result<Fd> duplicate(int fd);
 
-// Inode number of the file: what /proc/<pid>/maps shows for its mappings.
-Result<uint64_t> inode(int fd);
+// Which file it is. The inode number is what /proc/<pid>/maps shows for its mappings; alone it proves nothing, since every file system
+// has its own.
+struct FileId {
+  uint64_t device = 0, inode = 0;
+  friend bool operator==(const FileId&, const FileId&) = default;
+};
+Result<FileId> file_id(int fd);
 
 }  // namespace torchshm::os

@@ -6,6 +6,7 @@
 #include "base/failpoint.h"
 #include "os/memfd.h"
 #include "os/memory.h"
+#include "pool/mark.h"
 
 namespace torchshm::pool {
 namespace {
@@ -42,16 +43,16 @@ Status Arena::map(uint64_t control_size, uint64_t data_size) {
   // The other faces are optional: a private mapping of this size may be refused (vm.overcommit_memory=2, RLIMIT_AS).
   if (auto read = os::Mapping::map(os::Mapping::Kind::kReadOnly, data_fd_.get(), data_size)) read_ = read.take();
   if (auto copy = os::Mapping::map(os::Mapping::Kind::kPrivate, data_fd_.get(), data_size)) copy_ = copy.take();
-  return remember_inodes();
+  return remember_files();
 }
 
-Status Arena::remember_inodes() {
-  auto inode = os::inode(data_fd_.get());
-  if (!inode) return std::move(inode.status());
-  data_inode_ = *inode;
-  inode = os::inode(control_fd_.get());
-  if (!inode) return std::move(inode.status());
-  control_inode_ = *inode;
+Status Arena::remember_files() {
+  auto id = os::file_id(data_fd_.get());
+  if (!id) return std::move(id.status());
+  data_id_ = *id;
+  id = os::file_id(control_fd_.get());
+  if (!id) return std::move(id.status());
+  control_id_ = *id;
   return {};
 }
 
@@ -61,9 +62,11 @@ Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
   if (!id) return std::move(id.status());
   auto secret = random_id();
   if (!secret) return std::move(secret.status());
+  // No file is larger, whatever the limit says: nothing below can overflow.
+  const uint64_t size = std::min(limit, kMaxChunks * kChunk);
   Status last;
   for (const uint64_t factor : kReserveFactors) {
-    const uint64_t chunks = std::clamp<uint64_t>((limit * factor + kChunk - 1) / kChunk, 16, kMaxChunks);
+    const uint64_t chunks = std::clamp<uint64_t>((size * factor + kChunk - 1) / kChunk, 16, kMaxChunks);
     Arena arena;
     arena.offsets_ = Offsets::of(chunks);
     arena.chunks_ = static_cast<uint32_t>(chunks);
@@ -153,8 +156,27 @@ Result<Arena> Arena::inspect(os::Fd data, os::Fd control) {
   arena.control_ = mapped.take();
   arena.is_copy_ = is_copy;
   Status valid = arena.validate(*control_size, *data_size);
-  if (valid) valid = arena.remember_inodes();
+  if (valid) valid = arena.remember_files();
   if (!valid) return valid;
+  return arena;
+}
+
+Result<Arena> Arena::alias() const {
+  auto data = os::duplicate(data_fd_.get()), control = os::duplicate(control_fd_.get());
+  if (!data) return std::move(data.status());
+  if (!control) return std::move(control.status());
+  Arena arena;
+  arena.data_fd_ = data.take();
+  arena.control_fd_ = control.take();
+  arena.control_ = control_.alias();
+  arena.shared_ = shared_.alias();
+  arena.read_ = read_.alias();
+  arena.copy_ = copy_.alias();
+  arena.offsets_ = offsets_;
+  arena.chunks_ = chunks_;
+  arena.is_copy_ = is_copy_;
+  arena.data_id_ = data_id_;
+  arena.control_id_ = control_id_;
   return arena;
 }
 
@@ -168,24 +190,21 @@ Result<uint64_t> Arena::family_of(int control_fd) {
 }
 
 Status Arena::make_private(uint64_t offset, uint64_t length, bool on) {
-  const auto inode = os::inode(data_fd_.get());
-  if (!inode.ok() || *inode != data_inode_)
-    return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
+  const auto id = os::file_id(data_fd_.get());
+  if (!id.ok() || *id != data_id_) return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
   return shared_.remap(on ? os::Mapping::Kind::kPrivate : os::Mapping::Kind::kShared, data_fd_.get(), offset, length);
 }
 
 bool Arena::is_control(int fd) const {
-  const auto inode = os::inode(fd);
-  return inode.ok() && *inode == control_inode_;
+  const auto id = os::file_id(fd);
+  return id.ok() && *id == control_id_;
 }
 
 bool Arena::owns_descriptors() const { return is_control(control_fd_.get()); }
 
-uint32_t Arena::slots_used() const { return std::min(header().slots_used.load(std::memory_order_acquire), kMaxLeases); }
-uint32_t Arena::chunks_used() const { return std::min(header().chunks_used.load(std::memory_order_acquire), chunks_); }
-uint32_t Arena::tickets_used() const {
-  return std::min(header().tickets_used.load(std::memory_order_acquire), kTickets);
-}
+uint32_t Arena::slots_used() const { return marked(header().slots_used, kMaxLeases); }
+uint32_t Arena::chunks_used() const { return marked(header().chunks_used, chunks_); }
+uint32_t Arena::tickets_used() const { return marked(header().tickets_used, kTickets); }
 
 std::optional<Arena::Extent> Arena::extent(uint32_t index) const {
   if (index >= pages()) return std::nullopt;

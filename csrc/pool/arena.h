@@ -10,6 +10,7 @@
 #include "base/status.h"
 #include "os/fd.h"
 #include "os/mapping.h"
+#include "os/memfd.h"
 #include "pool/layout.h"
 
 namespace torchshm::pool {
@@ -24,12 +25,18 @@ struct Limits {
 
 class Arena {
  public:
+  // How long the tables are.
+  static constexpr uint32_t kLeaseSlots = kMaxLeases, kTicketSlots = kTickets, kPagesInChunk = kPagesPerChunk;
+
   static Result<Arena> create(uint64_t family, const Limits& limits);
   static Result<Arena> attach(os::Fd data, os::Fd control);
   // To look at, without joining: the control file mapped read-only, the data file not at all, so address() is null and nothing here may
   // be written. Takes a pool's memory files, and plain files that they were copied to: those are not sealed, and whoever cuts one short
   // meanwhile ends this process.
   static Result<Arena> inspect(os::Fd data, os::Fd control);
+
+  // The same files under the same mappings, for a further lease of this process. REQUIRES: this outlives it, and no fork meanwhile.
+  Result<Arena> alias() const;
 
   // What a control file's header says about its family, without attaching.
   static Result<uint64_t> family_of(int control_fd);
@@ -72,7 +79,7 @@ class Arena {
 
   int data_fd() const { return data_fd_.get(); }
   int control_fd() const { return control_fd_.get(); }
-  uint64_t data_inode() const { return data_inode_; }
+  uint64_t data_inode() const { return data_id_.inode; }
   // Whether control_fd() is still ours: a process may have closed all its descriptors and opened files of its own.
   bool owns_descriptors() const;
   // Makes a range of the shared face private to this process, or shared again.
@@ -82,14 +89,14 @@ class Arena {
 
  private:
   Status map(uint64_t control_size, uint64_t data_size);
-  Status remember_inodes();
+  Status remember_files();
   Status validate(uint64_t control_size, uint64_t data_size);
   os::Fd data_fd_, control_fd_;
   os::Mapping control_, shared_, read_, copy_;
   Offsets offsets_{};
   uint32_t chunks_ = 0;
   bool is_copy_ = false;
-  uint64_t data_inode_ = 0, control_inode_ = 0;
+  os::FileId data_id_, control_id_;
 };
 
 }  // namespace torchshm::pool

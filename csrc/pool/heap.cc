@@ -14,18 +14,41 @@ constexpr size_t kLook = 64;          // chunks looked at before a fresh one is 
 
 Heap::Heap(Arena& arena) : arena_(arena), by_chunk_(arena.chunks()) {}
 
-void Heap::mark(Owned& owned, uint32_t from, uint32_t count, bool used) {
+namespace {
+
+// The part of [from, from + count) that lies in from's word, and its length.
+struct Part {
+  uint64_t mask;
+  uint32_t length;
+};
+Part part_of(uint32_t from, uint32_t count) {
+  const uint32_t bit = from % 64, n = std::min(64 - bit, count);
+  return {(n == 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1) << bit, n};
+}
+
+}  // namespace
+
+uint32_t Heap::mark(Owned& owned, uint32_t from, uint32_t count, bool used) {
+  uint32_t changed = 0;
   while (count > 0) {
-    const uint32_t bit = from % 64, n = std::min(64 - bit, count);
-    const uint64_t mask = (n == 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1) << bit;
-    if (used) {
-      owned.used[from / 64] |= mask;
-    } else {
-      owned.used[from / 64] &= ~mask;
-    }
-    from += n;
-    count -= n;
+    const Part part = part_of(from, count);
+    uint64_t& word = owned.used[from / 64];
+    changed += static_cast<uint32_t>(std::popcount((used ? ~word : word) & part.mask));
+    word = used ? word | part.mask : word & ~part.mask;
+    from += part.length;
+    count -= part.length;
   }
+  return changed;
+}
+
+bool Heap::all_used(const Owned& owned, uint32_t from, uint32_t count) {
+  while (count > 0) {
+    const Part part = part_of(from, count);
+    if ((owned.used[from / 64] & part.mask) != part.mask) return false;
+    from += part.length;
+    count -= part.length;
+  }
+  return true;
 }
 
 std::optional<uint32_t> Heap::find_gap(Owned& owned, uint32_t count, uint32_t align) {
@@ -66,7 +89,7 @@ std::optional<Heap::Place> Heap::place(uint32_t granules, bool whole_pages) {
     Owned& owned = *owned_[current_];
     if (owned.free >= granules && owned.longest >= granules) {
       if (const auto start = find_gap(owned, granules, align)) {
-        mark(owned, *start, granules, true);
+        (void)mark(owned, *start, granules, true);
         if (owned.free == kGranulesPerChunk) --empty_;
         owned.free -= granules;
         const uint32_t page = *start / kGranulesPerPage;
@@ -104,8 +127,7 @@ void Heap::add(uint32_t chunk, bool adopted) {
       if (!block.live) continue;
       const uint32_t start = page * kGranulesPerPage + block.first;
       const uint32_t length = std::min(block.granules, kGranulesPerChunk - start);
-      mark(*fresh, start, length, true);
-      fresh->free -= std::min(length, fresh->free);
+      fresh->free -= mark(*fresh, start, length, true);
       fresh->starts[page / 64] |= uint64_t{1} << (page % 64);
     }
   }
@@ -118,10 +140,10 @@ void Heap::add(uint32_t chunk, bool adopted) {
 void Heap::free_space(Owned& owned, uint32_t block, uint32_t first, uint32_t granules) {
   const uint32_t start = block % kPagesPerChunk * kGranulesPerPage + first;
   const uint32_t length = std::min(granules, kGranulesPerChunk - start);
-  mark(owned, start, length, false);
-  owned.free += length;
-  owned.longest = std::min(kGranulesPerChunk, owned.free);
-  if (owned.free == kGranulesPerChunk) ++empty_;
+  const uint32_t freed = mark(owned, start, length, false);
+  owned.free += freed;
+  owned.longest = owned.free;
+  if (freed != 0 && owned.free == kGranulesPerChunk) ++empty_;
 }
 
 bool Heap::give_back(uint32_t block) {
@@ -133,7 +155,9 @@ bool Heap::give_back(uint32_t block) {
   const BlockValue value = BlockValue::of(arena_.block(block).value.load());
   if ((starts & bit) == 0 || value.live) return false;  // an old hint
   starts &= ~bit;
-  const uint32_t granules = value.granules, first = value.first;
+  const uint32_t granules = value.granules, first = value.first, start = page * kGranulesPerPage + first;
+  // A descriptor that others have written to may name space that is not the block's; what is not sure is not used again.
+  if (start + granules > kGranulesPerChunk || !all_used(owned, start, granules)) return true;
   if (granules > kCachedMost) {
     free_space(owned, block, first, granules);
     return true;
@@ -176,14 +200,6 @@ std::optional<uint32_t> Heap::remove_empty(uint32_t keep) {
     return chunk;
   }
   return std::nullopt;
-}
-
-void Heap::forget() {
-  owned_.clear();
-  for (auto& owned : by_chunk_) owned.reset();
-  for (Cached& cached : cache_) cached.granules = 0;
-  current_ = 0;
-  empty_ = 0;
 }
 
 }  // namespace torchshm::pool

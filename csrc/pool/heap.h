@@ -38,8 +38,6 @@ class Heap {
   std::optional<uint32_t> remove_empty(uint32_t keep);
   uint32_t empty_chunks() const { return empty_; }
   bool owns(uint32_t chunk) const { return chunk < by_chunk_.size() && by_chunk_[chunk] != nullptr; }
-  // Forgets every chunk (in a forked child: they are the parent's).
-  void forget();
 
  private:
   struct Owned {
@@ -53,7 +51,9 @@ class Heap {
     uint32_t granules = 0;
     Place place{};
   };
-  static void mark(Owned& owned, uint32_t from, uint32_t count, bool used);
+  // Returns how many of the granules were not so before. REQUIRES: from + count <= kGranulesPerChunk
+  static uint32_t mark(Owned& owned, uint32_t from, uint32_t count, bool used);
+  static bool all_used(const Owned& owned, uint32_t from, uint32_t count);
   static std::optional<uint32_t> find_gap(Owned& owned, uint32_t count, uint32_t align);
   void free_space(Owned& owned, uint32_t block, uint32_t first, uint32_t granules);
   void empty_cache();

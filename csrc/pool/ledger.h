@@ -24,9 +24,11 @@ class FreedSink {
   virtual void freed(uint32_t block, uint64_t generation) = 0;
 };
 
-class Ledger {
+// `Shared` is the Arena, or the small model of it that tests/torture/relacy explores.
+template <class Shared>
+class BasicLedger {
  public:
-  Ledger(Arena& arena, uint32_t slot, FreedSink& sink) : arena_(arena), slot_(slot), sink_(sink) {}
+  BasicLedger(Shared& arena, uint32_t slot, FreedSink& sink) : arena_(arena), slot_(slot), sink_(sink) {}
 
   // Makes a free block live, held by this lease. False when the space is not this lease's (any more), or the chunk of a large block
   // does not expect the generation that came out: choose another place. REQUIRES: no other thread of this lease uses the space.
@@ -57,9 +59,12 @@ class Ledger {
   bool clear_bit(uint32_t slot, uint32_t block);
   bool owns_space(uint32_t block, uint64_t generation, bool small) const;
   bool busy_elsewhere(uint32_t dead, uint32_t block) const;
-  Arena& arena_;
+  Shared& arena_;
   uint32_t slot_;
   FreedSink& sink_;
 };
+
+using Ledger = BasicLedger<Arena>;
+extern template class BasicLedger<Arena>;
 
 }  // namespace torchshm::pool

@@ -73,9 +73,20 @@ Result<std::unique_ptr<Member>> Member::make(Arena arena) {
   auto holds = Holds::create(arena.pages());
   if (!holds) return std::move(holds.status());
   auto membership = Membership::join(arena);
+  // Every slot is taken, but perhaps by the dead only, with nobody there to reap them.
+  const bool succeeds = membership.code() == Code::kNoSlot;
+  if (succeeds) membership = Membership::succeed(arena, 0);
   if (!membership) return std::move(membership.status());
   std::unique_ptr<Member> member(new Member(std::move(arena), membership.take(), holds.take()));
   member->start();
+  while (succeeds && !member->work_->reaper.end_own()) {
+    auto next = Membership::succeed(member->arena_, member->membership_.slot() + 1);
+    if (!next) return std::move(next.status());
+    member->membership_ = next.take();
+    member->work_.reset();
+    member->start();
+  }
+  if (succeeds) member->membership_.renew(member->arena_);
   (void)member->work_->reaper.reap_all();
   return member;
 }
@@ -92,6 +103,12 @@ Result<std::unique_ptr<Member>> Member::attach(os::Fd data, os::Fd control) {
   return make(arena.take());
 }
 
+Result<std::unique_ptr<Member>> Member::beside(const Member& other) {
+  auto arena = other.arena_.alias();
+  if (!arena) return std::move(arena.status());
+  return make(arena.take());
+}
+
 // In a forked child: heap, chunks and janitor thread are the parent's, and joining a thread that is not there would hang. Leaked.
 void Member::leave_work() { (void)work_.release(); }
 
@@ -104,11 +121,6 @@ void Member::start() {
   lease.grown.store(0, std::memory_order_relaxed);
   TORCHSHM_POINT("start.counters");
   work_->hints_seen = lease.hints_end.load(std::memory_order_acquire);
-}
-
-Member::View Member::view_of(uint32_t block, Mode, std::byte* data) const {
-  const auto extent = arena_.extent(block);
-  return {data, block, extent ? extent->length : 0};
 }
 
 // ---- allocate
@@ -214,7 +226,7 @@ bool Member::make_room_step(int step, uint64_t bytes) {
 Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages, bool in_the_making) {
   const std::lock_guard lock(mutex_);
   notice_fork();
-  if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
+  if (stranded_) return Status(Code::kNoSlot, stranded_why_);
   take_hints();
   auto block = allocate_block(bytes, whole_pages);
   uint64_t enough = bytes;
@@ -240,8 +252,13 @@ Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages, bool in_
   TORCHSHM_POINT("allocate.told");
   holds_.add(*block, Mode::kReadWrite);
   if (in_the_making) making_.push_back(*block);
+  // The caller writes as many bytes as it asked for, so what the descriptor says now is not believed when it is less.
   const auto extent = arena_.extent(*block);
-  if (!extent) return Status(Code::kCorrupt, "somebody else wrote to the descriptor of a block that was just made");
+  if (!extent || extent->length < bytes) {
+    if (in_the_making) making_.pop_back();
+    release_locked(*block, Mode::kReadWrite);
+    return Status(Code::kCorrupt, "somebody else wrote to the descriptor of a block that was just made");
+  }
   return View{arena_.data() + extent->offset, *block, extent->length};
 }
 
@@ -330,7 +347,7 @@ void Member::release_locked(uint32_t block, Mode mode) {
 Result<Handle> Member::issue(uint32_t block) {
   const std::lock_guard lock(mutex_);
   notice_fork();
-  if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
+  if (stranded_) return Status(Code::kNoSlot, stranded_why_);
   if (!work_->ledger.holds(membership_.slot(), block))
     return Status(Code::kStale, "the block was lost in a fork that ran no handlers");
   const uint64_t generation = work_->ledger.value(block).generation;
@@ -343,7 +360,7 @@ Result<Member::View> Member::redeem(const Handle& handle, Mode mode, bool exclus
   const std::lock_guard lock(mutex_);
   notice_fork();
   if (handle.pool_id != pool_id_) return Status(Code::kForeign, "the handle belongs to another pool");
-  if (stranded_) return Status(Code::kNoSlot, "this process was forked when no lease was left");
+  if (stranded_) return Status(Code::kNoSlot, stranded_why_);
   if (handle.block >= arena_.pages() || handle.ticket >= kTickets)
     return Status(Code::kInvalid, "the handle names no block of this pool");
   // Both are looked at: after a fork without handlers there may be objects that look at a block which is not held any more.
@@ -463,7 +480,7 @@ void Member::part_with_child() {
     if (end != start && !arena_.make_private(start, end - start, true)) return false;
     for (uint64_t page = start / kPage; page < end / kPage; ++page) {
       const auto block = static_cast<uint32_t>(page);
-      if (holds_.count(block) > 0 && holds_.is_exclusive(block)) holds_.mark_private(block, true);
+      if (holds_.is_exclusive(block)) holds_.mark_private(block, true);
     }
     return true;
   };
@@ -496,6 +513,7 @@ void Member::prepare_fork() {
     hold_again_for(*heir_);
     return;
   }
+  stranded_why_ = "this process was forked when no lease could be had: " + heir.status().what();
   // No slot for the child: what it inherits stays held by this lease, which lives as long as either of the two.
   each_held(arena_, membership_.slot(), [&](uint32_t block) { holds_.add(block, Mode::kReadWrite); });
 }
@@ -541,6 +559,7 @@ void Member::notice_fork() {
   auto heir = Membership::join(arena_);
   if (!heir) {
     stranded_ = true;
+    stranded_why_ = "this process was forked when no lease could be had: " + heir.status().what();
     return;
   }
   TORCHSHM_POINT("notice_fork.joined");

@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "base/status.h"
@@ -30,6 +31,10 @@ class Member final : public FreedSink {
  public:
   static Result<std::unique_ptr<Member>> create(uint64_t family, const Limits& limits);
   static Result<std::unique_ptr<Member>> attach(os::Fd data, os::Fd control);
+
+  // A further lease of this process over the same mappings: members as threads, which ThreadSanitizer can follow. For tests.
+  // REQUIRES: the other one outlives it, and no fork meanwhile.
+  static Result<std::unique_ptr<Member>> beside(const Member& other);
 
   struct View {
     std::byte* data = nullptr;  // first byte of the block under the mode asked for
@@ -106,7 +111,6 @@ class Member final : public FreedSink {
   Result<uint32_t> allocate_small(uint32_t granules, bool whole_pages);
   bool make_room_step(int step, uint64_t bytes);
   void hold_again_for(const Membership& heir);
-  View view_of(uint32_t block, Mode mode, std::byte* data) const;
 
   std::mutex mutex_;
   Arena arena_;
@@ -126,7 +130,8 @@ class Member final : public FreedSink {
   Unwritten unwritten_[16];
   // Ranges of the copy-on-write face that show what was written to a view that is gone: the system refused to drop it.
   std::vector<Arena::Extent> spoiled_;
-  bool stranded_ = false;  // forked when no slot was left: may read what it inherited, and nothing else
+  bool stranded_ = false;  // forked when no slot was to be had: may read what it inherited, and nothing else
+  std::string stranded_why_;
 
  public:
   ~Member() override;

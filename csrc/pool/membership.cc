@@ -6,63 +6,82 @@
 #include "os/lock.h"
 #include "os/memfd.h"
 #include "os/process.h"
+#include "pool/slots.h"
 
 namespace torchshm::pool {
+
 namespace {
 
-bool being_reaped(const Arena& arena, uint32_t slot) {
-  const uint32_t slots = arena.slots_used();
-  for (uint32_t other = 0; other < slots; ++other) {
-    if (arena.lease(other).reaping.load(std::memory_order_seq_cst) == slot + 1) return true;
-  }
-  return false;
-}
-
-void raise_to(std::atomic<uint32_t>& mark, uint32_t value) {
-  uint32_t seen = mark.load(std::memory_order_relaxed);
-  while (seen < value && !mark.compare_exchange_weak(seen, value, std::memory_order_seq_cst)) {
-  }
+Result<os::Fd> open_life(const Arena& arena) {
+  const auto closed = [] { return Status(Code::kUnsupported, "this process has closed the pool's descriptors"); };
+  if (!arena.owns_descriptors()) return closed();
+  auto life = os::reopen(arena.control_fd());
+  if (life && !arena.is_control(life->get())) return closed();  // in between
+  return life;
 }
 
 }  // namespace
 
 Result<Membership> Membership::join(Arena& arena, bool unsigned_yet) {
-  auto life = os::reopen(arena.control_fd());
+  auto life = open_life(arena);
   if (!life) return std::move(life.status());
-  if (!arena.is_control(life->get()))
-    return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
   Membership self;
   self.life_ = life.take();
   for (uint32_t slot = 0; slot < kMaxLeases; ++slot) {
-    Lease& lease = arena.lease(slot);
-    if (lease.word.load(std::memory_order_acquire) != kLeaseFree || being_reaped(arena, slot)) continue;
+    if (!looks_free(arena, slot)) continue;
     auto locked = os::try_lock(self.life_.get(), slot);
     if (!locked) return std::move(locked.status());
     if (!*locked) continue;
     TORCHSHM_POINT("join.locked");
     self.slot_ = slot;
-    self.incarnation_ = arena.header().next_incarnation.fetch_add(1, std::memory_order_relaxed);  // unique is enough
-    TORCHSHM_POINT("join.numbered");
-    raise_to(arena.header().slots_used, slot + 1);
-    TORCHSHM_POINT("join.in_sight");
-    uint64_t expected = kLeaseFree;
-    if (lease.word.compare_exchange_strong(expected, lease_word(self.incarnation_), std::memory_order_seq_cst)) {
-      TORCHSHM_POINT("join.claimed");
-      // A reaper that was half-way when the slot became free has either been seen above or sees the new word now.
-      if (!being_reaped(arena, slot)) {
-        lease.pid.store(0, std::memory_order_relaxed);
-        TORCHSHM_POINT("join.unsigned");
-        if (!unsigned_yet) self.sign(arena);
-        TORCHSHM_POINT("join.signed");
-        return self;
-      }
-      lease.word.store(kLeaseFree, std::memory_order_release);
-      TORCHSHM_POINT("join.put_back");
+    self.incarnation_ = claim_slot(arena, slot);
+    if (self.incarnation_ != 0) {
+      arena.lease(slot).pid.store(0, std::memory_order_relaxed);
+      TORCHSHM_POINT("join.unsigned");
+      if (!unsigned_yet) self.sign(arena);
+      TORCHSHM_POINT("join.signed");
+      return self;
     }
     (void)os::unlock(self.life_.get(), slot);
   }
   return Status(Code::kNoSlot,
                 "all " + std::to_string(kMaxLeases) + " leases of the pool are taken by living processes");
+}
+
+Result<Membership> Membership::succeed(Arena& arena, uint32_t from) {
+  auto life = open_life(arena);
+  if (!life) return std::move(life.status());
+  Membership self;
+  self.life_ = life.take();
+  for (uint32_t slot = from; slot < kMaxLeases; ++slot) {
+    const Lease& lease = arena.lease(slot);
+    const uint64_t word = lease.word.load(std::memory_order_seq_cst);
+    if (!is_dead(arena, kNobody, slot)) continue;
+    auto locked = os::try_lock(self.life_.get(), slot);
+    if (!locked) return std::move(locked.status());
+    if (!*locked) continue;
+    TORCHSHM_POINT("succeed.locked");
+    // Locked first, announcements looked at second; a reaper does it the other way round, so one of the two sees the other.
+    if (!being_reaped(arena, slot) && lease.word.load(std::memory_order_seq_cst) == word &&
+        (word & 0xff) == kLeaseLive) {
+      self.slot_ = slot;
+      self.incarnation_ = word >> 8;
+      return self;
+    }
+    (void)os::unlock(self.life_.get(), slot);
+  }
+  return Status(Code::kNoSlot,
+                "all " + std::to_string(kMaxLeases) + " leases of the pool are taken by living processes");
+}
+
+void Membership::renew(Arena& arena) {
+  Lease& lease = arena.lease(slot_);
+  lease.reaping.store(0, std::memory_order_release);  // whom the dead one was taking back
+  incarnation_ = arena.header().next_incarnation.fetch_add(1, std::memory_order_relaxed);  // unique is enough
+  lease.pid.store(0, std::memory_order_relaxed);
+  lease.word.store(lease_word(incarnation_), std::memory_order_seq_cst);
+  TORCHSHM_POINT("succeed.renewed");
+  sign(arena);
 }
 
 void Membership::sign(Arena& arena) const {
@@ -88,21 +107,19 @@ void Membership::abandon(Arena& arena) {
   life_.reset();
 }
 
-bool Membership::dead(const Arena& arena, uint32_t me, uint32_t slot) {
-  const Lease& lease = arena.lease(slot);
-  const uint64_t word = lease.word.load(std::memory_order_seq_cst);
-  if (slot == me || (word & 0xff) != kLeaseLive) return false;
+bool Membership::dead(const Arena& arena, uint32_t me, uint32_t slot) { return is_dead(arena, me, slot); }
+
+bool gone(const Arena& arena, uint32_t slot) {
   // The lock is looked at through the control file's own description, which never holds one.
   if (os::locked_by_other(arena.control_fd(), slot)) return false;
   if (!arena.owns_descriptors()) return false;  // somebody else's file was asked
   // A living process may have closed all its descriptors (a daemonising one does); what it has mapped it can still see.
+  const Lease& lease = arena.lease(slot);
   os::ProcessId id;
   id.pid = lease.pid.load(std::memory_order_relaxed);
   id.started = lease.started.load(std::memory_order_relaxed);
   id.namespace_ = lease.pid_namespace.load(std::memory_order_relaxed);
-  if (id.pid != 0 && os::maps_file(id, arena.data_inode())) return false;
-  // The slot may have changed hands between the two looks.
-  return lease.word.load(std::memory_order_seq_cst) == word;
+  return id.pid == 0 || !os::maps_file(id, arena.data_inode());
 }
 
 }  // namespace torchshm::pool

@@ -19,6 +19,11 @@ class Membership {
   // unsigned_yet: for a child that is about to be forked, which signs for itself; until then its lock alone tells whether it lives.
   static Result<Membership> join(Arena& arena, bool unsigned_yet = false);
 
+  // Takes over the lease of a dead process, from slot `from` on, when no slot is free. It lives from then on and still holds all that the
+  // dead held: REQUIRES: BasicReaper::end_own() and, when that is done, renew() before anything else is done with it; or let it die again.
+  static Result<Membership> succeed(Arena& arena, uint32_t from);
+  void renew(Arena& arena);
+
   uint32_t slot() const { return slot_; }
   uint64_t incarnation() const { return incarnation_; }
   int life_fd() const { return life_.get(); }
@@ -36,5 +41,8 @@ class Membership {
   uint32_t slot_ = 0;
   uint64_t incarnation_ = 0;
 };
+
+// Whether nobody holds the slot's lock, and nobody with its record's pid has the pool mapped.
+bool gone(const Arena& arena, uint32_t slot);
 
 }  // namespace torchshm::pool

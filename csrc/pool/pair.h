@@ -37,18 +37,25 @@ struct Pair {
   friend bool operator==(const Pair&, const Pair&) = default;
 };
 
+// Acquire: what was written before the exchange that made this value is seen.
+template <class Half>
+Pair load_halves(const Half& lo, const Half& hi) {
+  for (;;) {
+    Pair first, second;
+    first.lo = lo.load(std::memory_order_relaxed);  // which of the two comes first does not matter
+    first.hi = hi.load(std::memory_order_acquire);
+    second.lo = lo.load(std::memory_order_acquire);
+    second.hi = hi.load(std::memory_order_relaxed);  // the same value as the first time, and so no news
+    if (first == second) return first;
+  }
+}
+
 class alignas(16) AtomicPair {
  public:
-  // Acquire: what was written before the exchange that made this value is seen.
   Pair load() const {
-    for (;;) {
-      const Pair first{lo_.load(std::memory_order_acquire), hi_.load(std::memory_order_acquire)};
-      const Pair second{lo_.load(std::memory_order_acquire), hi_.load(std::memory_order_acquire)};
-      if (first == second) {
-        TORCHSHM_TSAN_ACQUIRE(this);
-        return first;
-      }
-    }
+    const Pair found = load_halves(lo_, hi_);
+    TORCHSHM_TSAN_ACQUIRE(this);
+    return found;
   }
 
   // Sequentially consistent. On failure `expected` is what was found.

@@ -5,7 +5,8 @@
 #include "base/failpoint.h"
 #include "os/mapping.h"
 #include "os/memory.h"
-#include "pool/ledger.h"
+#include "pool/mark.h"
+#include "pool/taking.h"
 
 namespace torchshm::pool {
 namespace {
@@ -29,8 +30,7 @@ bool Space::all_idle(uint32_t first, uint32_t n) const {
 }
 
 bool Space::replace(uint32_t chunk, ChunkValue expected, ChunkValue desired) {
-  Pair before = expected.pair();
-  return arena_.chunk(chunk).value.exchange_if(before, desired.pair());
+  return replace_chunk(arena_, chunk, expected, desired);
 }
 
 uint64_t Space::committed() const {
@@ -55,13 +55,6 @@ bool Space::unsettled() const {
     if (v.state == ChunkState::kRun && v.head == i &&
         !BlockValue::of(arena_.block(i * kPagesPerChunk).value.load()).live)
       return true;
-  }
-  return false;
-}
-
-bool Space::anything_live(uint32_t chunk) const {
-  for (uint32_t page = 0; page < kPagesPerChunk; ++page) {
-    if (BlockValue::of(arena_.block(chunk * kPagesPerChunk + page).value.load()).live) return true;
   }
   return false;
 }
@@ -96,20 +89,13 @@ std::optional<uint32_t> Space::find_run(uint32_t n) const {
   return std::nullopt;
 }
 
-void Space::raise_used(uint32_t chunk) {
-  uint32_t used = arena_.header().chunks_used.load(std::memory_order_relaxed);
-  while (used <= chunk &&
-         !arena_.header().chunks_used.compare_exchange_weak(used, chunk + 1, std::memory_order_seq_cst)) {
-  }
-  TORCHSHM_POINT("claim.in_sight");
-}
-
 // Takes an idle chunk or a hole. The pages it is going to have are announced in the same exchange, before they are committed: a death in
 // between leaves the sum too high, never too low. What scans are bounded by is raised first, so that no taken chunk is ever out of sight.
 bool Space::take(uint32_t chunk, ChunkValue wanted, Taken* taken) {
   const ChunkValue found = value(chunk);
   if (found.state != ChunkState::kIdle && found.state != ChunkState::kHole) return false;
-  raise_used(chunk);
+  raise(arena_.header().chunks_used, chunk + 1);
+  TORCHSHM_POINT("claim.in_sight");
   wanted.owner = slot_;
   wanted.committed = std::max(found.committed, wanted.committed);
   if (!replace(chunk, found, wanted)) return false;
@@ -238,7 +224,7 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
       TORCHSHM_POINT("claim_run.backed");
       return *head * kPagesPerChunk;
     }
-    if (allowed && !backed) give_up_pages(*head, taken, need);
+    if (allowed) give_up_pages(*head, taken, need);
     for (uint32_t i = held; i > 0; --i) put_back(*head + i - 1, taken[i - 1]);
     if (!backed) return backed;
   }
@@ -302,7 +288,8 @@ std::optional<uint32_t> Space::adopt_orphan() {
     adopted.owner = slot_;
     if (!replace(i, found, adopted)) continue;
     TORCHSHM_POINT("claim_small.adopted");
-    map_pages(i, {kPagesPerChunk});
+    // Its pages are not mapped in advance: until a block of ours is live in it, others may find it empty and give its pages back, and mapping
+    // them would make new ones that nobody counts.
     return i;
   }
   return std::nullopt;
@@ -354,49 +341,7 @@ void Space::release_small(uint32_t chunk) {
   }
 }
 
-// Ends kTaking by `taker`: idle when nothing is live, else an orphan. Not its owner's again, who may have given it up in between.
-void Space::finish_taking(uint32_t chunk, uint32_t taker) {
-  // The owner may have looked at the chunk word before it changed, and be about to make a block live. Moving the sequence number of every
-  // free descriptor makes that exchange fail, however late it comes; what is live after that is all there is.
-  bool empty = true;
-  for (uint32_t page = 0; page < kPagesPerChunk; ++page) {
-    Block& block = arena_.block(chunk * kPagesPerChunk + page);
-    if (page % 64 == 32) TORCHSHM_POINT("take_empty.moving");
-    Pair found = block.value.load();
-    for (;;) {
-      BlockValue next = BlockValue::of(found);
-      if (next.live) {
-        empty = false;
-        break;
-      }
-      ++next.sequence;
-      if (block.value.exchange_if(found, next.pair())) break;
-    }
-  }
-  TORCHSHM_POINT("take_empty.looked");
-  for (;;) {
-    const ChunkValue found = value(chunk);
-    if (found.state != ChunkState::kTaking || found.owner != taker) return;
-    ChunkValue next = found;
-    next.state = empty ? ChunkState::kIdle : ChunkState::kSmall;
-    next.owner = empty ? slot_ : kNobody;
-    if (!replace(chunk, found, next)) continue;
-    TORCHSHM_POINT("take_empty.decided");
-    if (empty) arena_.header().idle_estimate.fetch_add(found.committed * kPage, std::memory_order_relaxed);
-    return;
-  }
-}
-
-void Space::take_if_empty(uint32_t chunk) {
-  const ChunkValue found = value(chunk);
-  if (found.state != ChunkState::kSmall || found.owner == slot_ || anything_live(chunk)) return;
-  ChunkValue taking = found;
-  taking.state = ChunkState::kTaking;
-  taking.owner = slot_;
-  if (!replace(chunk, found, taking)) return;
-  TORCHSHM_POINT("take_empty.announced");
-  finish_taking(chunk, slot_);
-}
+void Space::take_if_empty(uint32_t chunk) { pool::take_if_empty(arena_, slot_, chunk); }
 
 void Space::take_empty() {
   for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) take_if_empty(i);
@@ -404,14 +349,19 @@ void Space::take_empty() {
 
 void Space::abandon_run(uint32_t block) {
   const uint32_t head = block / kPagesPerChunk;
-  for (uint32_t i = head, used = arena_.chunks_used(); i < used; ++i) {
-    const ChunkValue found = value(i);
-    if (found.state != ChunkState::kRun || found.owner != slot_ || found.head != head) break;
-    put_back(i, {found.committed, found});
+  const auto belongs = [&](const ChunkValue& v) {
+    return v.state == ChunkState::kRun && v.owner == slot_ && v.head == head;
+  };
+  uint32_t end = head;
+  while (end < arena_.chunks_used() && belongs(value(end))) ++end;
+  // The head goes last, as in release_run().
+  while (end-- > head) {
+    if (const ChunkValue found = value(end); belongs(found)) put_back(end, {found.committed, found});
   }
 }
 
-// Through kTrimming, so that a death on the way is finished by the next.
+// Through kTrimming, so that a death on the way is finished by the next. What the system refuses to take is nobody's from then on, since
+// the dead lease will be forgotten: the next trim() tries again.
 void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   ChunkValue trimming = found;
   trimming.state = ChunkState::kTrimming;
@@ -420,15 +370,32 @@ void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   trimming.generation = 0;
   if (!replace(chunk, found, trimming)) return;
   TORCHSHM_POINT("inherit.trimming");
-  // Where the system refuses it is nobody's, and whoever trims tries again. (Not the dead one's again: others may have found nothing of
-  // it any more and freed its slot.)
-  ChunkValue next;
-  if (!os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) {
-    next = trimming;
-    next.owner = kNobody;
+  finish_giving(chunk, trimming);
+}
+
+void Space::finish_giving(uint32_t chunk, ChunkValue trimming) {
+  std::byte* at = arena_.data() + uint64_t{chunk} * kChunk;
+  if (os::punch(at, kChunk)) {
+    (void)replace(chunk, trimming, ChunkValue{});
+    TORCHSHM_POINT("inherit.given_back");
+    return;
   }
-  (void)replace(chunk, trimming, next);
-  TORCHSHM_POINT("inherit.given_back");
+  // The system keeps them (locked memory): then all that are counted shall be there, and the chunk is idle.
+  ChunkValue idle = trimming;
+  idle.state = ChunkState::kIdle;
+  idle.committed = std::min(trimming.committed, kPagesPerChunk);
+  const uint64_t bytes = idle.committed * kPage;
+  if (bytes != 0 && check_headroom(bytes) && os::commit(at, bytes)) {
+    if (replace(chunk, trimming, idle)) arena_.header().idle_estimate.fetch_add(bytes, std::memory_order_relaxed);
+    TORCHSHM_POINT("inherit.kept");
+    return;
+  }
+  // Neither: nobody's, and whoever trims tries again. (Not the dead one's again: others may have found nothing of it any more and freed
+  // its slot.)
+  ChunkValue nobodys = trimming;
+  nobodys.owner = kNobody;
+  (void)replace(chunk, trimming, nobodys);
+  TORCHSHM_POINT("inherit.refused");
 }
 
 void Space::inherit(uint32_t dead) {
@@ -441,7 +408,7 @@ void Space::inherit(uint32_t dead) {
       TORCHSHM_POINT("inherit.chunk");
       switch (found.state) {
         case ChunkState::kTaking:
-          finish_taking(i, dead);
+          finish_taking(arena_, slot_, i, dead);
           break;
         // Whether its pages are there is not known.
         case ChunkState::kBacking:
@@ -485,7 +452,7 @@ uint64_t Space::trim(uint64_t keep) {
   for (uint32_t i = arena_.chunks_used(); i-- > 0;) {
     const ChunkValue found = value(i);
     if (found.state == ChunkState::kTrimming && found.owner == kNobody) give_to_system(i, found);
-    if (found.state != ChunkState::kIdle || left <= keep) continue;
+    if (left <= keep || found.state != ChunkState::kIdle) continue;
     ChunkValue claimed = found;
     claimed.state = ChunkState::kTrimming;
     claimed.owner = slot_;
@@ -495,9 +462,10 @@ uint64_t Space::trim(uint64_t keep) {
     TORCHSHM_POINT("trim.punched");
     (void)replace(i, claimed, punched ? ChunkValue{} : found);
     TORCHSHM_POINT("trim.done");
-    arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
     left -= std::min<uint64_t>(left, found.committed * kPage);
-    if (punched) given += found.committed * kPage;
+    if (!punched) continue;  // idle as before
+    arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
+    given += found.committed * kPage;
   }
   return given;
 }

@@ -18,9 +18,10 @@ struct TicketId {
   uint64_t nonce = 0;
 };
 
-class Tickets {
+template <class Shared>
+class BasicTickets {
  public:
-  Tickets(Arena& arena, Ledger& ledger, uint32_t slot);
+  BasicTickets(Shared& arena, BasicLedger<Shared>& ledger, uint32_t slot);
 
   // REQUIRES: this lease holds the block. Nothing when the table is full.
   std::optional<TicketId> issue(uint32_t block, uint64_t generation);
@@ -35,10 +36,13 @@ class Tickets {
  private:
   std::optional<TicketId> claim(uint32_t block);
   bool clear(uint32_t index, uint64_t nonce, uint32_t block);
-  Arena& arena_;
-  Ledger& ledger_;
+  Shared& arena_;
+  BasicLedger<Shared>& ledger_;
   uint32_t slot_;
   uint32_t base_, window_, cursor_ = 0;
 };
+
+using Tickets = BasicTickets<Arena>;
+extern template class BasicTickets<Arena>;
 
 }  // namespace torchshm::pool

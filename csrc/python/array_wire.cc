@@ -18,14 +18,14 @@ struct Fixed {
   uint64_t check;  // last
 };
 static_assert(sizeof(Fixed) == 64);
-static_assert(sizeof(Fixed) <= kWireMost - 2 * sizeof(npy_intp) * kMostDims);
+static_assert(sizeof(Fixed) <= kWireMost - 2 * sizeof(int64_t) * kMostDims);
 
 constexpr uint8_t kWireVersion = 1;
 constexpr uint8_t kWriteable = 1, kSwapped = 2, kDtypeApart = 4, kCarries = 8, kExclusive = 64, kOrderShift = 4,
                   kOrderMask = 3;
 
 void fill_strides(ArrayWire& wire) {
-  npy_intp step = wire.item_size;
+  int64_t step = wire.item_size;
   if (wire.order == ArrayWire::Order::kC) {
     for (int i = wire.ndim - 1; i >= 0; step *= wire.shape[i], --i) wire.strides[i] = step;
   } else {
@@ -67,7 +67,7 @@ size_t encode(const ArrayWire& wire, char* to, uint64_t key) {
   fixed.offset = wire.offset;
   std::memcpy(to, &fixed, sizeof fixed);
   size_t at = sizeof fixed;
-  const size_t bytes = sizeof(npy_intp) * static_cast<size_t>(wire.ndim);
+  const size_t bytes = sizeof(int64_t) * static_cast<size_t>(wire.ndim);
   std::memcpy(to + at, wire.shape.data(), bytes);
   at += bytes;
   if (wire.order == ArrayWire::Order::kStrided) {
@@ -108,7 +108,7 @@ Result<ArrayWire> decode(const char* from, size_t length) {
   wire.item_size = fixed.item_size;
   wire.offset = fixed.offset;
   wire.ndim = fixed.ndim;
-  const size_t bytes = sizeof(npy_intp) * fixed.ndim;
+  const size_t bytes = sizeof(int64_t) * fixed.ndim;
   const bool strided = wire.order == ArrayWire::Order::kStrided;
   const size_t described = sizeof fixed + bytes * (strided ? 2 : 1);
   if (wire.carries ? length < described || strided : length != described)
@@ -118,7 +118,7 @@ Result<ArrayWire> decode(const char* from, size_t length) {
   // The product first: the strides of a contiguous array are made from it.
   int64_t total = wire.item_size;
   for (int i = 0; i < wire.ndim; ++i) {
-    if (wire.shape[i] < 1 || __builtin_mul_overflow(total, static_cast<int64_t>(wire.shape[i]), &total)) {
+    if (wire.shape[i] < 1 || __builtin_mul_overflow(total, wire.shape[i], &total)) {
       if (!strided || wire.shape[i] < 1) return invalid("impossible shape");
     }
   }
@@ -132,17 +132,32 @@ Result<ArrayWire> decode(const char* from, size_t length) {
   return wire;
 }
 
-std::optional<Reach> reach(int ndim, const npy_intp* shape, const npy_intp* strides, int64_t item_size) {
+std::optional<Reach> reach(int ndim, const int64_t* shape, const int64_t* strides, int64_t item_size) {
   Reach r{0, item_size};
   for (int i = 0; i < ndim; ++i) {
     int64_t span = 0;
-    if (shape[i] < 1 ||
-        __builtin_mul_overflow(static_cast<int64_t>(shape[i] - 1), static_cast<int64_t>(strides[i]), &span))
-      return std::nullopt;
+    if (shape[i] < 1 || __builtin_mul_overflow(shape[i] - 1, strides[i], &span)) return std::nullopt;
     int64_t& edge = span < 0 ? r.low : r.high;
     if (__builtin_add_overflow(edge, span, &edge)) return std::nullopt;
   }
   return r;
+}
+
+Result<Opened> open(pool::Member& owner, const ArrayWire& wire) {
+  const auto touched = reach(wire.ndim, wire.shape.data(), wire.strides.data(), wire.item_size);
+  pool::Mode mode = wire.mode;
+  auto view = owner.redeem(wire.handle, mode, wire.exclusive);
+  if (view.code() == Code::kUnsupported) {
+    mode = pool::Mode::kReadWrite;
+    view = owner.redeem(wire.handle, mode);
+  }
+  if (!view) return std::move(view.status());
+  const auto length = static_cast<int64_t>(view->length), offset = static_cast<int64_t>(wire.offset);
+  if (!touched || wire.offset > view->length || offset + touched->low < 0 || touched->high > length - offset) {
+    owner.release(view->block, mode);
+    return invalid("its extent is larger than the block");
+  }
+  return Opened{*view, mode};
 }
 
 }  // namespace torchshm::python

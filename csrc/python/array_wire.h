@@ -1,16 +1,17 @@
 // An ndarray in a message: a handle, and shape, strides and dtype. The bytes of the only argument of torchshm._C.array when it is pickled.
 //
-// Trusted by nobody: decode() checks every field, and the extent of the strides against the block.
+// Trusted by nobody: decode() checks every field, open() the extent of the strides against the block. Needs neither Python nor NumPy.
 #pragma once
 
 #include <array>
+#include <cstddef>
+#include <cstdint>
 #include <optional>
-#include <string>
 
 #include "base/status.h"
 #include "pool/arena.h"
 #include "pool/handle.h"
-#include "python/numpy_api.h"
+#include "pool/member.h"
 
 namespace torchshm::python {
 
@@ -28,8 +29,8 @@ struct ArrayWire {
   int64_t item_size = 0;
   uint64_t offset = 0;  // of the first element in the block
   int ndim = 0;
-  std::array<npy_intp, kMostDims> shape{};
-  std::array<npy_intp, kMostDims> strides{};
+  std::array<int64_t, kMostDims> shape{};
+  std::array<int64_t, kMostDims> strides{};
   enum class Order : uint8_t { kC, kFortran, kStrided } order = Order::kC;
 };
 
@@ -47,6 +48,14 @@ bool intact(const char* from, size_t length, uint64_t key);
 struct Reach {
   int64_t low, high;
 };
-std::optional<Reach> reach(int ndim, const npy_intp* shape, const npy_intp* strides, int64_t item_size);
+std::optional<Reach> reach(int ndim, const int64_t* shape, const int64_t* strides, int64_t item_size);
+
+// The wire's block, held once more, with all that the array touches inside it. kInvalid where it is not; the rest as Member::redeem().
+struct Opened {
+  pool::Member::View view;
+  pool::Mode mode;  // that it is held in: kReadWrite where the wire's own mode has no address space here
+};
+// REQUIRES: decoded, and intact() for a member of that pool.
+Result<Opened> open(pool::Member& owner, const ArrayWire& wire);
 
 }  // namespace torchshm::python

@@ -5,7 +5,12 @@ namespace torchshm::python {
 PyObject* raise_named(const char* name, const std::string& message) {
   PyObject* errors = PyImport_ImportModule("torchshm.errors");
   PyObject* type = errors == nullptr ? nullptr : PyObject_GetAttrString(errors, name);
-  if (type != nullptr) PyErr_SetString(type, message.c_str());
+  // Names of processes are bytes.
+  PyObject* text = type == nullptr
+                       ? nullptr
+                       : PyUnicode_DecodeUTF8(message.data(), static_cast<Py_ssize_t>(message.size()), "replace");
+  if (text != nullptr) PyErr_SetObject(type, text);
+  Py_XDECREF(text);
   Py_XDECREF(type);
   Py_XDECREF(errors);
   return nullptr;

@@ -68,6 +68,12 @@ uint64_t peek_family(int control) {
   return *family;
 }
 
+// Names of processes are bytes, and in a damaged file anything.
+py::object text_of(const std::string& name) {
+  return py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeUTF8(name.data(), static_cast<Py_ssize_t>(name.size()), "replace"));
+}
+
 py::dict stats() {
   pool::Stats s;
   pool::Member& pool = current();
@@ -79,7 +85,7 @@ py::dict stats() {
   for (const pool::LeaseStats& lease : s.leases) {
     py::dict row;
     row["pid"] = lease.pid;
-    row["name"] = lease.name;
+    row["name"] = text_of(lease.name);
     row["held_blocks"] = lease.held_blocks;
     row["held_bytes"] = lease.held_bytes;
     row["allocations"] = lease.allocations;
@@ -130,10 +136,7 @@ py::dict check(int data, int control, bool at_rest) {
   py::list violations, members;
   for (const pool::Violation& v : report.violations) violations.append(py::make_tuple(v.invariant, v.what));
   for (const pool::Signature& s : pool::signatures(*arena)) {
-    // A damaged file says anything.
-    auto name = py::reinterpret_steal<py::object>(
-        PyUnicode_DecodeUTF8(s.name.data(), static_cast<Py_ssize_t>(s.name.size()), "replace"));
-    members.append(py::make_tuple(s.pid, name));
+    members.append(py::make_tuple(s.pid, text_of(s.name)));
   }
   py::dict out;
   out["pool_id"] = arena->header().pool_id;
@@ -163,7 +166,9 @@ int load_numpy() {
 }  // namespace
 }  // namespace torchshm::python
 
-PYBIND11_MODULE(_C, m) {
+// Under another name than the file's, so that PyInit__C can look at the interpreter before pybind11 does: in a subinterpreter
+// pybind11 waits for ever for a lock on Python 3.11.
+PYBIND11_MODULE(unchecked, m) {
   using namespace torchshm;
   using namespace torchshm::python;
   if (load_numpy() < 0 || add_block_ref_type(m.ptr()) < 0 || add_array_type(m.ptr()) < 0 ||
@@ -206,4 +211,12 @@ PYBIND11_MODULE(_C, m) {
         scope().mode = static_cast<pool::Mode>(mode);
       },
       py::arg("sharing"), py::arg("mode"));
+}
+
+// From Python 3.12 on, the import system refuses by itself: the module does not claim support.
+extern "C" PYBIND11_EXPORT PyObject* PyInit__C() {
+  if (PyInterpreterState_Get() == PyInterpreterState_Main()) return PyInit_unchecked();
+  PyErr_SetString(PyExc_ImportError,
+                  "torchshm can't be used in a subinterpreter: import it in the main one, or in another process");
+  return nullptr;
 }

@@ -2,15 +2,19 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "os/mapping.h"
 #include "python/array_wire.h"
 #include "python/block_ref.h"
 #include "python/errors.h"
 #include "python/family.h"
+#include "python/numpy_api.h"
 
 namespace torchshm::python {
 namespace {
+
+static_assert(std::is_same_v<npy_intp, int64_t>, "the wire's dimensions are NumPy's");
 
 // New reference, or null with an exception set.
 PyArray_Descr* dtype_of(const ArrayWire& wire, PyObject* apart) {
@@ -36,6 +40,11 @@ PyArray_Descr* dtype_of(const ArrayWire& wire, PyObject* apart) {
   }
   PyArray_Descr* dtype = flexible ? PyArray_DescrNewFromType(num) : PyArray_DescrFromType(num);
   if (dtype == nullptr) return nullptr;
+  if (num == NPY_UNICODE && wire.item_size % 4 != 0) {
+    Py_DECREF(dtype);
+    (void)raise(Status(Code::kInvalid, "the item size does not fit the dtype"));
+    return nullptr;
+  }
   if (flexible) {
     PyDataType_SET_ELSIZE(dtype, static_cast<npy_intp>(wire.item_size));
   } else if (PyDataType_ELSIZE(dtype) != wire.item_size) {
@@ -125,28 +134,18 @@ PyObject* rebuild(PyTypeObject*, PyObject* arguments, PyObject* keywords) {
     return array_with(subtype, dtype, wire, PyBytes_AS_STRING(bytes_object) + PyBytes_GET_SIZE(bytes_object) - bytes,
                       bytes);
   }
-  const auto touched = reach(wire.ndim, wire.shape.data(), wire.strides.data(), wire.item_size);
-  auto view = owner->redeem(wire.handle, wire.mode, wire.exclusive);
-  const bool no_face = view.code() == Code::kUnsupported;
-  if (no_face) {
-    // No address space for the mode's own mapping (ulimit -v): through the one there is, read-only by flag, or as a copy.
-    wire.writeable = false;
-    view = owner->redeem(wire.handle, pool::Mode::kReadWrite);
-  }
-  if (!view) {
+  auto opened = open(*owner, wire);
+  if (!opened) {
     Py_DECREF(dtype);
-    return raise(view.status());
+    return raise(opened.status());
   }
-  const auto length = static_cast<int64_t>(view->length), offset = static_cast<int64_t>(wire.offset);
-  if (!touched || wire.offset > view->length || offset + touched->low < 0 || touched->high > length - offset) {
-    owner->release(view->block, no_face ? pool::Mode::kReadWrite : wire.mode);
-    Py_DECREF(dtype);
-    return raise(Status(Code::kInvalid, "its extent is larger than the block"));
-  }
-  if (!no_face) return array_over(subtype, dtype, wire, owner, *view);
+  // No address space for the mode's own mapping (ulimit -v): through the one there is, read-only by flag, or as a copy.
+  const bool no_face = opened->mode != wire.mode;
+  if (!no_face) return array_over(subtype, dtype, wire, owner, opened->view);
+  wire.writeable = false;
   const bool copy = wire.mode == pool::Mode::kCopyOnWrite;
   wire.mode = pool::Mode::kReadWrite;
-  PyObject* shared = array_over(subtype, dtype, wire, owner, *view);
+  PyObject* shared = array_over(subtype, dtype, wire, owner, opened->view);
   if (shared == nullptr || !copy) return shared;
   PyObject* own = PyArray_NewCopy(reinterpret_cast<PyArrayObject*>(shared), NPY_KEEPORDER);
   Py_DECREF(shared);

@@ -7,6 +7,7 @@
 #include "python/array_wire.h"
 #include "python/errors.h"
 #include "python/family.h"
+#include "python/numpy_api.h"
 #include "python/rebuild.h"
 
 namespace torchshm::python {
@@ -28,7 +29,10 @@ void warn_once(pool::Member* member, const Status& status) {
   if (member->arena().header().warned.exchange(1, std::memory_order_relaxed) != 0) return;
   const std::string text =
       "torchshm: an array was pickled the ordinary way, which is slower, since the pool has " + status.what();
-  if (PyErr_WarnEx(PyExc_RuntimeWarning, text.c_str(), 1) < 0) PyErr_WriteUnraisable(nullptr);
+  PyObject* readable = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace");
+  if (readable == nullptr || PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "%U", readable) < 0)
+    PyErr_WriteUnraisable(nullptr);
+  Py_XDECREF(readable);
 }
 
 // What type_num, item size and byte order say completely; everything else is pickled beside the wire.

@@ -1,0 +1,805 @@
+// A member's operations where something stands in the way: limits, damage, forks of every kind, and others in between.
+#include "pool/member.h"
+
+#include <sched.h>
+#include <sys/syscall.h>
+
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "kernel.h"
+#include "parts.h"
+#include "pool/members.h"
+
+namespace torchshm {
+namespace {
+
+using pool::Arena;
+using pool::ChunkState;
+using pool::Handle;
+using pool::kChunk;
+using pool::kGranule;
+using pool::kMaxLeases;
+using pool::kPage;
+using pool::kPagesPerChunk;
+using pool::kTickets;
+using pool::Member;
+using pool::Mode;
+using tests::Between;
+using tests::Failing;
+using tests::fresh_pool;
+using tests::join;
+using tests::succeeds;
+
+constexpr uint64_t kMib = uint64_t{1} << 20;
+
+// A block that came in a message made for the receiver.
+Member::View receive(Member& receiver, uint64_t bytes, bool whole_pages = true, Mode mode = Mode::kReadWrite) {
+  auto sender = join(receiver);
+  auto block = sender->allocate(bytes, whole_pages);
+  EXPECT_TRUE(block.ok());
+  std::memset(block->data, 1, bytes);
+  auto handle = sender->issue(block->block);
+  EXPECT_TRUE(handle.ok());
+  auto view = receiver.redeem(*handle, mode, true);
+  EXPECT_TRUE(view.ok()) << view.status().what();
+  sender->release(block->block, Mode::kReadWrite);
+  return *view;
+}
+
+// A fork that runs no handlers, as other runtimes make them.
+pid_t raw_fork(const std::function<bool()>& body) {
+  const auto pid = static_cast<pid_t>(::syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0));
+  if (pid == 0) {
+    ::alarm(60);
+    ::_exit(body() ? 0 : 1);
+  }
+  return pid;
+}
+
+bool ends_well(pid_t pid) {
+  const int status = tests::wait_for(pid);
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+void take_all_slots(Arena& arena) {
+  for (uint32_t slot = 0; slot < kMaxLeases; ++slot) {
+    uint64_t expected = pool::kLeaseFree;
+    (void)arena.lease(slot).word.compare_exchange_strong(expected, uint64_t{1} << 40);  // neither free nor live
+  }
+}
+
+void give_slots_back(Arena& arena) {
+  for (uint32_t slot = 0; slot < kMaxLeases; ++slot) {
+    uint64_t expected = uint64_t{1} << 40;
+    (void)arena.lease(slot).word.compare_exchange_strong(expected, pool::kLeaseFree);
+  }
+}
+
+// ---- making one
+
+TEST(Member, IsRefusedWithTheReason) {
+  EXPECT_EQ(Member::attach(os::Fd(), os::Fd()).code(), Code::kInvalid);
+  auto member = fresh_pool();
+  take_all_slots(member->arena());
+  auto other = Member::attach(os::duplicate(member->arena().data_fd()).take(),
+                              os::duplicate(member->arena().control_fd()).take());
+  EXPECT_EQ(other.code(), Code::kNoSlot);
+  EXPECT_NE(other.status().what().find("leases"), std::string::npos);
+  const tests::Limited files(RLIMIT_NOFILE, 0);
+  EXPECT_FALSE(Member::create(1, {}).ok());
+}
+
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+
+TEST(Member, IsRefusedWhenAnyMappingOrLockOfItsOwnFails) {
+  auto member = fresh_pool();
+  for (const char* call : {"os.mmap", "os.reopen", "os.lock"}) {
+    for (uint64_t at = 1; at <= 9; ++at) {
+      os::Fd data = os::duplicate(member->arena().data_fd()).take(),
+             control = os::duplicate(member->arena().control_fd()).take();
+      const Failing failing(call, ENOLCK, at);
+      auto other = Member::attach(std::move(data), std::move(control));
+      EXPECT_TRUE(!other.ok() || failpoint::reached() < at) << call << at;
+    }
+  }
+}
+
+#endif
+
+TEST(Members, AreFoundByPoolAndAddressUpToSixteen) {
+  std::vector<Member*> adopted;
+  for (int i = 0; i < 16; ++i) {
+    adopted.push_back(pool::adopt(fresh_pool(16 * kMib)));
+    ASSERT_NE(adopted.back(), nullptr);
+  }
+  EXPECT_EQ(pool::adopt(fresh_pool(16 * kMib)), nullptr);
+  for (Member* member : adopted) {
+    auto block = member->allocate(5000, false);
+    ASSERT_TRUE(block.ok());
+    EXPECT_EQ(pool::find_pool(member->pool_id()), member);
+    EXPECT_EQ(pool::find_address(block->data + 10), member);
+  }
+  EXPECT_EQ(pool::find_pool(0), nullptr);
+  EXPECT_EQ(pool::find_address(&adopted), nullptr);
+  EXPECT_TRUE(succeeds([&] { return adopted[3]->stats().blocks == 1 && adopted[15]->allocate(5000, false).ok(); }));
+}
+
+// ---- allocate
+
+TEST(Allocate, WhatCanNeverFitIsFull) {
+  auto member = fresh_pool(64 * kMib);
+  EXPECT_EQ(member->allocate(uint64_t{1} << 40, false).code(), Code::kFull);
+  EXPECT_EQ(member->allocate(UINT64_MAX, false).code(), Code::kFull);
+  EXPECT_EQ(member->allocate(100 * kMib, false).code(), Code::kFull);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // they have not so much address space
+  if (!tests::under_valgrind()) {
+    auto large = Member::create(1, {uint64_t{2} << 40, 0});
+    ASSERT_TRUE(large.ok()) << large.status().what();
+    EXPECT_EQ((*large)->allocate(uint64_t{5} << 40, false).code(), Code::kFull);
+  }
+#endif
+  auto nothing = member->allocate(0, false);
+  ASSERT_TRUE(nothing.ok());
+  EXPECT_EQ(nothing->length, 4096U);
+}
+
+TEST(Allocate, SmallBlocksOfAFullPoolAreRefusedAndComeBack) {
+  auto member = fresh_pool(8 * kMib);
+  std::vector<uint32_t> blocks;
+  for (;;) {
+    auto block = member->allocate(100000, false);
+    if (!block) {
+      EXPECT_EQ(block.code(), Code::kFull);
+      break;
+    }
+    blocks.push_back(block->block);
+  }
+  EXPECT_GT(blocks.size(), 70U);
+  for (const uint32_t block : blocks) member->release(block, Mode::kReadWrite);
+  EXPECT_TRUE(member->allocate(7 * kMib, false).ok());
+}
+
+TEST(Allocate, ManyEmptyChunksOfSmallBlocksAreGivenUp) {
+  auto member = fresh_pool(128 * kMib);
+  std::vector<uint32_t> blocks;
+  for (int i = 0; i < 80; ++i) blocks.push_back(member->allocate(500000, false)->block);
+  for (const uint32_t block : blocks) member->release(block, Mode::kReadWrite);
+  EXPECT_GT(member->stats().warm, 20 * kMib);
+  EXPECT_EQ(member->stats().blocks, 0U);
+}
+
+TEST(Allocate, ABlockInTheMakingIsReleasedOnce) {
+  auto member = fresh_pool();
+  auto made = member->allocate(5000, false, true), other = member->allocate(5000, false);
+  member->release_made(made->block);
+  EXPECT_EQ(member->stats().blocks, 1U);
+  member->release_made(other->block);  // it was not in the making: released all the same
+  EXPECT_EQ(member->stats().blocks, 0U);
+}
+
+TEST(Allocate, WhatOthersFreedIsFoundByHintAndWhenHintsWereLost) {
+  auto owner = fresh_pool(32 * kMib);
+  auto other = join(*owner);
+  const auto fill_and_hand_over = [&] {
+    std::vector<Handle> handles;
+    for (;;) {
+      auto block = owner->allocate(4096, false);
+      if (!block) break;
+      handles.push_back(*owner->issue(block->block));
+      owner->release(block->block, Mode::kReadWrite);
+    }
+    return handles;
+  };
+  owner->set_ticket_age(1000000);
+  auto handles = fill_and_hand_over();
+  ASSERT_GT(handles.size(), 5000U);  // more than the ring of hints has
+  for (const Handle& handle : handles) {
+    auto view = other->redeem(handle, Mode::kReadWrite);
+    ASSERT_TRUE(view.ok());
+    other->release(view->block, Mode::kReadWrite);
+  }
+  EXPECT_EQ(owner->stats().blocks, 0U);
+  EXPECT_EQ(fill_and_hand_over().size(), handles.size());
+}
+
+TEST(Allocate, AHintThatIsCountedAndNotWrittenYetCostsALook) {
+  auto member = fresh_pool(8 * kMib);
+  std::vector<uint32_t> blocks;
+  for (;;) {
+    auto block = member->allocate(500000, false);
+    if (!block) break;
+    blocks.push_back(block->block);
+  }
+  auto other = join(*member);
+  auto view = other->redeem(*member->issue(blocks[0]), Mode::kReadWrite);
+  ASSERT_TRUE(view.ok());
+  member->release(blocks[0], Mode::kReadWrite);
+  other->release(view->block, Mode::kReadWrite);  // it hints
+  pool::Lease& lease = member->arena().lease(member->membership().slot());
+  for (auto& hint : lease.hints) hint.store(0);  // as if it slept before it wrote
+  EXPECT_TRUE(member->allocate(500000, false).ok());
+  lease.hints[lease.hints_end.load() % pool::kHints].store(UINT32_MAX);  // damaged: leads nowhere
+  lease.hints_end.fetch_add(1);
+  member->release(blocks[1], Mode::kReadWrite);
+  EXPECT_TRUE(member->allocate(500000, false).ok());
+}
+
+TEST(Allocate, AChunkThatWasLostUnnoticedAndComesBackIsCutAnew) {
+  auto member = fresh_pool(64 * kMib);
+  std::vector<Member::View> views;
+  for (int i = 0; i < 4; ++i) views.push_back(*member->allocate(512 << 10, false));
+  Arena& arena = member->arena();
+  const uint32_t chunk = views[0].block / kPagesPerChunk;
+  for (const auto& view : views) {  // freed by others, whose hints were lost
+    ASSERT_EQ(view.block / kPagesPerChunk, chunk);
+    pool::BlockValue value = pool::BlockValue::of(arena.block(view.block).value.load());
+    value.live = false;
+    value.count = 0;
+    tests::set_block(arena, view.block, value);
+    arena.ledger(member->membership().slot(), view.block / 64).store(0);
+  }
+  tests::set_chunk(arena, chunk, {ChunkState::kIdle, 9, kPagesPerChunk, 0, 0});  // and taken, as empty, by another
+  std::vector<uint32_t> blocks;
+  for (int i = 0; i < 4; ++i) blocks.push_back(member->allocate(512 << 10, false)->block);
+  std::sort(blocks.begin(), blocks.end());
+  EXPECT_EQ(std::adjacent_find(blocks.begin(), blocks.end()), blocks.end());
+  EXPECT_EQ(blocks[0] / kPagesPerChunk, chunk);
+  EXPECT_EQ(blocks[3] / kPagesPerChunk, chunk);
+}
+
+TEST(Allocate, AFullPoolWaitsALittleForWhatIsJustGivenBack) {
+  auto member = fresh_pool(8 * kMib);
+  auto other = join(*member);
+  auto block = other->allocate(6 * kMib, false);
+  tests::set_chunk(member->arena(), 20, {ChunkState::kTrimming, other->membership().slot(), 0, 0, 0});
+  member->arena().header().chunks_used.store(21);
+  EXPECT_EQ(member->allocate(6 * kMib, false).code(), Code::kFull);
+  other->release(block->block, Mode::kReadWrite);
+  EXPECT_TRUE(member->allocate(6 * kMib, false).ok());
+}
+
+TEST(Allocate, ACorruptDescriptorIsAnErrorAndNoPointer) {
+  auto member = fresh_pool(64 * kMib);
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+  const Between between("allocate.told", [&] {
+    for (uint32_t i = 0; i < member->arena().pages(); ++i) member->arena().block(i).granules.store(0);
+  });
+  EXPECT_EQ(member->allocate(3 * kMib, false).code(), Code::kCorrupt);
+#endif
+}
+
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+
+TEST(Allocate, AnErrorOfTheSystemIsSaidAsIs) {
+  auto member = fresh_pool(64 * kMib);
+  const Failing failing("os.commit", EIO);
+  EXPECT_EQ(member->allocate(3 * kMib, false).code(), Code::kSystem);
+  EXPECT_EQ(member->allocate(5000, false).code(), Code::kSystem);
+}
+
+TEST(Allocate, ARunThatIsTakenAwayBeforeItIsLiveIsClaimedAgain) {
+  auto member = fresh_pool(64 * kMib);
+  const auto move_on = [&] {  // the head's generation has moved: the run was claimed for another
+    for (uint32_t i = 0; i < member->arena().chunks_used(); ++i) {
+      pool::ChunkValue chunk = pool::ChunkValue::of(member->arena().chunk(i).value.load());
+      if (chunk.state != ChunkState::kRun) continue;
+      ++chunk.generation;
+      tests::set_chunk(member->arena(), i, chunk);
+    }
+  };
+  {
+    const Between between("claim_run.backed", move_on);
+    EXPECT_TRUE(member->allocate(3 * kMib, false).ok());
+    EXPECT_EQ(Between::passed(), 1);
+  }
+  const Between each("claim_run.backed", move_on, Between::kEachTime);
+  EXPECT_EQ(member->allocate(3 * kMib, false).code(), Code::kFull);
+}
+
+TEST(Allocate, AChunkThatIsTakenBetweenTwoStepsIsGivenUpAndMayComeBack) {
+  auto member = fresh_pool(64 * kMib);
+  auto other = join(*member);
+  auto first = member->allocate(5000, false);
+  member->release(first->block, Mode::kReadWrite);
+  {
+    const Between between("allocate.checked", [&] { (void)other->trim(UINT64_MAX); });
+    auto second = member->allocate(5000, false);
+    ASSERT_TRUE(second.ok());
+    EXPECT_EQ(member->stats().blocks, 1U);
+    member->release(second->block, Mode::kReadWrite);
+  }
+  // Taken while it is not looked at, orphaned, and adopted by the one who still has it in its heap.
+  const uint32_t chunk = first->block / kPagesPerChunk;
+  pool::ChunkValue orphan = pool::ChunkValue::of(member->arena().chunk(chunk).value.load());
+  orphan.state = ChunkState::kSmall;
+  orphan.owner = pool::kNobody;
+  tests::set_chunk(member->arena(), chunk, orphan);
+  std::vector<uint32_t> blocks;
+  for (int i = 0; i < 12; ++i) {
+    auto block = member->allocate(500000, false);
+    ASSERT_TRUE(block.ok());
+    blocks.push_back(block->block);
+  }
+  std::sort(blocks.begin(), blocks.end());
+  EXPECT_EQ(std::adjacent_find(blocks.begin(), blocks.end()), blocks.end());
+}
+
+TEST(Release, OfABlockInATakenChunkLeavesTheChunkToItsTaker) {
+  auto member = fresh_pool(64 * kMib);
+  auto block = member->allocate(5000, false);
+  const uint32_t chunk = block->block / kPagesPerChunk;
+  pool::ChunkValue taken = pool::ChunkValue::of(member->arena().chunk(chunk).value.load());
+  taken.state = ChunkState::kTaking;
+  taken.owner = 9;
+  tests::set_chunk(member->arena(), chunk, taken);
+  member->release(block->block, Mode::kReadWrite);
+  EXPECT_EQ(member->arena().chunk(chunk).value.load(), taken.pair());
+  taken.state = ChunkState::kSmall;  // an owner that can't be
+  taken.owner = kMaxLeases + 1;
+  auto again = member->allocate(5000, false);
+  ASSERT_TRUE(again.ok());
+  tests::set_chunk(member->arena(), again->block / kPagesPerChunk, taken);
+  member->release(again->block, Mode::kReadWrite);
+}
+
+#endif
+
+// ---- hand over
+
+TEST(Redeem, TheSameBlockTwiceIsOneHold) {
+  auto member = fresh_pool();
+  auto block = member->allocate(5000, false);
+  auto handle = member->issue(block->block);
+  auto view = member->redeem(*handle, Mode::kRead);
+  ASSERT_TRUE(view.ok());
+  EXPECT_NE(view->data, block->data);
+  Handle stale = *handle;
+  stale.generation += 1;
+  EXPECT_EQ(member->redeem(stale, Mode::kRead).code(), Code::kStale);
+  member->release(block->block, Mode::kRead);
+  EXPECT_EQ(member->stats().blocks, 1U);
+  member->retain(block->block, Mode::kReadWrite);
+  member->release(block->block, Mode::kReadWrite);
+  EXPECT_EQ(member->stats().blocks, 1U);
+  member->release(block->block, Mode::kReadWrite);
+  EXPECT_EQ(member->stats().blocks, 0U);
+}
+
+TEST(Redeem, CopyOnWriteNeedsWholePages) {
+  auto sender = fresh_pool();
+  auto receiver = join(*sender);
+  auto odd = sender->allocate(5000, false);
+  EXPECT_EQ(sender->view(odd->block, Mode::kCopyOnWrite).code(), Code::kUnsupported);
+  auto handle = sender->issue(odd->block);
+  EXPECT_EQ(receiver->redeem(*handle, Mode::kCopyOnWrite).code(), Code::kUnsupported);
+  EXPECT_EQ(sender->redeem(*handle, Mode::kCopyOnWrite).code(), Code::kUnsupported);  // held here: the hold stays
+  EXPECT_EQ(sender->stats().blocks, 1U);
+  EXPECT_TRUE(receiver->redeem(*handle, Mode::kReadWrite).ok());  // the ticket was not used up
+  auto longer = sender->allocate(7 * kGranule, false);            // starts in the middle of a page
+  EXPECT_EQ(sender->view(longer->block, Mode::kCopyOnWrite).code(), Code::kUnsupported);
+}
+
+TEST(Redeem, ABlockWhoseDescriptorIsDamagedIsCorrupt) {
+  auto sender = fresh_pool();
+  auto receiver = join(*sender);
+  auto block = sender->allocate(3 * kMib, false);
+  auto handle = sender->issue(block->block);
+  sender->arena().block(block->block).granules.store(UINT32_MAX);
+  EXPECT_EQ(receiver->redeem(*handle, Mode::kReadWrite).code(), Code::kCorrupt);
+  EXPECT_EQ(sender->view(block->block, Mode::kRead).code(), Code::kCorrupt);
+  EXPECT_FALSE(sender->find(block->data).has_value());
+  (void)sender->stats();  // neither of these follows it
+  sender->release(block->block, Mode::kReadWrite);
+}
+
+TEST(Issue, WithAllTicketsOutIsFull) {
+  auto member = fresh_pool();
+  auto block = member->allocate(5000, false);
+  for (uint32_t i = 0; i < kTickets; ++i) tests::set_ticket(member->arena(), i, {1, 0x001001, 7, 0});
+  EXPECT_EQ(member->issue(block->block).code(), Code::kFull);
+}
+
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+
+TEST(Redeem, WithoutTheFaceAskedForIsUnsupported) {
+  auto sender = fresh_pool();
+  for (const uint64_t at : {3, 4}) {  // control, data, read-only, copy-on-write
+    std::unique_ptr<Member> receiver;
+    {
+      os::Fd data = os::duplicate(sender->arena().data_fd()).take(),
+             control = os::duplicate(sender->arena().control_fd()).take();
+      const Failing failing("os.mmap", ENOMEM, at, false);
+      receiver = Member::attach(std::move(data), std::move(control)).take();
+    }
+    const Mode mode = at == 3 ? Mode::kRead : Mode::kCopyOnWrite;
+    auto block = sender->allocate(8192, true);
+    auto handle = sender->issue(block->block);
+    EXPECT_EQ(receiver->redeem(*handle, mode).code(), Code::kUnsupported);
+    auto view = receiver->redeem(*handle, Mode::kReadWrite);
+    ASSERT_TRUE(view.ok());
+    EXPECT_EQ(receiver->view(view->block, mode).code(), Code::kUnsupported);
+  }
+}
+
+#endif
+
+TEST(Find, NeverFindsMoreThanIsHeld) {
+  auto member = fresh_pool();
+  auto first = member->allocate(5 * kGranule, false);   // pages 0 and a part of 1
+  auto second = member->allocate(5 * kGranule, false);  // starts in page 1, one granule in
+  EXPECT_EQ(member->find(first->data + 5 * kGranule - 1)->block, first->block);
+  EXPECT_EQ(member->find(second->data)->block, second->block);
+  EXPECT_EQ(member->find(first->data + 4 * kGranule)->block, first->block);  // the page in which the second starts
+  member->release(first->block, Mode::kReadWrite);
+  EXPECT_FALSE(member->find(first->data).has_value());
+  EXPECT_FALSE(member->find(first->data + 4 * kGranule).has_value());
+  EXPECT_FALSE(member->find(second->data + 5 * kGranule).has_value());  // behind it
+  EXPECT_FALSE(member->find(second->data + kChunk).has_value());
+  auto large = member->allocate(3 * kMib, false);
+  EXPECT_FALSE(member->find(large->data + 3 * kMib).has_value());  // in its last chunk, behind its end
+  auto other = join(*member);
+  EXPECT_FALSE(other->find(other->arena().data() + (large->data - member->arena().data())).has_value());
+  const uint32_t head = large->block / kPagesPerChunk;
+  pool::ChunkValue damaged = pool::ChunkValue::of(member->arena().chunk(head).value.load());
+  damaged.head = UINT32_MAX;
+  tests::set_chunk(member->arena(), head, damaged);
+  EXPECT_EQ(member->find(large->data)->block, large->block);  // what is held decides
+  EXPECT_FALSE(member->find(large->data - 1).has_value());
+  auto third = join(*member)->allocate(8192, false);  // at the start of a chunk
+  auto mine = other->allocate(8192, false);
+  pool::BlockValue value = pool::BlockValue::of(member->arena().block(mine->block).value.load());
+  value.first = 2;
+  tests::set_block(member->arena(), mine->block, value);
+  EXPECT_FALSE(other->find(mine->data).has_value());
+  value.granules = value.first = 0;
+  tests::set_block(member->arena(), second->block, value);
+  EXPECT_FALSE(member->find(second->data).has_value());
+  (void)third;
+}
+
+TEST(Find, TellsWhatCameForThisProcessAlone) {
+  auto member = fresh_pool();
+  auto mine = member->allocate(8192, true);
+  auto came = receive(*member, 8192);
+  EXPECT_FALSE(member->find(mine->data)->exclusive);
+  EXPECT_TRUE(member->find(came.data)->exclusive);
+}
+
+TEST(Modified, IsToldForEachRangeAndRemembered) {
+  auto member = fresh_pool();
+  auto block = member->allocate(uint64_t{16} * kPage, true);
+  std::memset(block->data, 1, block->length);
+  auto copy = member->view(block->block, Mode::kCopyOnWrite);
+  ASSERT_TRUE(copy.ok());
+  const auto found = member->find(copy->data);
+  ASSERT_TRUE(found.has_value());
+  const auto modified = [&](uint64_t from, uint64_t to) {
+    return member->modified(*found, copy->data + from, copy->data + to);
+  };
+  EXPECT_FALSE(modified(kPage, 4 * kPage));
+  EXPECT_FALSE(modified(kPage, 4 * kPage));  // known
+  EXPECT_FALSE(modified(2 * kPage, 3 * kPage));
+  EXPECT_FALSE(modified(0, 3 * kPage));
+  EXPECT_FALSE(modified(0, 5 * kPage));
+  copy->data[3 * kPage] = std::byte{2};
+  EXPECT_TRUE(modified(0, 5 * kPage));
+  EXPECT_TRUE(modified(3 * kPage, 3 * kPage + 1));
+  EXPECT_FALSE(modified(4 * kPage, 16 * kPage));
+}
+
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+
+TEST(Modified, IsLookedUpEachTimeWhereFaultsAreNotCounted) {
+  auto member = fresh_pool();
+  auto block = member->allocate(4 * kPage, true);
+  auto copy = member->view(block->block, Mode::kCopyOnWrite);
+  const auto found = member->find(copy->data);
+  const Failing failing("os.getrusage", EPERM);
+  EXPECT_FALSE(member->modified(*found, copy->data, copy->data + kPage));
+  copy->data[0] = std::byte{2};
+  EXPECT_TRUE(member->modified(*found, copy->data, copy->data + kPage));
+}
+
+TEST(Release, OfTheLastCopyForgetsWhatWasWrittenWhereThatIsPossible) {
+  auto member = fresh_pool();
+  auto block = member->allocate(4 * kPage, true);
+  auto one = member->view(block->block, Mode::kCopyOnWrite), two = member->view(block->block, Mode::kCopyOnWrite);
+  one->data[0] = std::byte{7};
+  member->release(block->block, Mode::kCopyOnWrite);
+  EXPECT_EQ(two->data[0], std::byte{7});
+  member->release(block->block, Mode::kCopyOnWrite);
+  EXPECT_EQ(member->view(block->block, Mode::kCopyOnWrite)->data[0], std::byte{0});
+  auto large = member->allocate(3 * kMib, true);
+  (void)member->view(large->block, Mode::kCopyOnWrite);
+  member->arena().block(large->block).granules.store(0);  // damaged meanwhile
+  member->release(large->block, Mode::kCopyOnWrite);
+}
+
+#endif
+
+// ---- fork
+
+TEST(Fork, WhatCameInAMessageIsEachProcessesOwnAfterwards) {
+  Member* member = pool::adopt(fresh_pool());
+  const auto one = receive(*member, 2 * kPage), two = receive(*member, 3 * kPage), three = receive(*member, 3 * kMib);
+  const auto shared = *member->allocate(2 * kPage, true);
+  shared.data[0] = std::byte{1};
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  const pid_t pid = tests::start([&] {
+    for (const auto& view : {one, two, three, shared}) view.data[0] = std::byte{9};
+    char go = 0;
+    if (::read(ends[0], &go, 1) != 1) return false;
+    for (const auto& view : {one, two, three}) {
+      if (view.data[1] != std::byte{1} || view.data[0] != std::byte{9}) return false;
+    }
+    return shared.data[1] == std::byte{5};
+  });
+  for (const auto& view : {one, two, three, shared}) view.data[1] = std::byte{5};
+  ASSERT_EQ(::write(ends[1], "g", 1), 1);
+  EXPECT_TRUE(ends_well(pid));
+  for (const auto& view : {one, two, three}) EXPECT_EQ(view.data[0], std::byte{1});
+  EXPECT_EQ(shared.data[0], std::byte{9});
+  EXPECT_TRUE(succeeds([&] { return one.data[1] == std::byte{5}; }));  // once more: they are private already
+  // Released, the range is everybody's again.
+  for (const auto& view : {one, two, three, shared}) member->release(view.block, Mode::kReadWrite);
+  auto again = member->allocate(2 * kPage, true), large = member->allocate(3 * kMib, true);
+  auto other = join(*member);
+  for (const auto* view : {&*again, &*large}) {
+    view->data[0] = std::byte{3};
+    auto seen = other->redeem(*member->issue(view->block), Mode::kReadWrite);
+    EXPECT_EQ(seen->data[0], std::byte{3});
+  }
+  ::close(ends[0]);
+  ::close(ends[1]);
+}
+
+TEST(Fork, SmallBlocksThatCameInAMessageStayShared) {
+  Member* member = pool::adopt(fresh_pool());
+  auto sender = join(*member);
+  std::vector<Member::View> views;
+  for (int i = 0; i < 2; ++i) {  // side by side
+    auto block = sender->allocate(5000, false);
+    views.push_back(*member->redeem(*sender->issue(block->block), Mode::kReadWrite, true));
+  }
+  const auto odd = views[0], second = views[1];
+  EXPECT_TRUE(succeeds([&] {
+    odd.data[0] = second.data[0] = std::byte{9};
+    return true;
+  }));
+  EXPECT_EQ(odd.data[0], std::byte{9});
+  EXPECT_EQ(second.data[0], std::byte{9});
+}
+
+TEST(Fork, BeyondSoManyBlocksWritesAreShared) {
+  Member* member = pool::adopt(fresh_pool());
+  auto sender = join(*member);
+  std::vector<Member::View> views;
+  for (int i = 0; i < 4100; ++i) {
+    auto block = sender->allocate(kPage, true);
+    views.push_back(*member->redeem(*sender->issue(block->block), Mode::kReadWrite, true));
+  }
+  EXPECT_TRUE(succeeds([&] {
+    for (const auto& view : views) view.data[0] = std::byte{9};
+    return true;
+  }));
+  int shared = 0;
+  for (const auto& view : views) shared += view.data[0] == std::byte{9} ? 1 : 0;
+  EXPECT_EQ(shared, 4);
+}
+
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+
+TEST(Fork, GoesOnWhereARangeCanNotBeMadePrivate) {
+  for (const uint64_t at : {1, 2}) {
+    EXPECT_TRUE(succeeds([&] {
+      Member* member = pool::adopt(fresh_pool());
+      (void)receive(*member, 2 * kPage);
+      (void)member->allocate(kPage, true);
+      const auto two = receive(*member, 2 * kPage), three = receive(*member, 3 * kMib);
+      const Failing failing("os.remap", ENOMEM, at);
+      const bool child = succeeds([&] { return three.data[0] == std::byte{1} && member->stats().blocks == 4; });
+      return child && two.data[0] == std::byte{1};
+    }));
+  }
+}
+
+TEST(Fork, AChildForWhichNoLeaseCanBeMadeReadsAndNoMore) {
+  Member* member = pool::adopt(fresh_pool());
+  auto block = member->allocate(5000, false);
+  std::memset(block->data, 5, 5000);
+  const Failing failing("os.reopen", EMFILE);
+  EXPECT_TRUE(succeeds(
+      [&] { return block->data[4999] == std::byte{5} && member->allocate(5000, false).code() == Code::kNoSlot; }));
+}
+
+TEST(Fork, ARangeThatCanNotBeSharedAgainIsNeverGivenToAnother) {
+  Member* member = pool::adopt(fresh_pool());
+  const auto view = receive(*member, 2 * kPage);
+  ASSERT_TRUE(succeeds([] { return true; }));
+  {
+    const Failing failing("os.remap", ENOMEM);
+    member->release(view.block, Mode::kReadWrite);
+  }
+  EXPECT_EQ(member->stats().blocks, 1U);
+  EXPECT_NE(member->allocate(2 * kPage, true)->block, view.block);
+}
+
+TEST(Fork, ARangeWhoseDescriptorIsDamagedStays) {
+  Member* member = pool::adopt(fresh_pool());
+  const auto view = receive(*member, 3 * kMib);
+  const auto other = receive(*member, 3 * kMib);
+  member->arena().block(other.block).granules.store(0);
+  ASSERT_TRUE(succeeds([] { return true; }));
+  member->arena().block(view.block).granules.store(0);
+  member->release(view.block, Mode::kReadWrite);
+  EXPECT_TRUE(member->arena().block(view.block).value.load().hi & 1);
+}
+
+#endif
+
+TEST(Fork, BlocksThatOtherThreadsAreFillingAreNotTheChilds) {
+  Member* member = pool::adopt(fresh_pool());
+  auto made = member->allocate(5000, false, true);
+  EXPECT_TRUE(succeeds([&] { return !member->find(made->data).has_value(); }));
+  EXPECT_EQ(member->stats().blocks, 1U);
+  member->release_made(made->block);
+  EXPECT_EQ(member->stats().blocks, 0U);
+}
+
+TEST(Fork, AChildWithoutALeaseReadsWhatItInheritedAndNoMore) {
+  Member* member = pool::adopt(fresh_pool());
+  auto block = member->allocate(5000, false);
+  std::memset(block->data, 5, 5000);
+  auto handle = member->issue(block->block);
+  take_all_slots(member->arena());
+  EXPECT_TRUE(succeeds([&] {
+    if (block->data[4999] != std::byte{5} || member->allocate(5000, false).code() != Code::kNoSlot) return false;
+    if (member->issue(block->block).code() != Code::kNoSlot) return false;
+    if (member->redeem(*handle, Mode::kRead).code() != Code::kNoSlot) return false;
+    member->release(block->block, Mode::kReadWrite);
+    if (member->reap() != 0 || member->trim(0) != 0) return false;
+    return succeeds([&] { return block->data[4999] == std::byte{5} && member->reap() == 0; });  // nor its child
+  }));
+  give_slots_back(member->arena());
+  // What the child may still look at stays held by its parent's lease for good.
+  member->release(block->block, Mode::kReadWrite);
+  EXPECT_EQ(member->stats().blocks, 1U);
+}
+
+TEST(Fork, ASlotOfTheDeadIsEnoughForAChild) {
+  Member* member = pool::adopt(fresh_pool());
+  auto dead = join(*member);
+  take_all_slots(member->arena());
+  dead->membership().abandon(member->arena());
+  EXPECT_TRUE(succeeds([&] { return member->allocate(5000, false).ok(); }));
+  give_slots_back(member->arena());
+}
+
+TEST(RawFork, TheChildTakesOverWhatTheParentStillHolds) {
+  auto member = fresh_pool();
+  auto kept = member->allocate(5000, false), dropped = member->allocate(3 * kMib, false);
+  ASSERT_TRUE(join(*member)->allocate(kMib, false).ok());  // right behind it
+  std::memset(kept->data, 5, 5000);
+  int there[2], back[2];
+  ASSERT_EQ(::pipe(there), 0);
+  ASSERT_EQ(::pipe(back), 0);
+  const pid_t pid = raw_fork([&] {
+    char byte = 0;
+    if (::read(there[0], &byte, 1) != 1) return false;  // the parent has dropped one of the two
+    if (member->issue(dropped->block).code() != Code::kStale) return false;
+    if (member->view(dropped->block, Mode::kRead).code() != Code::kStale) return false;
+    if (!member->issue(kept->block).ok() || ::write(back[1], "x", 1) != 1) return false;
+    if (::read(there[0], &byte, 1) != 1) return false;
+    return kept->data[4999] == std::byte{5} && member->stats().leases.size() == 3;
+  });
+  member->release(dropped->block, Mode::kReadWrite);
+  auto later = member->allocate(5 * kMib, false);  // elsewhere: the child never had it
+  char byte = 0;
+  ASSERT_EQ(::write(there[1], "x", 1), 1);
+  ASSERT_EQ(::read(back[0], &byte, 1), 1);
+  member->release(kept->block, Mode::kReadWrite);
+  member->release(later->block, Mode::kReadWrite);
+  EXPECT_EQ(member->stats().blocks, 2U);
+  ASSERT_EQ(::write(there[1], "x", 1), 1);
+  EXPECT_TRUE(ends_well(pid));
+  for (const int fd : {there[0], there[1], back[0], back[1]}) ::close(fd);
+}
+
+TEST(RawFork, AHandleOfABlockThatWasLostIsReceivedAnew) {
+  auto member = fresh_pool();
+  auto other = join(*member);
+  auto block = member->allocate(5000, false);
+  auto handle = member->issue(block->block);
+  int there[2];
+  ASSERT_EQ(::pipe(there), 0);
+  const pid_t pid = raw_fork([&] {
+    char byte = 0;
+    if (::read(there[0], &byte, 1) != 1) return false;
+    (void)member->reap();
+    auto view = member->redeem(*handle, Mode::kReadWrite);
+    return view.ok() && member->issue(block->block).ok();
+  });
+  member->release(block->block, Mode::kReadWrite);
+  ASSERT_EQ(::write(there[1], "x", 1), 1);
+  EXPECT_TRUE(ends_well(pid));
+  ::close(there[0]);
+  ::close(there[1]);
+}
+
+TEST(RawFork, WithoutALeaseTheChildReadsAndNoMore) {
+  Member* member = pool::adopt(fresh_pool());
+  auto block = member->allocate(5000, false);
+  std::memset(block->data, 5, 5000);
+  take_all_slots(member->arena());
+  EXPECT_TRUE(ends_well(raw_fork([&] {
+    if (member->allocate(5000, false).code() != Code::kNoSlot || block->data[4999] != std::byte{5}) return false;
+    member->release(block->block, Mode::kReadWrite);
+    return ends_well(raw_fork([&] { return member->allocate(5000, false).code() == Code::kNoSlot; }));
+  })));
+  give_slots_back(member->arena());
+}
+
+TEST(RawFork, IsNotNoticedByKernelsThatDoNotTell) {
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds([] {
+    if (!tests::refuse(SYS_madvise, EINVAL, 2, 18)) return false;  // MADV_WIPEONFORK
+    Member* member = pool::adopt(fresh_pool());
+    auto block = member->allocate(5000, false);
+    return block.ok() && succeeds([&] { return member->stats().leases.size() == 2; });  // handlers do
+  }));
+}
+
+// ---- figures
+
+TEST(Stats, OfManyAndOfDamagedLeasesAreTold) {
+  auto member = fresh_pool(64 * kMib);
+  std::vector<std::unique_ptr<Member>> members;
+  for (int i = 0; i < 6; ++i) {
+    members.push_back(join(*member));
+    ASSERT_TRUE(members.back()->allocate(static_cast<uint64_t>(i + 1) * kMib, false).ok());
+    members.back()->count_fallback();
+  }
+  auto full = member->allocate(60 * kMib, false);
+  ASSERT_EQ(full.code(), Code::kFull);
+  const std::string& what = full.status().what();
+  size_t holders = 0;
+  for (size_t at = what.find("holds"); at != std::string::npos; at = what.find("holds", at + 1)) ++holders;
+  EXPECT_EQ(holders, 4U) << what;
+  EXPECT_NE(what.find("21.0 MiB live"), std::string::npos) << what;
+  const auto stats = member->stats();
+  EXPECT_EQ(stats.leases.size(), 7U);
+  EXPECT_EQ(stats.leases[3].fallbacks, 1U);
+  EXPECT_EQ(stats.leases[3].held_bytes, 3 * kMib);
+  pool::Stats huge;
+  huge.live = UINT64_MAX;
+  EXPECT_NE(pool::summary(huge).find("TiB live"), std::string::npos);
+}
+
+TEST(Janitor, GivesBackWhatIsWarmBeyondTheWatermark) {
+  auto made = Member::create(1, {128 * kMib, 8 * kMib});
+  ASSERT_TRUE(made.ok());
+  Member& member = **made;
+  std::vector<uint32_t> blocks;
+  for (int i = 0; i < 10; ++i) blocks.push_back(member.allocate(6 * kMib, false)->block);
+  for (const uint32_t block : blocks) member.release(block, Mode::kReadWrite);
+  for (int i = 0; i < 1000 && member.stats().warm > 8 * kMib; ++i) ::usleep(10000);
+  EXPECT_LE(member.stats().warm, 8 * kMib);
+}
+
+TEST(Janitor, WithoutThreadsTheChunksStayWarm) {
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds([] {
+    auto made = Member::create(1, {64 * kMib, kMib});
+    if (!made) return false;
+    auto block = (*made)->allocate(6 * kMib, false);
+    if (!tests::refuse(SYS_clone3, ENOSYS) || !tests::refuse(SYS_clone, EAGAIN)) return false;
+    (*made)->release(block->block, Mode::kReadWrite);
+    return (*made)->stats().warm == 6 * kMib && (*made)->allocate(6 * kMib, false).ok();
+  }));
+}
+
+}  // namespace
+}  // namespace torchshm

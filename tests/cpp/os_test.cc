@@ -1,0 +1,583 @@
+// What the kernel gives, and what is done about a kernel that does not: older ones, tight limits, odd files.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <fstream>
+#include <vector>
+
+#include "base/failpoint.h"
+#include "kernel.h"
+#include "os/lock.h"
+#include "os/mapping.h"
+#include "os/memory.h"
+#include "os/process.h"
+#include "processes.h"
+
+namespace torchshm {
+namespace {
+
+using os::Fd;
+using os::Mapping;
+using tests::refuse;
+using tests::succeeds;
+
+constexpr uint64_t kSize = uint64_t{4} << 20;
+constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE
+
+Fd memfd(uint64_t size = kSize) {
+  auto fd = os::create_memfd("torchshm-test", size);
+  EXPECT_TRUE(fd.ok()) << fd.status().what();
+  return fd.take();
+}
+
+Mapping map(Mapping::Kind kind, const Fd& fd) {
+  auto mapping = Mapping::map(kind, fd.get(), kSize);
+  EXPECT_TRUE(mapping.ok()) << mapping.status().what();
+  return mapping.take();
+}
+
+int mappings() {
+  std::ifstream maps("/proc/self/maps");
+  int n = 0;
+  for (std::string line; std::getline(maps, line);) ++n;
+  return n;
+}
+
+// ---- memory files
+
+TEST(Memfd, IsSealedPrivateToTheUserAndClosedByExec) {
+  const Fd fd = memfd();
+  EXPECT_EQ(::ftruncate(fd.get(), 1), -1);
+  EXPECT_EQ(::ftruncate(fd.get(), kSize * 2), -1);
+  EXPECT_EQ(::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_WRITE), -1);
+  EXPECT_EQ(::fcntl(fd.get(), F_GETFD) & FD_CLOEXEC, FD_CLOEXEC);
+  struct stat st {};
+  ASSERT_EQ(::fstat(fd.get(), &st), 0);
+  EXPECT_EQ(st.st_mode & 0777U, 0600U);
+  auto size = os::check_memfd(fd.get());
+  ASSERT_TRUE(size.ok());
+  EXPECT_EQ(*size, kSize);
+}
+
+TEST(Memfd, IsRefusedWithAReasonWhereFilesMustBeSmaller) {
+  EXPECT_TRUE(succeeds([] {
+    const tests::Limited files(RLIMIT_FSIZE, kSize - 1);
+    auto fd = os::create_memfd("torchshm-test", kSize);
+    return fd.code() == Code::kUnsupported && fd.status().what().find("ulimit -f") != std::string::npos;
+  }));
+  EXPECT_TRUE(succeeds([] {
+    const tests::Limited files(RLIMIT_FSIZE, kSize);
+    return os::create_memfd("torchshm-test", kSize).ok();
+  }));
+}
+
+TEST(Memfd, IsMadeByKernelsThatDoNotKnowNoexecOrLimits) {
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds([] {
+    return refuse(SYS_memfd_create, EINVAL, 1, 8, 8) && refuse(SYS_prlimit64, ENOSYS) &&
+           refuse(SYS_getrlimit, ENOSYS) && os::create_memfd("torchshm-test", kSize).ok();
+  }));
+}
+
+TEST(Memfd, EachStepThatFailsIsNamed) {
+  TORCHSHM_NEEDS_SECCOMP();
+  const auto names = [](const char* call, int error) {
+    auto fd = os::create_memfd("torchshm-test", kSize);
+    return fd.code() == Code::kSystem && fd.status().error() == error &&
+           fd.status().what().find(std::string(call) + "(torchshm-test)") != std::string::npos;
+  };
+  EXPECT_TRUE(succeeds([&] { return refuse(SYS_memfd_create, EPERM) && names("memfd_create", EPERM); }));
+  EXPECT_TRUE(succeeds([&] { return refuse(SYS_memfd_create, EINVAL) && names("memfd_create", EINVAL); }));
+  EXPECT_TRUE(succeeds([&] { return refuse(SYS_fchmod, EPERM) && names("fchmod", EPERM); }));
+  EXPECT_TRUE(succeeds([&] { return refuse(SYS_fcntl, EPERM, 1, F_ADD_SEALS) && names("fcntl F_ADD_SEALS", EPERM); }));
+  auto fd = os::create_memfd("torchshm-test", uint64_t{1} << 63);
+  EXPECT_EQ(fd.code(), Code::kSystem);
+  EXPECT_NE(fd.status().what().find("ftruncate"), std::string::npos) << fd.status().what();
+}
+
+TEST(Memfd, FromElsewhereMustBeOneAndSealed) {
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  EXPECT_EQ(os::check_memfd(ends[0]).code(), Code::kInvalid);
+  EXPECT_EQ(os::check_memfd(-1).code(), Code::kInvalid);
+  ::close(ends[0]);
+  ::close(ends[1]);
+  const Fd open(::memfd_create("open", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  ASSERT_EQ(::fcntl(open.get(), F_ADD_SEALS, F_SEAL_GROW), 0);  // may still be cut short
+  EXPECT_EQ(os::check_memfd(open.get()).code(), Code::kInvalid);
+}
+
+TEST(Memfd, OperationsOnAClosedDescriptorAreErrors) {
+  EXPECT_EQ(os::reopen(1 << 20).code(), Code::kSystem);
+  EXPECT_EQ(os::duplicate(-1).code(), Code::kSystem);
+  EXPECT_EQ(os::file_id(-1).code(), Code::kSystem);
+  TORCHSHM_NEEDS_SECCOMP();
+  const Fd fd = memfd();
+  EXPECT_TRUE(
+      succeeds([&] { return refuse(SYS_newfstatat, EIO) && os::check_memfd(fd.get()).code() == Code::kSystem; }));
+}
+
+// ---- locks
+
+TEST(Lock, BelongsToADescriptionAndGoesWithIt) {
+  const Fd file = memfd();
+  Fd one = os::reopen(file.get()).take();
+  const Fd two = os::reopen(file.get()).take();
+  EXPECT_TRUE(*os::try_lock(one.get(), 3));
+  EXPECT_TRUE(*os::try_lock(one.get(), 3));  // again, by the same
+  EXPECT_FALSE(*os::try_lock(two.get(), 3));
+  EXPECT_TRUE(*os::try_lock(two.get(), 4));
+  EXPECT_TRUE(os::locked_by_other(two.get(), 3));
+  EXPECT_FALSE(os::locked_by_other(one.get(), 3));
+  EXPECT_TRUE(os::locked_by_other(one.get(), 4));
+  EXPECT_TRUE(os::unlock(two.get(), 4).ok());
+  EXPECT_FALSE(os::locked_by_other(one.get(), 4));
+  one.reset();
+  EXPECT_FALSE(os::locked_by_other(two.get(), 3));
+}
+
+TEST(Lock, IsHeldUntilTheLastForkedChildIsGone) {
+  const Fd file = memfd();
+  Fd one = os::reopen(file.get()).take();
+  ASSERT_TRUE(*os::try_lock(one.get(), 3));
+  const pid_t child = tests::start([] {
+    ::pause();
+    return true;
+  });
+  one.reset();
+  EXPECT_TRUE(os::locked_by_other(file.get(), 3));
+  ::kill(child, SIGKILL);
+  (void)tests::wait_for(child);
+  EXPECT_FALSE(os::locked_by_other(file.get(), 3));
+}
+
+TEST(Lock, OfABadDescriptorIsAnErrorAndTakenForHeld) {
+  EXPECT_EQ(os::try_lock(-1, 0).code(), Code::kSystem);
+  EXPECT_FALSE(os::unlock(-1, 0).ok());
+  EXPECT_TRUE(os::locked_by_other(-1, 0));
+}
+
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+
+TEST(Lock, EitherErrnoOfAHeldLockMeansHeld) {
+  const Fd file = memfd();
+  for (const int error : {EAGAIN, EACCES}) {
+    failpoint::arm({failpoint::Action::kFail, 1, true, error, "os.lock"});
+    auto locked = os::try_lock(file.get(), 0);
+    ASSERT_TRUE(locked.ok());
+    EXPECT_FALSE(*locked);
+  }
+  failpoint::arm({failpoint::Action::kFail, 1, true, ENOLCK, "os.lock"});
+  EXPECT_EQ(os::try_lock(file.get(), 0).code(), Code::kSystem);
+  failpoint::arm({failpoint::Action::kFail, 1, true, EINVAL, "os.getlock"});
+  EXPECT_TRUE(os::locked_by_other(file.get(), 0));
+  failpoint::disarm();
+}
+
+TEST(Os, EveryCallThatIsMadeToFailIsAnError) {
+  const auto failing = [](const char* name, const std::function<Code()>& call) {
+    failpoint::arm({failpoint::Action::kFail, 1, true, EPERM, name});
+    const Code code = call();
+    EXPECT_EQ(failpoint::reached(), 1U) << name;
+    failpoint::disarm();
+    return code;
+  };
+  const Fd fd = memfd();
+  Mapping shared = map(Mapping::Kind::kShared, fd);
+  for (const char* name : {"os.memfd_create", "os.fchmod", "os.ftruncate", "os.seal"}) {
+    EXPECT_EQ(failing(name, [] { return os::create_memfd("x", kSize).code(); }), Code::kSystem) << name;
+  }
+  for (const char* name : {"os.get_seals", "os.fstat"}) {
+    EXPECT_EQ(failing(name, [&] { return os::check_memfd(fd.get()).code(); }), Code::kSystem) << name;
+  }
+  EXPECT_EQ(failing("os.duplicate", [&] { return os::duplicate(fd.get()).code(); }), Code::kSystem);
+  EXPECT_EQ(failing("os.unlock", [&] { return os::unlock(fd.get(), 0).code(); }), Code::kSystem);
+  EXPECT_EQ(failing("os.map_file", [&] { return Mapping::map(Mapping::Kind::kShared, fd.get(), kSize).code(); }),
+            Code::kUnsupported);
+  EXPECT_EQ(failing("os.fork_detector", [] { return os::fork_detector() ? Code::kOk : Code::kSystem; }), Code::kSystem);
+  EXPECT_EQ(
+      failing("os.pagemap", [&] { return os::privately_modified(shared.data(), 4096) ? Code::kSystem : Code::kOk; }),
+      Code::kSystem);
+  EXPECT_EQ(failing("os.reopen", [&] { return os::reopen(fd.get()).code(); }), Code::kSystem);
+  EXPECT_EQ(failing("os.mmap", [&] { return Mapping::map(Mapping::Kind::kShared, fd.get(), kSize).code(); }),
+            Code::kUnsupported);
+  EXPECT_EQ(failing("os.remap", [&] { return shared.remap(Mapping::Kind::kPrivate, fd.get(), 0, 4096).code(); }),
+            Code::kSystem);
+  EXPECT_EQ(failing("os.commit", [&] { return os::commit(shared.data(), 4096).code(); }), Code::kSystem);
+  EXPECT_EQ(failing("os.punch", [&] { return os::punch(shared.data(), 4096).code(); }), Code::kSystem);
+  EXPECT_EQ(failing("os.drop_private", [&] { return os::drop_private(shared.data(), 4096).code(); }), Code::kSystem);
+}
+
+#endif
+
+// ---- mappings
+
+TEST(Mapping, OfEachKindShowsWhatItShould) {
+  const Fd fd = memfd();
+  Mapping shared = map(Mapping::Kind::kShared, fd), read = map(Mapping::Kind::kReadOnly, fd),
+          own = map(Mapping::Kind::kPrivate, fd), zero = map(Mapping::Kind::kAnonymous, fd);
+  shared.data()[5] = std::byte{1};
+  EXPECT_EQ(read.data()[5], std::byte{1});
+  EXPECT_EQ(own.data()[5], std::byte{1});
+  EXPECT_EQ(zero.data()[5], std::byte{0});
+  own.data()[5] = std::byte{2};
+  EXPECT_EQ(shared.data()[5], std::byte{1});
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(shared.data()) % (uint64_t{2} << 20), 0U);
+  EXPECT_TRUE(shared.contains(shared.data() + kSize - 1));
+  EXPECT_FALSE(shared.contains(shared.data() + kSize));
+  EXPECT_FALSE(shared.contains(shared.data() - 1));
+}
+
+TEST(Mapping, MovesAndUndoesItself) {
+  const int before = mappings();
+  {
+    const Fd fd = memfd();
+    Mapping one = map(Mapping::Kind::kShared, fd), two = map(Mapping::Kind::kShared, fd);
+    std::byte* const at = one.data();
+    Mapping& same = one;
+    one = std::move(same);
+    EXPECT_EQ(one.data(), at);
+    two = std::move(one);  // its own range goes
+    EXPECT_EQ(two.data(), at);
+    EXPECT_FALSE(one.valid());
+    EXPECT_FALSE(one.contains(at));
+    at[0] = std::byte{1};
+  }
+  EXPECT_LE(mappings(), before);
+}
+
+TEST(Mapping, WithoutAddressSpaceIsRefused) {
+  EXPECT_TRUE(succeeds([] {
+    const Fd fd = memfd();
+    const tests::Limited space(RLIMIT_AS, 1);
+    return space && Mapping::map(Mapping::Kind::kShared, fd.get(), kSize).code() == Code::kUnsupported;
+  }));
+}
+
+TEST(Mapping, OfWhatIsNoFileIsRefusedAndLeavesNothing) {
+  (void)Mapping::map(Mapping::Kind::kShared, -1, kSize);
+  const int before = mappings();
+  for (int i = 0; i < 8; ++i) EXPECT_EQ(Mapping::map(Mapping::Kind::kShared, -1, kSize).code(), Code::kUnsupported);
+  EXPECT_LE(mappings(), before + 1);
+}
+
+TEST(Mapping, ARangeCanBeThisProcessesOwnAndSharedAgain) {
+  const Fd fd = memfd();
+  Mapping shared = map(Mapping::Kind::kShared, fd);
+  const Mapping other = map(Mapping::Kind::kShared, fd);
+  ASSERT_TRUE(shared.remap(Mapping::Kind::kPrivate, fd.get(), 8192, 4096).ok());
+  shared.data()[8192] = std::byte{7};
+  shared.data()[4096] = std::byte{6};
+  EXPECT_EQ(other.data()[8192], std::byte{0});
+  EXPECT_EQ(other.data()[4096], std::byte{6});
+  ASSERT_TRUE(shared.remap(Mapping::Kind::kShared, fd.get(), 8192, 4096).ok());
+  EXPECT_EQ(shared.data()[8192], std::byte{0});
+  EXPECT_FALSE(shared.remap(Mapping::Kind::kShared, -1, 8192, 4096).ok());
+}
+
+// ---- pages
+
+bool resident(const std::byte* at, uint64_t length) {
+  std::vector<unsigned char> pages(length / 4096);
+  if (::mincore(const_cast<std::byte*>(at), length, pages.data()) != 0) return false;
+  return std::all_of(pages.begin(), pages.end(), [](unsigned char page) { return (page & 1) != 0; });
+}
+
+TEST(Pages, AreThereOnceCommittedAndKeepWhatTheyHold) {
+  const Fd fd = memfd();
+  Mapping shared = map(Mapping::Kind::kShared, fd);
+  shared.data()[4096] = std::byte{9};
+  ASSERT_TRUE(os::commit(shared.data(), uint64_t{1} << 20).ok());
+  EXPECT_TRUE(resident(shared.data(), uint64_t{1} << 20));
+  EXPECT_EQ(shared.data()[4096], std::byte{9});
+}
+
+TEST(Pages, AreTouchedOneByOneWhereTheKernelCanNotDoItInOneCall) {
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds([] {
+    const Fd fd = memfd();
+    Mapping shared = map(Mapping::Kind::kShared, fd);
+    shared.data()[4096] = std::byte{9};
+    return refuse(SYS_madvise, EINVAL, 2, kPopulateWrite) && os::commit(shared.data(), uint64_t{1} << 20).ok() &&
+           resident(shared.data(), uint64_t{1} << 20) && shared.data()[4096] == std::byte{9};
+  }));
+}
+
+TEST(Pages, ThatTheSystemHasNotAreAFullPool) {
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds([] {
+    const Fd fd = memfd();
+    Mapping shared = map(Mapping::Kind::kShared, fd);
+    return refuse(SYS_madvise, ENOMEM, 2, kPopulateWrite) && os::commit(shared.data(), 4096).code() == Code::kFull;
+  }));
+}
+
+TEST(Pages, GoBackToTheSystemAlsoWhenTheyAreLocked) {
+  const Fd fd = memfd();
+  Mapping shared = map(Mapping::Kind::kShared, fd), own = map(Mapping::Kind::kPrivate, fd);
+  for (const bool locked : {false, true}) {
+    std::memset(shared.data(), 1, 8192);
+    std::memset(own.data(), 2, 8192);
+    if (locked && (::mlock(shared.data(), 8192) != 0 || ::mlock(own.data(), 8192) != 0)) GTEST_SKIP() << "no mlock";
+    ASSERT_TRUE(os::drop_private(own.data(), 8192).ok());
+    EXPECT_EQ(own.data()[0], std::byte{1});
+    ASSERT_TRUE(os::punch(shared.data(), 8192).ok());
+    EXPECT_EQ(shared.data()[0], std::byte{0});
+  }
+}
+
+TEST(Pages, ThatAreNotMappedCanNotGoBack) {
+  std::byte* gone = nullptr;
+  {
+    const Fd fd = memfd();
+    gone = map(Mapping::Kind::kShared, fd).data();
+  }
+  EXPECT_FALSE(os::punch(gone, 4096).ok());
+  EXPECT_FALSE(os::drop_private(gone, 4096).ok());
+  EXPECT_FALSE(os::drop_private(gone + 1, 4096).ok());  // neither a page boundary nor lockable
+}
+
+// ---- what was written privately
+
+bool finds_private_writes() {
+  const Fd fd = memfd();
+  Mapping shared = map(Mapping::Kind::kShared, fd), own = map(Mapping::Kind::kPrivate, fd);
+  std::memset(shared.data(), 1, kSize);
+  if (os::privately_modified(own.data(), kSize)) return false;  // not present
+  std::byte sum{0};
+  for (uint64_t at = 0; at < kSize; at += 4096) sum |= own.data()[at];  // present, and the file's
+  if (os::privately_modified(own.data(), kSize)) return false;
+  own.data()[kSize - 1] = std::byte{2};
+  return sum == std::byte{1} && os::privately_modified(own.data(), kSize) &&
+         os::privately_modified(own.data() + kSize - 1, 1) && os::privately_modified(own.data() + kSize - 4096, 1) &&
+         !os::privately_modified(own.data(), kSize - 4096);
+}
+
+TEST(PrivateWrites, AreFoundToThePage) { EXPECT_TRUE(finds_private_writes()); }
+
+TEST(PrivateWrites, AreFoundByKernelsThatCanNotScan) {
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds([] { return refuse(SYS_ioctl, ENOTTY) && finds_private_writes(); }));
+}
+
+TEST(PrivateWrites, AreAssumedWhereTheKernelDoesNotTell) {
+  const Fd fd = memfd();
+  Mapping own = map(Mapping::Kind::kPrivate, fd);
+  ASSERT_FALSE(os::privately_modified(own.data(), kSize));
+  {
+    const tests::Limited files(RLIMIT_NOFILE, 0);
+    EXPECT_TRUE(files && os::privately_modified(own.data(), kSize));
+  }
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds([&] {
+    return refuse(SYS_ioctl, ENOTTY) && refuse(SYS_pread64, EPERM) && os::privately_modified(own.data(), kSize);
+  }));
+}
+
+TEST(PageFaults, AreCountedOrUnknown) {
+  const uint64_t before = os::page_faults();
+  std::vector<char> fresh(uint64_t{1} << 20, 1);
+  EXPECT_GT(os::page_faults(), before);
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds([] { return refuse(SYS_getrusage, EPERM) && os::page_faults() == 0; }));
+}
+
+TEST(ForkDetector, ReadsZeroInAChild) {
+  uint64_t* word = os::fork_detector();
+  ASSERT_NE(word, nullptr);
+  EXPECT_EQ(*word, 1U);
+  EXPECT_TRUE(succeeds([&] { return *word == 0; }));
+  EXPECT_EQ(*word, 1U);
+}
+
+TEST(ForkDetector, IsAbsentWhereTheKernelHasNone) {
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(
+      succeeds([] { return refuse(SYS_madvise, EINVAL, 2, MADV_WIPEONFORK) && os::fork_detector() == nullptr; }));
+  EXPECT_TRUE(succeeds([] { return refuse(SYS_mmap, ENOMEM, 1, 4096) && os::fork_detector() == nullptr; }));
+}
+
+// ---- how much memory there is
+
+constexpr uint64_t kKib = 1024, kMib = kKib << 10;
+
+struct System {
+  std::string meminfo = "MemTotal: 4096 kB\nMemFree: 1 kB\nMemAvailable: 2048 kB\n";
+  std::string membership;
+  std::vector<std::pair<std::string, std::string>> files;  // under /sys/fs/cgroup, folders first made
+};
+
+bool in_system(const System& system, const std::function<bool()>& body) {
+  return succeeds([&] {
+    if (!tests::private_mounts() || !tests::empty_cgroups()) return false;
+    for (const auto& [name, content] : system.files) {
+      const std::string path = "/sys/fs/cgroup/" + name;
+      for (size_t slash = path.find('/', 15); slash != std::string::npos; slash = path.find('/', slash + 1))
+        ::mkdir(path.substr(0, slash).c_str(), 0700);
+      if (!tests::write_file(path, content)) return false;
+    }
+    return tests::show("/proc/meminfo", system.meminfo) && tests::show(tests::of_self("cgroup"), system.membership) &&
+           body();
+  });
+}
+
+TEST(Memory, IsTheMachinesWithoutACgroup) {
+  TORCHSHM_NEEDS_MOUNTS();
+  EXPECT_TRUE(in_system({}, [] { return os::memory_allowed() == 4 * kMib && os::memory_headroom() == 2 * kMib; }));
+  System unknown;
+  unknown.meminfo = "Nothing: 1 kB\n";
+  EXPECT_TRUE(
+      in_system(unknown, [] { return os::memory_allowed() == UINT64_MAX && os::memory_headroom() == UINT64_MAX; }));
+  unknown.meminfo = "MemTotal: what\n";
+  EXPECT_TRUE(in_system(unknown, [] { return os::memory_allowed() == UINT64_MAX; }));
+}
+
+TEST(Memory, IsThatOfTheTightestCgroupAbove) {
+  TORCHSHM_NEEDS_MOUNTS();
+  System two;
+  two.membership = "0::/a/b\n";
+  two.files = {{"a/b/memory.max", "max\n"},       {"a/memory.max", "3145728\n"},
+               {"a/memory.current", "2097152\n"}, {"a/memory.stat", "anon 5\ninactive_file 1048576\n"},
+               {"memory.max", "1073741824\n"},    {"memory.current", "1\n"}};
+  EXPECT_TRUE(in_system(two, [] { return os::memory_allowed() == 3 * kMib && os::memory_headroom() == 2 * kMib; }));
+  two.files = {{"a/memory.max", "1048576\n"}, {"a/memory.current", "2097152\n"}, {"a/memory.stat", "anon 5\n"}};
+  EXPECT_TRUE(in_system(two, [] { return os::memory_headroom() == 0; }));
+  // More given up than used: they are not read at the same moment.
+  two.files = {
+      {"a/memory.max", "1048576\n"}, {"a/memory.current", "4096\n"}, {"a/memory.stat", "inactive_file 8192\n"}};
+  EXPECT_TRUE(in_system(two, [] { return os::memory_headroom() == kMib; }));
+  two.membership = "0::/\n";
+  two.files = {{"memory.max", "2097152\n"}};
+  EXPECT_TRUE(in_system(two, [] { return os::memory_allowed() == 2 * kMib; }));
+}
+
+TEST(Memory, IsThatOfTheMemoryControllerOfTheFirstVersion) {
+  TORCHSHM_NEEDS_MOUNTS();
+  System one;
+  one.membership = "5:cpu,memory:/a\n4:pids:/a\n3:memoryless:/a\n";
+  one.files = {{"memory/a/memory.limit_in_bytes", "1048576\n"},
+               {"memory/a/memory.usage_in_bytes", "900000\n"},
+               {"memory/a/memory.stat", "total_inactive_file 375712\n"}};
+  EXPECT_TRUE(in_system(one, [] { return os::memory_allowed() == kMib && os::memory_headroom() == kMib / 2; }));
+}
+
+TEST(Memory, LinesThatAreNoCgroupAreSkipped) {
+  TORCHSHM_NEEDS_MOUNTS();
+  System odd;
+  odd.membership = "\nx\n1:memory\n0::a\n";
+  odd.files = {{"a/memory.max", "1\n"}};
+  EXPECT_TRUE(in_system(odd, [] { return os::memory_allowed() == 4 * kMib; }));
+}
+
+// ---- who a process is
+
+TEST(Process, IsKnownByMoreThanItsPid) {
+  const Fd fd = memfd();
+  const Mapping shared = map(Mapping::Kind::kShared, fd);
+  const uint64_t inode = os::file_id(fd.get())->inode;
+  const os::ProcessId self = os::self();
+  EXPECT_EQ(self.pid, static_cast<uint32_t>(::getpid()));
+  EXPECT_NE(self.started, 0U);
+  EXPECT_TRUE(os::maps_file(self, inode));
+  EXPECT_FALSE(os::maps_file(self, inode + 1));
+  os::ProcessId other = self;
+  other.started += 1;
+  EXPECT_FALSE(os::maps_file(other, inode));
+  other.started = 0;  // unknown: the pid has to do
+  EXPECT_TRUE(os::maps_file(other, inode));
+  other.namespace_ += 1;
+  EXPECT_FALSE(os::maps_file(other, inode));
+}
+
+TEST(Process, ThatIsGoneMapsNothing) {
+  const Fd fd = memfd();
+  const Mapping shared = map(Mapping::Kind::kShared, fd);
+  os::ProcessId other = os::self();
+  const pid_t child = tests::start([] {
+    ::pause();
+    return true;
+  });
+  other.pid = static_cast<uint32_t>(child);
+  other.started = 0;
+  EXPECT_TRUE(os::maps_file(other, os::file_id(fd.get())->inode));
+  ::kill(child, SIGKILL);
+  (void)tests::wait_for(child);
+  EXPECT_FALSE(os::maps_file(other, os::file_id(fd.get())->inode));
+}
+
+TEST(Process, OnlyMemoryFilesOfThePoolCount) {
+  char name[] = "/tmp/torchshm-test-XXXXXX";
+  const Fd file(::mkstemp(name));
+  ASSERT_TRUE(file.valid());
+  ASSERT_EQ(::ftruncate(file.get(), kSize), 0);
+  const Mapping shared = map(Mapping::Kind::kShared, file);
+  EXPECT_FALSE(os::maps_file(os::self(), os::file_id(file.get())))
+      ->inode;  // inode numbers of other file systems say nothing
+  ::unlink(name);
+}
+
+TEST(Process, MayHaveAnyName) {
+  EXPECT_TRUE(succeeds([] {
+    const os::ProcessId before = os::self();
+    if (::prctl(PR_SET_NAME, ") S (1 2 3") != 0) return false;
+    return os::self().started == before.started && os::self_name() == ") S (1 2 3";
+  }));
+}
+
+TEST(Process, WithoutProcIsUnknown) {
+  TORCHSHM_NEEDS_MOUNTS();
+  for (const std::string& stat : {std::string(), std::string("12 no name"), std::string("12 (x) S 1 2 3")}) {
+    EXPECT_TRUE(succeeds([&] {
+      return tests::private_mounts() && tests::show(tests::of_self("stat"), stat) && os::self().started == 0;
+    })) << stat;
+  }
+  EXPECT_TRUE(succeeds([] {
+    return tests::private_mounts() &&
+           tests::show(tests::of_self("maps"), "nonsense memfd:torchshm\n7f-80 r--p 0 0:1 77 /memfd:torchshm\n") &&
+           os::maps_file(os::self(), 77) && !os::maps_file(os::self(), 78);
+  }));
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds([] { return refuse(SYS_newfstatat, EPERM) && os::self().namespace_ == 0; }));
+}
+
+TEST(Process, IsTakenForLivingWhenTheKernelCanNotTell) {
+  const os::ProcessId self = os::self();
+  os::ProcessId unknown = self;
+  unknown.started = 0;
+  {
+    const tests::Limited files(RLIMIT_NOFILE, 0);
+    EXPECT_TRUE(os::maps_file(self, 1));
+    EXPECT_TRUE(os::maps_file(unknown, 1));
+    EXPECT_EQ(os::self().started, 0U);
+  }
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds([&] { return refuse(SYS_newfstatat, EPERM) && os::maps_file(self, 1); }));
+  const auto while_reads_fail = [](int error, const std::function<bool()>& body) {
+    return succeeds([&] {
+      const int next = ::dup(0);  // the number that the next file gets; only its reads fail
+      ::close(next);
+      const bool good = refuse(SYS_read, error, 0, static_cast<uint32_t>(next)) && body();
+      return ::dup(0) == next && good;
+    });
+  };
+  EXPECT_TRUE(while_reads_fail(EIO, [&] { return os::maps_file(self, 1) && os::maps_file(unknown, 1); }));
+  // It ended between the two looks: that is told.
+  EXPECT_TRUE(while_reads_fail(ESRCH, [&] { return !os::maps_file(self, 1) && !os::maps_file(unknown, 1); }));
+}
+
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+
+TEST(Process, WithoutItsNamespaceIsTakenForLiving) {
+  const os::ProcessId self = os::self();
+  for (const char* name : {"os.namespace", "os.proc"}) {
+    failpoint::arm({failpoint::Action::kFail, 1, true, EMFILE, name});
+    EXPECT_TRUE(os::maps_file(self, 1)) << name;
+    failpoint::disarm();
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace torchshm

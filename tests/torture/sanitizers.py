@@ -1,0 +1,248 @@
+"""The suites under ASan + UBSan, TSan and valgrind, in C++ and in Python; see ``--help``.
+
+``sanitize`` of the Makefile runs the first three, ``valgrind`` the last; each leaves a file in build/torture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "build/torture"
+
+# What is about _C, and neither about other packages (which bring extension modules of their own), nor about limits on
+# address space, of which the sanitizers want terabytes.
+PYTHON_SUITES = (
+    "dtypes",
+    "descriptors",
+    "fork",
+    "handles",
+    "killed_midway",
+    "layouts",
+    "membership",
+    "messages",
+    "modes",
+    "object_arrays",
+    "pooled",
+    "pooled_arrays",
+    "round_trips",
+    "sender_writes",
+    "stateful",
+    "stats",
+    "strangers",
+)
+# With threads of Python at work in one member.
+PYTHON_THREADS = ("threads",)
+
+# Valgrind takes seconds to start and slows all down by 20 or more: not the enumerations and soaks, which are about other
+# things; what they enumerate is run once all the same. A million blocks take hours.
+NOT_IN_VALGRIND = ("Death.AtEveryPoint*", "Failure.*", "Soak.*", "Pool.HoldsAMillion*", "Points*")
+VALGRIND = (
+    *("valgrind", "--quiet", "--trace-children=yes", "--error-exitcode=99", "--leak-check=full"),
+    *("--errors-for-leak-kinds=definite", "--show-leak-kinds=definite", "--num-callers=24"),
+    f"--suppressions={Path(__file__).with_name('valgrind.supp')}",
+)
+
+console = Console()
+
+
+class Kind(str, Enum):
+    """What to run."""
+
+    address = "address"
+    thread = "thread"
+    address_python = "address-python"
+    thread_python = "thread-python"
+    valgrind = "valgrind"
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+
+
+def build(preset: str, jobs: int, *targets: str) -> None:
+    if not (ROOT / f"build/{preset}/build.ninja").exists():
+        subprocess.run(["cmake", "--preset", preset], cwd=ROOT, check=True)
+    chosen = ["--target", *targets] if targets else []
+    command = ["cmake", "--build", "--preset", preset, "--parallel", str(jobs), *chosen]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def reports(output: str) -> Iterator[str]:
+    """The first lines of what the tools have found."""
+    for pattern in (
+        r"^SUMMARY: .*",
+        r"^.*runtime error: .*",
+        r"^==\d+== .*(?:definitely lost|Invalid|uninitialised).*",
+    ):
+        yield from sorted(set(re.findall(pattern, output, re.MULTILINE)))
+
+
+def cpp(preset: str, jobs: int, **options: str) -> tuple[int, list[str]]:
+    """Tests that were run, and what was wrong."""
+    build(preset, jobs)
+    done = run(
+        "ctest", "--test-dir", f"build/{preset}", "--parallel", str(jobs), "--output-on-failure", **options
+    )
+    log = OUT / f"{preset}.log"
+    log.write_text(done.stdout)
+    passed = re.search(r"tests? (?:passed|failed).* out of (\d+)", done.stdout)
+    failed = re.findall(r"^\s*\d+ - (\S+) \((?!Skipped)", done.stdout, re.MULTILINE)
+    wrong = [f"{preset}: {name}" for name in failed] + [f"{preset}: {text}" for text in reports(done.stdout)]
+    if done.returncode != 0 and not wrong:
+        wrong.append(f"{preset}: ctest ended with {done.returncode}, see {log.relative_to(ROOT)}")
+    return int(passed.group(1)) if passed else 0, wrong
+
+
+def runtime(name: str) -> str:
+    """The sanitizer's library; libstdc++ after it, so that its interceptors find what they stand before."""
+    paths = [run("gcc", f"-print-file-name={library}").stdout.strip() for library in (name, "libstdc++.so.6")]
+    return " ".join(str(Path(path).resolve()) for path in paths)
+
+
+def python(
+    preset: str, library: str, suites: tuple[str, ...], jobs: int, **options: str
+) -> tuple[int, list[str]]:
+    build(preset, jobs, "_C")
+    log = OUT / f"{preset}.log"
+    done = run(
+        *(
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--timeout=600",
+            "-x",
+            "--maxfail=5",
+        ),
+        *(ROOT / f"tests/python/test_{suite}.py" for suite in suites),
+        LD_PRELOAD=runtime(library),
+        PYTHONPATH=f"{ROOT}/build/{preset}/python:{ROOT}",
+        **options,
+    )
+    log.write_text(done.stdout)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    wrong = [f"{preset}: {name}" for name in failed] + [f"{preset}: {text}" for text in reports(done.stdout)]
+    if done.returncode != 0 and not wrong:
+        wrong.append(f"{preset}: pytest ended with {done.returncode}, see {log.relative_to(ROOT)}")
+    return int(passed.group(1)) if passed else 0, wrong
+
+
+def memcheck(jobs: int) -> tuple[int, list[str]]:
+    build("dev", jobs, "torchshm_tests")
+    program = ROOT / "build/dev/tests/cpp/torchshm_tests"
+    listed = run(
+        program, "--gtest_list_tests", f"--gtest_filter=-{':'.join(NOT_IN_VALGRIND)}"
+    ).stdout.splitlines()
+    suite, tests = "", []
+    for line in listed:
+        if line.startswith("  "):
+            tests.append(suite + line.strip())
+        elif line.endswith("."):
+            suite = line
+    wrong, log = [], []
+    for test in tests:  # a process each: pools that were adopted stay with their process
+        done = run(
+            *VALGRIND, program, f"--gtest_filter={test}", "--gtest_brief=1", TORCHSHM_THREAD_STEPS="300"
+        )
+        log.append(f"--- {test}\n{done.stdout}")
+        if done.returncode != 0 or "definitely lost" in done.stdout:
+            wrong += [f"valgrind: {test}", *(f"valgrind: {text}" for text in reports(done.stdout))]
+    (OUT / "valgrind.log").write_text("\n".join(log))
+    return len(tests), wrong
+
+
+def write(name: str, seconds: float, full: bool, figures: dict[str, int], violations: list[str]) -> None:
+    result = {
+        "name": name,
+        "seed": None,
+        "full": full,
+        "seconds": round(seconds, 1),
+        "figures": figures,
+        "violations": violations,
+    }
+    (OUT / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def main(
+    only: Annotated[list[Kind] | None, typer.Option(help="What to run; all but valgrind without it")] = None,
+    jobs: Annotated[int, typer.Option(help="Tests at a time")] = 1,
+    full: Annotated[
+        bool, typer.Option("--full", help="The long form: more steps of the crowd of threads")
+    ] = False,
+) -> None:
+    """Runs the suites under the sanitizers, writes build/torture/sanitizers.json or build/torture/valgrind.json."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCHSHM_THREAD_STEPS", "40000" if full else "4000")
+    address = "strict_string_checks=1:detect_stack_use_after_return=1"
+    undefined = "print_stacktrace=1"
+    # Python never frees all it has; and a test's children die at any point.
+    in_python = {
+        "ASAN_OPTIONS": f"{address}:detect_leaks=0:verify_asan_link_order=0",
+        "UBSAN_OPTIONS": undefined,
+    }
+    table = Table("under", "tests", "found", "seconds")
+    figures: dict[str, int] = {}
+    violations: list[str] = []
+    start = time.monotonic()
+    for kind in only or [Kind.address, Kind.thread, Kind.address_python, Kind.thread_python]:
+        began = time.monotonic()
+        if kind is Kind.address:
+            tests, wrong = cpp(
+                "asan-ubsan", jobs, ASAN_OPTIONS=f"{address}:detect_leaks=1", UBSAN_OPTIONS=undefined
+            )
+        elif kind is Kind.thread:
+            tests, wrong = cpp("tsan", jobs, TSAN_OPTIONS="halt_on_error=0:second_deadlock_stack=1")
+        elif kind is Kind.address_python:
+            tests, wrong = python(
+                "asan-python", "libasan.so", PYTHON_SUITES + PYTHON_THREADS, jobs, **in_python
+            )
+        elif kind is Kind.thread_python:
+            suppressed = Path(__file__).with_name("tsan_python.supp")
+            options = f"ignore_noninstrumented_modules=1:suppressions={suppressed}"
+            tests, wrong = python("tsan-python", "libtsan.so", PYTHON_THREADS, jobs, TSAN_OPTIONS=options)
+        else:
+            tests, wrong = memcheck(jobs)
+        if tests == 0:
+            wrong.append(f"{kind.value}: no test was run")
+        table.add_row(kind.value, str(tests), str(len(wrong)), f"{time.monotonic() - began:.0f}")
+        if kind is Kind.valgrind:
+            write("valgrind", time.monotonic() - began, full, {"tests": tests}, wrong)
+        else:
+            figures[f"tests under {kind.value}"] = tests
+            violations += wrong
+        for text in wrong:
+            console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    if figures:
+        write("sanitizers", time.monotonic() - start, full, figures, violations)
+    console.print(table)
+    sys.exit(1 if violations else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

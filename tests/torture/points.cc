@@ -423,6 +423,7 @@ int main_of(const Options& options) {
     for (const std::string& name : point_names()) std::printf("  %s\n", name.c_str());
     return 0;
   }
+  (void)point_names();  // as they are at the start
   here.totals = make_shared_page<Totals>();
   const auto start = std::chrono::steady_clock::now();
   std::vector<pid_t> workers;

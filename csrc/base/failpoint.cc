@@ -36,7 +36,7 @@ int pass(const char* name, bool can_fail) {
   latest.store(name, std::memory_order_relaxed);
   const bool acts = plan.action != Action::kNone && (nth == plan.at || (plan.persistent && nth > plan.at));
   if (plan.watch != nullptr) plan.watch(name, acts);
-  if (!acts) return 0;
+  if (!acts || plan.action == Action::kNone) return 0;  // the watcher may have disarmed it
   if (plan.action == Action::kFail) return plan.error;
   std::raise(plan.action == Action::kKill ? SIGKILL : SIGSTOP);
   return 0;

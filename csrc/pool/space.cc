@@ -115,7 +115,13 @@ void Space::put_back(uint32_t chunk, const Taken& taken) {
   next.state = taken.had == 0 ? ChunkState::kHole : ChunkState::kIdle;
   next.owner = taken.had == 0 ? 0 : slot_;
   next.committed = taken.had;
-  if (!replace(chunk, taken.word, next)) return;
+  if (taken
+          .refused) {  // nobody knows which pages are there: as a chunk of the dead that the system would not take back
+    next.state = ChunkState::kTrimming;
+    next.owner = kNobody;
+    next.committed = taken.word.committed;
+  }
+  if (!replace(chunk, taken.word, next) || taken.refused) return;
   TORCHSHM_POINT("claim.put_back");
   if (taken.had != 0) arena_.header().idle_estimate.fetch_add(taken.had * kPage, std::memory_order_relaxed);
 }
@@ -172,11 +178,11 @@ Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, c
 }
 
 // A commit that failed half-way has left pages that nobody would count.
-void Space::give_up_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need) {
+void Space::give_up_pages(uint32_t first, std::vector<Taken>& taken, const std::vector<uint32_t>& need) {
   for (size_t i = 0; i < need.size(); ++i) {
     if (need[i] <= taken[i].had) continue;
-    (void)os::punch(arena_.data() + (uint64_t{first} + i) * kChunk + taken[i].had * kPage,
-                    (need[i] - taken[i].had) * kPage);
+    taken[i].refused = !os::punch(arena_.data() + (uint64_t{first} + i) * kChunk + taken[i].had * kPage,
+                                  (need[i] - taken[i].had) * kPage);
   }
 }
 

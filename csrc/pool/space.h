@@ -64,6 +64,7 @@ class Space {
   struct Taken {
     uint32_t had = 0;
     ChunkValue word;
+    bool refused = false;  // the system would not take back the pages that it got since
   };
   std::pair<uint32_t, uint64_t> take_run(uint32_t head, const std::vector<uint32_t>& need, std::vector<Taken>& taken);
   bool take(uint32_t chunk, ChunkValue wanted, Taken* taken);
@@ -73,7 +74,7 @@ class Space {
   Status within_limit();
   Status back_with_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need);
   Status check_headroom(uint64_t bytes);
-  void give_up_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need);
+  void give_up_pages(uint32_t first, std::vector<Taken>& taken, const std::vector<uint32_t>& need);
   void map_pages(uint32_t first, const std::vector<uint32_t>& need);
   bool replace(uint32_t chunk, ChunkValue expected, ChunkValue desired);
 

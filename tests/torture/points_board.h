@@ -91,6 +91,7 @@ T* make_shared_page() {
 
 // All names of points in the sources; their order is their index.
 const std::vector<std::string>& point_names();
+const std::vector<std::string>& names_that_can_fail();
 
 // State of this process: which totals and board it writes to, and in which role it passes points.
 struct Here {

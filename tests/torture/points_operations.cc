@@ -12,7 +12,6 @@
 namespace torchshm::torture {
 namespace {
 
-using pool::Handle;
 using pool::Member;
 using pool::Mode;
 
@@ -65,6 +64,7 @@ Status forked(Scene& s, bool in_parent, bool in_child, bool handlers) {
     if (!parent_dies && std::strcmp(name, "fork.parent") == 0) failpoint::disarm();
     if (!child_dies && std::strcmp(name, "become.child") == 0) failpoint::disarm();
   };
+  const uint32_t parent = s.member->membership().slot();
   const pid_t pid = handlers ? ::fork() : static_cast<pid_t>(::syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0));
   if (pid == 0) {
     ::alarm(60);
@@ -80,6 +80,10 @@ Status forked(Scene& s, bool in_parent, bool in_child, bool handlers) {
     for (const Held& held : s.held) {
       if (held.seed == kMaking) continue;  // let go of by the handlers
       if (!intact(held)) s.wrong("the child of a fork sees other data in block %u", held.block);
+      const uint32_t slot = s.member->membership().slot();
+      const uint64_t bits = s.member->arena().ledger(slot, held.block / 64).load();
+      if (slot != parent && (bits >> (held.block % 64) & 1) == 0)
+        s.wrong("the child of a fork holds block %u only as long as its parent does", held.block);
       // What came in a message is this process's own, and nobody else sees what it writes. (A fault may keep it shared.)
       if (held.seed == here.board->inbox[1].seed && here.run != Run::kFail) std::memset(held.data, 1, 4096);
       s.member->release(held.block, held.mode);

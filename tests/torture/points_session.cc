@@ -575,7 +575,7 @@ void Session::stop(const Trial& trial, const Operation& operation, Outcome& outc
   (void)::setpgid(pid, pid);
   int status = 0;
   if (wait_until_stopped(pid, status)) {
-    while_stopped(operation);
+    while_stopped(operation, 1 + static_cast<int>(trial.seed % 2));
     // Parent and child of a fork may both come to a point where they stop.
     while (::waitpid(pid, &status, WNOHANG) != pid) {
       ::kill(-pid, SIGCONT);
@@ -592,7 +592,7 @@ void Session::stop(const Trial& trial, const Operation& operation, Outcome& outc
 }
 
 // Others go on, and take nothing from the sleeper.
-void Session::while_stopped(const Operation& operation) {
+void Session::while_stopped(const Operation& operation, int rounds) {
   Board& board = *here.board;
   Scene& d = *scene_;
   pool::Arena& arena = member_->arena();
@@ -610,7 +610,8 @@ void Session::while_stopped(const Operation& operation) {
   const uint32_t was_tolerant = board.tolerant.exchange(1);
   const uint64_t warm = arena.header().warm.exchange(uint64_t{1} << 40);
   const size_t held = d.held.size();
-  for (int round = 0; round < 2; ++round) {
+  // In one round what is taken from the sleeper by mistake is left free; in two it is used again.
+  for (int round = 0; round < rounds; ++round) {
     (void)driver->reap();
     d.hold(kSmallBytes + static_cast<uint64_t>(round) * 60000);
     d.hold(kLargeBytes);

@@ -61,7 +61,7 @@ class Session {
   int recover(const Trial& trial, size_t level);
   void kill_or_fail(const Trial& trial, const Operation& operation, Outcome& outcome);
   void stop(const Trial& trial, const Operation& operation, Outcome& outcome);
-  void while_stopped(const Operation& operation);
+  void while_stopped(const Operation& operation, int rounds);
   pid_t start_bystander(const Trial& trial);
   bool wait_until_stopped(pid_t pid, int& status);
   void collect(pid_t group);

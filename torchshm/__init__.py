@@ -4,6 +4,7 @@
 >>> torchshm.register()
 """
 
+import torchshm._C  # noqa: F401 - before NumPy, which has less to say to a subinterpreter  # isort: skip
 from torchshm._reducers import is_shared, register, unregister
 from torchshm._sharing import dumps, empty, inline, loads, pooled, share, stats, trim
 from torchshm.errors import (

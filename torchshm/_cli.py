@@ -101,6 +101,54 @@ def demo(
     console.print(f"Done in {time.monotonic() - start:.0f} s.", highlight=False)
 
 
+@app.command()
+def check(
+    pid: Annotated[int | None, typer.Option("--pid", min=1, help="Only the pools of this process.")] = None,
+    files: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--files", metavar="CONTROL DATA", help="The two files of a pool, or copies of them."),
+    ] = None,
+    at_rest: Annotated[
+        bool,
+        typer.Option(
+            "--at-rest", help="No member is inside an operation and the dead were taken back: be exact."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """Check the invariants of every pool of this user's processes, without joining it and while they work.
+
+    Exit status: 0 when all hold, 1 when one does not, 2 when there is no pool.
+    """
+    from rich.console import Console
+
+    from torchshm import _check
+
+    if files is not None and pid is not None:
+        raise typer.BadParameter("--files and --pid exclude each other")
+    try:
+        pools = (
+            _check.check_machine(pid, at_rest=at_rest)
+            if files is None
+            else [_check.check_files(*files, at_rest=at_rest)]
+        )
+    except OSError as error:
+        typer.echo(f"{error.filename}: {error.strerror}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps({"pools": [pool.as_json() for pool in pools]}, indent=2))
+    elif pools:
+        console = Console()
+        console.print(_check.table(pools))
+        for line in _check.remarks(pools):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not pools:
+        typer.echo(f"No pool found{'' if pid is None else f' in process {pid}'}.", err=True)
+        raise typer.Exit(2)
+    if not all(pool.sound for pool in pools):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="torchshm")

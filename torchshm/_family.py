@@ -12,14 +12,13 @@ import multiprocessing.process
 import multiprocessing.reduction
 import multiprocessing.spawn
 import os
-import re
 import sys
 import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
-from torchshm import _C
+from torchshm import _C, _pools
 from torchshm._size import parse_size
 from torchshm.errors import TorchshmError
 
@@ -132,21 +131,7 @@ def find(pool_id: int) -> bool:
 
     Looks through the memory files of this user's processes, once per unknown pool, and joins only where the family fits.
     """
-    wanted = re.compile(rf"/memfd:torchshm-{pool_id:016x}-(data|control) ")
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit():
-            continue
-        found = {}
-        try:
-            for fd in (process / "fd").iterdir():
-                match = wanted.match(os.readlink(fd))
-                if match:
-                    found[match[1]] = fd
-        except OSError:
-            continue
-        if len(found) == 2 and _join_path(pool_id, found):
-            return True
-    return False
+    return any(files.pool_id == pool_id and _join_path(pool_id, files.paths) for files in _pools.every_pool())
 
 
 def _join_path(pool_id: int, paths: dict[str, Path]) -> bool:

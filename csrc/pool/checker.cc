@@ -222,40 +222,41 @@ void Look::leases() {
     const uint32_t reaping = lease.reaping.load(std::memory_order_seq_cst);
     const uint64_t end = lease.ledger_end.load(std::memory_order_relaxed);
     leases_[slot] = {word, intent};
-    const std::string self = the_lease(slot, word);
+    const auto self = [&] { return the_lease(slot, word); };  // costly, and nearly never said
     if (end > arena_.pages() / 64)
-      suspect(2, self + ": ledger_end is " + number(end) + ", more than " + number(arena_.pages() / 64));
+      suspect(2, self() + ": ledger_end is " + number(end) + ", more than " + number(arena_.pages() / 64));
     if (intent != 0 && (intent >> 32 == 0 || intent >> 32 > static_cast<uint64_t>(Op::kRetake) ||
                         static_cast<uint32_t>(intent) >= arena_.pages())) {
-      suspect(6, self + ": intent " + hex(intent) + " names no operation on a block");
+      suspect(6, self() + ": intent " + hex(intent) + " names no operation on a block");
     }
     if (reaping > arena_.slots_used() || reaping == slot + 1)
-      suspect(6, self + ": reaping " + number(reaping) + " names no other lease");
+      suspect(6, self() + ": reaping " + number(reaping) + " names no other lease");
     if (word == kLeaseFree) {
-      if (intent != 0) suspect(6, self + ": intent " + hex(intent) + " stands, and nobody will settle it");
-      if (reaping != 0) suspect(6, self + ": announces the reaping of lease " + number(reaping - 1));
+      if (intent != 0) suspect(6, self() + ": intent " + hex(intent) + " stands, and nobody will settle it");
+      if (reaping != 0) suspect(6, self() + ": announces the reaping of lease " + number(reaping - 1));
       return;
     }
-    if ((word & 0xff) != kLeaseLive || word >> 8 == 0) suspect(2, self + ": expected 0, or an incarnation in state 1");
+    if ((word & 0xff) != kLeaseLive || word >> 8 == 0)
+      suspect(2, self() + ": expected 0, or an incarnation in state 1");
     if (slot >= arena_.slots_used())
-      suspect(2, self + ": beyond slots_used " + number(arena_.slots_used()) + ", where no reaper looks");
+      suspect(2, self() + ": beyond slots_used " + number(arena_.slots_used()) + ", where no reaper looks");
     claimed.push_back({word >> 8, slot});
     ++report_.leases;
     if (!options_.at_rest) return;
-    if (reaping != 0) suspect(6, self + ": announces the reaping of lease " + number(reaping - 1) + " at rest");
-    if (intent != 0) suspect(6, self + ": intent " + hex(intent) + " stands at rest");
+    if (reaping != 0) suspect(6, self() + ": announces the reaping of lease " + number(reaping - 1) + " at rest");
+    if (intent != 0) suspect(6, self() + ": intent " + hex(intent) + " stands at rest");
     if (!arena_.is_copy() && Membership::dead(arena_, kNobody, slot))
-      suspect(2, self + ": its process (pid " + number(lease.pid.load(std::memory_order_relaxed)) +
+      suspect(2, self() + ": its process (pid " + number(lease.pid.load(std::memory_order_relaxed)) +
                      ") is dead, and it was not taken back");
   });
   const uint64_t next = arena_.header().next_incarnation.load(std::memory_order_seq_cst);
   std::sort(claimed.begin(), claimed.end(),
             [](const Claimed& a, const Claimed& b) { return a.incarnation < b.incarnation; });
   for (size_t i = 0; i < claimed.size(); ++i) {
-    const std::string self = the_lease(claimed[i].slot, leases_[claimed[i].slot].word);
-    if (claimed[i].incarnation >= next) suspect(2, self + ": not below next_incarnation " + number(next));
+    const auto self = [&] { return the_lease(claimed[i].slot, leases_[claimed[i].slot].word); };
+    if (claimed[i].incarnation >= next) suspect(2, self() + ": not below next_incarnation " + number(next));
     if (i > 0 && claimed[i].incarnation == claimed[i - 1].incarnation)
-      suspect(2, self + ": the same incarnation as lease " + number(claimed[i - 1].slot));
+      suspect(2, self() + ": the same incarnation as lease " + number(claimed[i - 1].slot));
   }
 }
 
@@ -274,20 +275,20 @@ void Look::chunks() {
 
 void Look::chunk(uint32_t index, Pair word) {
   const ChunkValue v = ChunkValue::of(word);
-  const std::string self = the_chunk(index, word);
+  const auto self = [&] { return the_chunk(index, word); };
   if (index >= arena_.chunks_used())
-    suspect(1, self + ": beyond chunks_used " + number(arena_.chunks_used()) + ", where nobody looks");
-  if (v.committed > kPagesPerChunk) suspect(1, self + ": more pages than a chunk's " + number(kPagesPerChunk));
-  if (v.owner >= kMaxLeases && v.owner != kNobody) suspect(2, self + ": the owner is no lease");
+    suspect(1, self() + ": beyond chunks_used " + number(arena_.chunks_used()) + ", where nobody looks");
+  if (v.committed > kPagesPerChunk) suspect(1, self() + ": more pages than a chunk's " + number(kPagesPerChunk));
+  if (v.owner >= kMaxLeases && v.owner != kNobody) suspect(2, self() + ": the owner is no lease");
   const bool plain = v.head == 0 && v.generation == 0;
   bool owned = false;  // only its owner, or who reaps that, will ever move it on
   bool orphan = false;
   switch (v.state) {
     case ChunkState::kHole:
-      suspect(1, self + ": a hole is all zero");
+      suspect(1, self() + ": a hole is all zero");
       return;
     case ChunkState::kIdle:
-      if (!plain || v.committed == 0) suspect(1, self + ": an idle chunk has pages, and no head or generation");
+      if (!plain || v.committed == 0) suspect(1, self() + ": an idle chunk has pages, and no head or generation");
       return;
     case ChunkState::kRun:
       owned = orphan = true;
@@ -299,21 +300,22 @@ void Look::chunk(uint32_t index, Pair word) {
     case ChunkState::kTaking:
       owned = true;
       if (!plain || v.committed != kPagesPerChunk)
-        suspect(1, self + ": a chunk of small blocks has all pages, and no head or generation");
+        suspect(1, self() + ": a chunk of small blocks has all pages, and no head or generation");
       break;
     case ChunkState::kTrimming:
-      owned = true;
-      if (!plain) suspect(1, self + ": expected no head or generation");
+      owned = orphan = true;  // nobody's: the system refused its pages, and the next trim asks again
+      if (!plain) suspect(1, self() + ": expected no head or generation");
       break;
     default:
-      suspect(1, self + ": state " + number(static_cast<uint64_t>(v.state)) + ", expected 0 to 6");
+      suspect(1, self() + ": state " + number(static_cast<uint64_t>(v.state)) + ", expected 0 to 6");
       return;
   }
   const bool nobody = v.owner == kNobody;
-  if (owned && nobody && !orphan) suspect(2, self + ": nobody will finish that");
-  if (owned && v.owner < kMaxLeases && !leases_[v.owner].present()) suspect(2, self + ": the owner's lease is free");
-  if (options_.at_rest && owned && v.state != ChunkState::kRun && v.state != ChunkState::kSmall)
-    suspect(6, self + ": between two states at rest");
+  if (owned && nobody && !orphan) suspect(2, self() + ": nobody will finish that");
+  if (owned && v.owner < kMaxLeases && !leases_[v.owner].present()) suspect(2, self() + ": the owner's lease is free");
+  const bool moving = v.state == ChunkState::kBacking || v.state == ChunkState::kTaking ||
+                      (v.state == ChunkState::kTrimming && !nobody);
+  if (options_.at_rest && moving) suspect(6, self() + ": between two states at rest");
   if (v.state == ChunkState::kRun) run(index, word);
 }
 
@@ -321,9 +323,9 @@ void Look::chunk(uint32_t index, Pair word) {
 // one that has been freed.
 void Look::run(uint32_t index, Pair word) {
   const ChunkValue v = ChunkValue::of(word);
-  const std::string self = the_chunk(index, word);
+  const auto self = [&] { return the_chunk(index, word); };
   if (v.head > index) {
-    suspect(1, self + ": the head lies behind it");
+    suspect(1, self() + ": the head lies behind it");
     return;
   }
   const uint32_t block = v.head * kPagesPerChunk;
@@ -335,12 +337,12 @@ void Look::run(uint32_t index, Pair word) {
     const uint64_t before = uint64_t{index - v.head} * kChunk;
     // One that a failed claim has not given up yet can name the same head and generation.
     if (before >= bytes && (options_.at_rest || !owner_lives))
-      suspect(1, self + ": behind the end of its " + the_block(block, head) + " of " + number(bytes) + " bytes");
+      suspect(1, self() + ": behind the end of its " + the_block(block, head) + " of " + number(bytes) + " bytes");
     return;
   }
   if (!options_.at_rest && (owner_lives || named(block))) return;
   suspect(b.live ? 9 : 1,
-          self + ": expected a live block of that generation at its head, found " + the_block(block, head));
+          self() + ": expected a live block of that generation at its head, found " + the_block(block, head));
 }
 
 void Look::ledgers() {
@@ -351,11 +353,13 @@ void Look::ledgers() {
       uint64_t bits = arena_.ledger(slot, word).load(std::memory_order_seq_cst);
       if (bits == 0) return;
       const uint64_t end = arena_.lease(slot).ledger_end.load(std::memory_order_seq_cst);
-      const std::string self = the_lease(slot, lease.word) + ": ledger word " + number(word) + " is " + hex(bits);
-      const std::string where =
-          ", block " + number(uint64_t{word} * 64 + static_cast<uint64_t>(std::countr_zero(bits)));
-      if (word >= end) suspect(2, self + where + ", at or above ledger_end " + number(end) + ", where no reaper looks");
-      if (!lease.present()) suspect(2, self + where + ", a hold of a free lease");
+      // Of the word only the bit: the others move while the lease is at work.
+      const auto bit = [&](uint32_t block) {
+        return the_lease(slot, lease.word) + ": ledger bit of block " + number(block);
+      };
+      const auto lowest = static_cast<uint32_t>(uint64_t{word} * 64 + static_cast<uint64_t>(std::countr_zero(bits)));
+      if (word >= end) suspect(2, bit(lowest) + ", at or above ledger_end " + number(end) + ", where no reaper looks");
+      if (!lease.present()) suspect(2, bit(lowest) + ", a hold of a free lease");
       for (; bits != 0 && !enough(); bits &= bits - 1) {
         const auto block = static_cast<uint32_t>(uint64_t{word} * 64 + static_cast<uint64_t>(std::countr_zero(bits)));
         if (SeenBlock* seen = find(block)) {
@@ -364,7 +368,7 @@ void Look::ledgers() {
           continue;
         }
         const Pair now = block_word(block);
-        if (!BlockValue::of(now).live) suspect(3, self + ", a hold of a free block: " + the_block(block, now));
+        if (!BlockValue::of(now).live) suspect(3, bit(block) + ", a hold of a free one: " + the_block(block, now));
       }
     });
   }
@@ -376,19 +380,19 @@ void Look::tickets() {
     const TicketValue v = TicketValue::of(word);
     if (v.sender == 0) return;
     ++report_.tickets;
-    const std::string self = the_ticket(index, word);
+    const auto self = [&] { return the_ticket(index, word); };
     if (index >= arena_.tickets_used())
-      suspect(3, self + ": beyond tickets_used " + number(arena_.tickets_used()) + ", where no recount looks");
+      suspect(3, self() + ": beyond tickets_used " + number(arena_.tickets_used()) + ", where no recount looks");
     const uint32_t slot = v.sender & 0xfff;
     const uint64_t next = arena_.header().next_incarnation.load(std::memory_order_seq_cst);
     if (slot == 0 || slot > arena_.slots_used() || (next <= 0xfff && (v.sender >> 12 >= next || v.sender >> 12 == 0)))
-      suspect(2, self + ": no lease was ever that sender");
+      suspect(2, self() + ": no lease was ever that sender");
     if (v.block >= arena_.pages()) {
-      suspect(3, self + ": no such block");
+      suspect(3, self() + ": no such block");
     } else if (SeenBlock* seen = find(v.block)) {
       ++seen->tickets;
     } else if (const Pair now = block_word(v.block); !BlockValue::of(now).live) {
-      suspect(3, self + ": a ticket for a free block: " + the_block(v.block, now));
+      suspect(3, self() + ": a ticket for a free block: " + the_block(v.block, now));
     }
   });
 }
@@ -438,16 +442,16 @@ void Look::small_place(const SeenBlock& seen) {
   const Pair chunk = chunk_word(seen.block / kPagesPerChunk);
   const ChunkState state = ChunkValue::of(chunk).state;
   if (block_word(seen.block) != seen.word) return;  // freed, so the chunk may be anything
-  const std::string self = the_block(seen.block, seen.word);
+  const auto self = [&] { return the_block(seen.block, seen.word); };
   if (v.granules < kLeastGranules || v.granules > kMostGranules)
-    suspect(1, self + ": a small block has " + number(kLeastGranules) + " to " + number(kMostGranules) + " granules");
-  if (start + v.granules > kGranulesPerChunk) suspect(1, self + ": reaches over the end of its chunk");
+    suspect(1, self() + ": a small block has " + number(kLeastGranules) + " to " + number(kMostGranules) + " granules");
+  if (start + v.granules > kGranulesPerChunk) suspect(1, self() + ": reaches over the end of its chunk");
   if (state != ChunkState::kSmall && state != ChunkState::kTaking)
-    suspect(1, self + ": a small block in " + the_chunk(seen.block / kPagesPerChunk, chunk));
+    suspect(1, self() + ": a small block in " + the_chunk(seen.block / kPagesPerChunk, chunk));
 }
 
 void Look::large_place(const SeenBlock& seen, uint64_t granules) {
-  const std::string self = the_block(seen.block, seen.word) + ", " + number(granules) + " granules";
+  const auto self = [&] { return the_block(seen.block, seen.word) + ", " + number(granules) + " granules"; };
   const uint32_t head = seen.block / kPagesPerChunk;
   const uint64_t bytes = granules * kGranule;
   std::string wrong;
@@ -467,11 +471,11 @@ void Look::large_place(const SeenBlock& seen, uint64_t granules) {
       wrong = "expected " + number(pages) + " pages of its run in " + the_chunk(head + i, word);
     } else if (chunk.generation != BlockValue::of(seen.word).generation) {
       if (block_word(seen.block) != seen.word) return;
-      suspect(9, self + ": expected its generation in " + the_chunk(head + i, word));
+      suspect(9, self() + ": expected its generation in " + the_chunk(head + i, word));
       return;
     }
   }
-  if (!wrong.empty() && block_word(seen.block) == seen.word) suspect(1, self + ": " + wrong);
+  if (!wrong.empty() && block_word(seen.block) == seen.word) suspect(1, self() + ": " + wrong);
 }
 
 // Pages that are counted on are there, and holes have none.

@@ -51,7 +51,7 @@ uint64_t Space::idle() const {
 bool Space::unsettled() const {
   for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
     const ChunkValue v = value(i);
-    if (v.state == ChunkState::kTrimming || v.state == ChunkState::kBacking) return true;
+    if ((v.state == ChunkState::kTrimming && v.owner != kNobody) || v.state == ChunkState::kBacking) return true;
     if (v.state == ChunkState::kRun && v.head == i &&
         !BlockValue::of(arena_.block(i * kPagesPerChunk).value.load()).live)
       return true;
@@ -343,7 +343,6 @@ void Space::release_small(uint32_t chunk) {
 void Space::take_if_empty(uint32_t chunk) { pool::take_if_empty(arena_, slot_, chunk); }
 
 void Space::take_empty() {
-  retry_refused();
   for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) take_if_empty(i);
 }
 
@@ -356,7 +355,8 @@ void Space::abandon_run(uint32_t block) {
   }
 }
 
-// Through kTrimming, so that a death on the way is finished by the next.
+// Through kTrimming, so that a death on the way is finished by the next. What the system refuses to take is nobody's from then on, since
+// the dead lease will be forgotten: the next trim() tries again.
 void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   ChunkValue trimming = found;
   trimming.state = ChunkState::kTrimming;
@@ -365,37 +365,13 @@ void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   trimming.generation = 0;
   if (!replace(chunk, found, trimming)) return;
   TORCHSHM_POINT("inherit.trimming");
-  finish_giving(chunk, trimming);
-}
-
-void Space::finish_giving(uint32_t chunk, ChunkValue trimming) {
-  std::byte* at = arena_.data() + uint64_t{chunk} * kChunk;
-  if (os::punch(at, kChunk)) {
-    (void)replace(chunk, trimming, ChunkValue{});
-    TORCHSHM_POINT("inherit.given_back");
-    return;
+  ChunkValue next;
+  if (!os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) {
+    next = trimming;
+    next.owner = kNobody;
   }
-  // The system keeps them (locked memory): then all that are counted shall be there, and the chunk is idle.
-  ChunkValue idle = trimming;
-  idle.state = ChunkState::kIdle;
-  idle.committed = std::min(trimming.committed, kPagesPerChunk);
-  const uint64_t bytes = idle.committed * kPage;
-  if (bytes != 0 && check_headroom(bytes) && os::commit(at, bytes)) {
-    if (replace(chunk, trimming, idle)) arena_.header().idle_estimate.fetch_add(bytes, std::memory_order_relaxed);
-    TORCHSHM_POINT("inherit.kept");
-    return;
-  }
-  // Neither: ours, and tried again.
-  if (std::find(refused_.begin(), refused_.end(), chunk) == refused_.end()) refused_.push_back(chunk);
-}
-
-void Space::retry_refused() {
-  std::vector<uint32_t> again;
-  again.swap(refused_);
-  for (const uint32_t chunk : again) {
-    const ChunkValue found = value(chunk);
-    if (found.state == ChunkState::kTrimming && found.owner == slot_) finish_giving(chunk, found);
-  }
+  (void)replace(chunk, trimming, next);
+  TORCHSHM_POINT("inherit.given_back");
 }
 
 void Space::inherit(uint32_t dead) {
@@ -440,7 +416,7 @@ void Space::inherit(uint32_t dead) {
       }
       TORCHSHM_POINT("inherit.decided");
       const ChunkValue now = value(i);
-      if (now.pair() == found.pair()) break;  // the system refused; the next reaper tries again
+      if (now.pair() == found.pair()) break;
       found = now;
     }
   }
@@ -449,9 +425,10 @@ void Space::inherit(uint32_t dead) {
 uint64_t Space::trim(uint64_t keep) {
   uint64_t given = 0, left = idle();
   // From the end, so that the file's used part stays compact.
-  for (uint32_t i = arena_.chunks_used(); i-- > 0 && left > keep;) {
+  for (uint32_t i = arena_.chunks_used(); i-- > 0;) {
     const ChunkValue found = value(i);
-    if (found.state != ChunkState::kIdle) continue;
+    if (found.state == ChunkState::kTrimming && found.owner == kNobody) give_to_system(i, found);
+    if (left <= keep || found.state != ChunkState::kIdle) continue;
     ChunkValue claimed = found;
     claimed.state = ChunkState::kTrimming;
     claimed.owner = slot_;

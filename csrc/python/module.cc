@@ -166,7 +166,9 @@ int load_numpy() {
 }  // namespace
 }  // namespace torchshm::python
 
-PYBIND11_MODULE(_C, m) {
+// Under another name than the file's, so that PyInit__C can look at the interpreter before pybind11 does: in a subinterpreter
+// pybind11 waits for ever for a lock on Python 3.11.
+PYBIND11_MODULE(unchecked, m) {
   using namespace torchshm;
   using namespace torchshm::python;
   if (load_numpy() < 0 || add_block_ref_type(m.ptr()) < 0 || add_array_type(m.ptr()) < 0 ||
@@ -209,4 +211,12 @@ PYBIND11_MODULE(_C, m) {
         scope().mode = static_cast<pool::Mode>(mode);
       },
       py::arg("sharing"), py::arg("mode"));
+}
+
+// From Python 3.12 on, the import system refuses by itself: the module does not claim support.
+extern "C" PYBIND11_EXPORT PyObject* PyInit__C() {
+  if (PyInterpreterState_Get() == PyInterpreterState_Main()) return PyInit_unchecked();
+  PyErr_SetString(PyExc_ImportError,
+                  "torchshm can't be used in a subinterpreter: import it in the main one, or in another process");
+  return nullptr;
 }

@@ -10,10 +10,12 @@
 #include <chrono>
 #include <cstring>
 #include <functional>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "base/failpoint.h"
 #include "os/mapping.h"
 #include "pool/members.h"
 #include "processes.h"
@@ -395,11 +397,11 @@ const Damage kDamages[] = {
     // The ledger and tickets.
     {"HoldOfAFreeBlock", 3, false,
      [](Scene& s) {
-       return s.hold(0, s.small + 100), Texts{"lease 0 ", named("block", s.small + 100), "free block"};
+       return s.hold(0, s.small + 100), Texts{"lease 0 ", named("block", s.small + 100), "hold of a free one"};
      }},
     {"HoldOfAFreeLease", 2, false,
      [](Scene& s) {
-       return s.hold(9, s.small), Texts{"lease 9 ", named("block", s.small).substr(0, 6), "free lease"};
+       return s.hold(9, s.small), Texts{"lease 9 ", "block " + std::to_string(s.small), "free lease"};
      }},
     {"HoldAboveLedgerEnd", 2, false,
      [](Scene& s) {
@@ -586,11 +588,22 @@ class Hammer {
   bool run() {
     for (;;) {
       ::alarm(30);
+      if (random_() % 30 == 0) end_up_midway();
       step();
     }
   }
 
  private:
+  // Stopped, or now and then dead, between two steps of some operation to come; the parent sends SIGCONT.
+  void end_up_midway() {
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+    failpoint::Plan plan;
+    plan.action = random_() % 8 == 0 ? failpoint::Action::kKill : failpoint::Action::kStop;
+    plan.at = 1 + random_() % 60;
+    failpoint::arm(plan);
+#endif
+  }
+
   void step() {
     const uint64_t what = random_() % 200;
     if (what < 70 && held_.size() < 40) {
@@ -615,6 +628,7 @@ class Hammer {
     } else if (what < 194) {
       (void)member_.reap();
     } else if (what == 199) {
+      failpoint::disarm();  // nobody would wake the child
       const pid_t pid = ::fork();
       if (pid == 0) {
         for (int i = 0; i < 30; ++i) {
@@ -652,6 +666,17 @@ TEST(Checker, RaisesNoFalseAlarmOverMembersAtWork) {
     worker = {start([&] { return Hammer(*member, pipe, seed).run(); }), false};
   };
   for (Process& worker : workers) launch(worker);
+  struct Ending {
+    std::vector<Process>& workers;
+    ~Ending() {  // also when an assertion ends the test
+      for (const Process& worker : workers) {
+        ::kill(worker.pid, SIGKILL);
+        (void)wait_for(worker.pid);
+      }
+      workers.clear();
+    }
+  };
+  std::optional<Ending> ending(std::in_place, workers);
   int checks = 0, kills = 0;
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
   while (std::chrono::steady_clock::now() < end) {
@@ -670,6 +695,7 @@ TEST(Checker, RaisesNoFalseAlarmOverMembersAtWork) {
         break;
       default:
         ::usleep(static_cast<useconds_t>(random() % 5000));
+        if (!worker.stopped) ::kill(worker.pid, SIGCONT);  // it may have stopped by itself
         break;
     }
     if (random() % 8 == 0) {  // nobody moves, wherever they are
@@ -683,17 +709,15 @@ TEST(Checker, RaisesNoFalseAlarmOverMembersAtWork) {
     ASSERT_EQ(pool::check(member->arena()).first(), "");
     ++checks;
   }
-  for (const Process& worker : workers) {
-    ::kill(worker.pid, SIGKILL);
-    (void)wait_for(worker.pid);
-  }
+  const size_t count = workers.size();
+  ending.reset();
   ASSERT_EQ(pool::check(member->arena()).first(), "");
   // Forked children of the killed are nobody's to wait for.
   for (int i = 0; i < 600 && member->stats().leases.size() > 1; ++i) ::usleep(10000);
   const CheckReport report = pool::check(member->arena(), kAtRest);
   EXPECT_EQ(report.first(), "");
   EXPECT_EQ(report.leases, 1u);
-  std::printf("%d checks over %zu processes at work, %d kills\n", checks, workers.size(), kills);
+  std::printf("%d checks over %zu processes at work, %d kills\n", checks, count, kills);
 }
 
 }  // namespace

@@ -166,7 +166,7 @@ def test_default_collate_gives_stocks_tensors():
 
 
 def test_streams_of_several_workers():
-    batches = list(DataLoader(Stream(), batch_size=None, num_workers=3, collate_fn=np.asarray))
+    batches = list(DataLoader(Stream(), batch_size=None, num_workers=2, collate_fn=np.asarray))
     assert all(map(torchshm.is_shared, batches))
     assert sorted(batch[0, 0] for batch in batches) == list(range(20))
     assert all((batch == batch[0, 0]).all() for batch in batches)

@@ -68,7 +68,7 @@ def main():
     whole = torchshm.empty(figures["limit_bytes"] - (16 << 20), "u1")
     whole[:: 1 << 12] = 1
     figures = torchshm.stats()
-    assert figures["blocks"] - 1 <= figures["tickets"] <= 2, figures  # what fits beside it need not go
+    assert figures["blocks"] - 1 <= figures["tickets"], figures  # what fits beside it need not go
     print("ok" if messages > kills else "the children were too slow to be caught at work")
 
 

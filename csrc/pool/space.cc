@@ -376,32 +376,13 @@ void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   trimming.generation = 0;
   if (!replace(chunk, found, trimming)) return;
   TORCHSHM_POINT("inherit.trimming");
-  finish_giving(chunk, trimming);
-}
-
-void Space::finish_giving(uint32_t chunk, ChunkValue trimming) {
-  std::byte* at = arena_.data() + uint64_t{chunk} * kChunk;
-  if (os::punch(at, kChunk)) {
-    (void)replace(chunk, trimming, ChunkValue{});
-    TORCHSHM_POINT("inherit.given_back");
-    return;
+  ChunkValue next;
+  if (!os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) {
+    next = trimming;
+    next.owner = kNobody;
   }
-  // The system keeps them (locked memory): then all that are counted shall be there, and the chunk is idle.
-  ChunkValue idle = trimming;
-  idle.state = ChunkState::kIdle;
-  idle.committed = std::min(trimming.committed, kPagesPerChunk);
-  const uint64_t bytes = idle.committed * kPage;
-  if (bytes != 0 && check_headroom(bytes) && os::commit(at, bytes)) {
-    if (replace(chunk, trimming, idle)) arena_.header().idle_estimate.fetch_add(bytes, std::memory_order_relaxed);
-    TORCHSHM_POINT("inherit.kept");
-    return;
-  }
-  // Neither: nobody's, and whoever trims tries again. (Not the dead one's again: others may have found nothing of it any more and freed
-  // its slot.)
-  ChunkValue nobodys = trimming;
-  nobodys.owner = kNobody;
-  (void)replace(chunk, trimming, nobodys);
-  TORCHSHM_POINT("inherit.refused");
+  (void)replace(chunk, trimming, next);
+  TORCHSHM_POINT("inherit.given_back");
 }
 
 void Space::inherit(uint32_t dead) {

@@ -41,7 +41,7 @@ class Space {
 
   // Makes a chunk of another lease's small blocks, or an orphan, idle when nothing in it is live: its owner may be asleep.
   void take_if_empty(uint32_t chunk);
-  void take_empty();  // all of them, and what the system did not take back before
+  void take_empty();  // all of them
   // A run that was claimed but not used.
   void abandon_run(uint32_t block);
 
@@ -70,7 +70,6 @@ class Space {
   bool take(uint32_t chunk, ChunkValue wanted, Taken* taken);
   void put_back(uint32_t chunk, const Taken& taken);
   void give_to_system(uint32_t chunk, ChunkValue found);
-  void finish_giving(uint32_t chunk, ChunkValue trimming);
   Status within_limit();
   Status back_with_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need);
   Status check_headroom(uint64_t bytes);
@@ -83,7 +82,6 @@ class Space {
   std::function<void()> before_growth_;
   std::vector<uint16_t> mapped_;  // pages of each chunk that this process has in its page tables
   std::vector<uint32_t> recent_;  // heads of runs that this lease had lately
-  // Chunks that are kTrimming and ours, with nobody at work on them. Not trim()'s: that one may run in another thread.
   uint64_t headroom_seen_ = 0;
   uint64_t headroom_ = 0;  // what was left when last looked
 };

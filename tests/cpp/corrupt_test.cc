@@ -28,12 +28,6 @@ void overwrite(Member& member, uint32_t block, BlockValue value) {
   ASSERT_TRUE(word.exchange_if(before, value.pair()));
 }
 
-void overwrite_chunk(Member& member, uint32_t chunk, ChunkValue value) {
-  pool::AtomicPair& word = member.arena().chunk(chunk).value;
-  Pair before = word.load();
-  ASSERT_TRUE(word.exchange_if(before, value.pair()));
-}
-
 ChunkValue chunk_of(Member& member, uint32_t chunk) { return ChunkValue::of(member.arena().chunk(chunk).value.load()); }
 
 TEST(Limits, BeyondAllMemoryMakeAPoolOfTheLargestSizeAndNotOfTheSmallest) {
@@ -134,42 +128,6 @@ TEST(Refused, ChunksThatTheSystemDoesNotTakeBackStayIdleAndCounted) {
   EXPECT_EQ(member->arena().header().idle_estimate.load(), idle);
   EXPECT_EQ(member->stats().warm, idle);
   EXPECT_EQ(member->trim(0), idle);
-}
-
-// A chunk that a dead lease was giving back or filling: which of its pages are there is not known.
-uint32_t leave_half_done(Member& member, ChunkState state, uint32_t committed) {
-  auto dead = join(member);
-  ChunkValue value;
-  value.state = state;
-  value.owner = dead->membership().slot();
-  value.committed = committed;
-  overwrite_chunk(member, 0, value);
-  member.arena().header().chunks_used.store(1);
-  dead->membership().abandon(dead->arena());
-  return 0;
-}
-
-TEST(Refused, APunchOfADeadLeasesChunkLeavesItIdleWithAllItsPages) {
-  auto member = fresh_pool();
-  const uint32_t chunk = leave_half_done(*member, ChunkState::kBacking, pool::kPagesPerChunk);
-  failpoint::arm({failpoint::Action::kFail, 1, true, EINVAL, "os.punch"});
-  EXPECT_EQ(member->reap(), 1U);
-  failpoint::disarm();
-  EXPECT_EQ(chunk_of(*member, chunk).state, ChunkState::kIdle);
-  EXPECT_EQ(member->stats().warm, kChunk);
-  EXPECT_EQ(member->trim(0), kChunk);
-}
-
-TEST(Refused, WhatCouldNeitherBeGivenBackNorKeptIsTriedAgain) {
-  auto member = fresh_pool();
-  const uint32_t chunk = leave_half_done(*member, ChunkState::kTrimming, 0);
-  failpoint::arm({failpoint::Action::kFail, 1, true, EINVAL, "os.punch"});
-  EXPECT_EQ(member->reap(), 1U);
-  (void)member->trim(0);
-  EXPECT_EQ(chunk_of(*member, chunk).state, ChunkState::kTrimming);
-  failpoint::disarm();
-  (void)member->trim(0);
-  EXPECT_EQ(chunk_of(*member, chunk).state, ChunkState::kHole);
 }
 
 // Every slot is a dead lease's, and nobody is left to reap. `blocks` of slot 0 are never given back.

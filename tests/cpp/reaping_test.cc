@@ -26,6 +26,7 @@ TEST(Reaping, FinishesLaterWhatTheSystemHasRefused) {
   // Where a process dies that has pages which nobody knows of; small and large.
   for (const char* point : {"claim_small.taken", "claim_run.chunk", "claim_run.backed", "trim.claimed"}) {
     auto survivor = fresh_pool(uint64_t{64} << 20);
+    survivor->arena().header().warm.store(uint64_t{1} << 40);  // else the janitor may be giving a chunk back at the end
     const int status = tests::wait_for(tests::start([&] {
       auto self = join(*survivor);
       auto warm = self->allocate(uint64_t{3} << 20, false);

@@ -124,6 +124,11 @@ class Target {
           case 28: {  // the same change to a whole table
             const uint64_t value = input.value(0);
             const uint8_t table = input.byte();
+            if (table == 0xff) {  // every slot taken, by the dead
+              for (uint32_t slot = 4; slot < pool::kMaxLeases; ++slot)
+                *word(at.leases + slot * sizeof(pool::Lease)) = value | pool::kLeaseLive;
+              continue;
+            }
             for (uint32_t k = 0; k < 16; ++k) {
               if (table % 4 == 0) *word(at.chunks + k * 16 + table / 128 * 8u) = value;
               if (table % 4 == 1) *word(at.leases + k * sizeof(pool::Lease) + table / 4 % 18 * 8u) = value;
@@ -234,7 +239,12 @@ class Target {
         break;
       case 12:
         member_->prepare_fork();
-        member_->parent_after_fork();
+        if (input.byte() % 4 != 0) {
+          member_->parent_after_fork();
+          break;
+        }
+        member_->child_after_fork();
+        issued_.clear();
         break;
       case 26:  // leaves; the lease is dead then, but for the mapping
         leave();

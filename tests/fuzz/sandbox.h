@@ -35,30 +35,29 @@ class Sandbox {
     total_ = arena.header().control_size;
     REQUIRE(arena.header().chunks == kChunks);
 
-    auto dead = join();  // slot 1
+    // All of them first: whoever joins or grows the pool reaps the dead.
+    auto dead = join(), other = join();
+    auto life = pool::Membership::join(arena);
+    REQUIRE(life.ok());
+    REQUIRE(dead->membership().slot() == 1 && other->membership().slot() == 2 && life->slot() == 3);
     for (const uint64_t bytes : {uint64_t{100}, uint64_t{5000}, uint64_t{70000}, uint64_t{3} << 20}) {
       keep(*first_, bytes);
       keep(*dead, bytes == uint64_t{3} << 20 ? uint64_t{1} << 20 : bytes);
     }
     // Held by both, with a ticket.
-    for (const size_t which : {size_t{0}, size_t{1}, size_t{6}}) {
-      auto view = dead->redeem(handles_[which], Mode::kReadWrite);
-      REQUIRE(view.ok());
+    for (const size_t which : {size_t{0}, size_t{2}, size_t{6}}) {
+      REQUIRE(dead->redeem(handles_[which], Mode::kReadWrite).ok());
       handles_.push_back(*first_->issue(handles_[0].block));
     }
-    abandon(std::move(dead));
-
-    auto other = join();  // slot 2: it died while it worked with chunks
     REQUIRE(other->allocate(9000, true).ok());
+    // Slot 1 died while it dropped a block, slot 2 while it made one and worked with chunks; slot 3 lives, though nobody runs in it, works
+    // on a block of slot 1's and is taking slot 2 back.
+    abandon(std::move(dead));
     abandon(std::move(other));
-
-    // Slot 3 lives, though nobody runs in it, and is taking slot 2 back.
-    auto life = pool::Membership::join(arena);
-    REQUIRE(life.ok());
     lives_.push_back(life.take());
     set_intent(1, pool::Op::kDrop, handles_[1]);
     set_intent(2, pool::Op::kAllocate, handles_[0]);
-    set_intent(3, pool::Op::kAttach, handles_[2]);
+    set_intent(3, pool::Op::kAttach, handles_[3]);
     arena.lease(3).reaping.store(3);
     // Chunks in each half-way state, of slot 2 and of slot 3.
     uint32_t chunk = arena.chunks_used();

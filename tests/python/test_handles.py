@@ -241,6 +241,15 @@ def test_what_is_no_bytes_is_an_error(wire):
         _C.array(wire=b"")
 
 
+def test_text_whose_items_are_no_whole_characters_is_an_error(forger):
+    peer, wires = forger
+    wire = bytearray(wires["large"])
+    wire[36:40] = np.dtype("U").num.to_bytes(4, "little")
+    for size, said in [(8, "array"), (6, "StaleHandleError"), (1, "StaleHandleError")]:
+        wire[40:48] = size.to_bytes(8, "little")
+        assert peer.call(rebuild, "large", signed(bytes(wire), secret()), (), True) == said
+
+
 def test_a_released_handle_stays_stale_through_all_lives_of_its_block(forger):
     """The peer makes one, releases it, and uses the same memory again and again."""
     peer, _ = forger

@@ -194,3 +194,28 @@ assert figures["warm_limit_bytes"] == 32 << 20
 print("ok")
 """
     assert passes(script, tmp_path, TORCHSHM_LIMIT="256MiB", TORCHSHM_WARM="32MiB") == "ok\n"
+
+
+def test_a_process_whose_name_is_no_text_is_listed_and_named_in_errors(tmp_path):
+    """A thread's name is any fifteen bytes."""
+    passes(
+        """
+        import ctypes
+        import numpy as np
+        import torchshm
+
+        if __name__ == "__main__":
+            ctypes.CDLL(None).prctl(15, b"n\\xffme", 0, 0, 0)  # PR_SET_NAME
+            torchshm.register(limit="8M")
+            (mine,) = torchshm.stats()["processes"]
+            assert mine["name"] == "n\\ufffdme", mine
+            x = torchshm.empty(1 << 19)
+            try:
+                torchshm.empty(1 << 19)
+            except torchshm.PoolFullError as error:
+                assert "n\\ufffdme" in str(error)
+            else:
+                raise AssertionError
+        """,
+        tmp_path,
+    )

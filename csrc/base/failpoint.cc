@@ -29,7 +29,10 @@ void die_after(uint64_t points) { points_left = points; }
 
 int pass(const char* name, bool can_fail) {
   if (points_left != 0 && --points_left == 0) throw Died{name};
-  if (plan.action == Action::kFail && !can_fail) return 0;
+  if (plan.action == Action::kFail && !can_fail) {
+    if (plan.watch != nullptr) plan.watch(name, false);
+    return 0;
+  }
   if (plan.only != nullptr && std::strcmp(plan.only, name) != 0) return 0;
   // Relaxed: or all threads would meet at every point, and ThreadSanitizer would see no race between two of them.
   const uint64_t nth = count.fetch_add(1, std::memory_order_relaxed) + 1;

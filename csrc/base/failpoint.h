@@ -16,7 +16,7 @@ struct Plan {
   bool persistent = false;  // and at every later one
   int error = 0;            // kFail: the errno that the system call seems to return; only what can fail is counted then
   const char* only = nullptr;  // match this name only; a static string
-  // Told of every matching point, in the process that passes it, and whether the action follows. Must not pass points itself.
+  // Told of every matching point (with kFail also of those that can't fail), in the process that passes it, and whether the action follows. Must not pass points itself.
   void (*watch)(const char* name, bool acts) = nullptr;
 };
 

@@ -132,7 +132,8 @@ void raise_to(std::atomic<uint32_t>& mark, uint64_t value) {
 void enumerate_kills(Worker& worker, uint32_t operation, const Options& options) {
   const uint32_t flags = operations()[operation].flags;
   std::mt19937_64 random(options.seed * 31 + operation);
-  for (uint64_t at = 1; at < kMostPoints && !enough(); ++at) {
+  const uint64_t step = !options.full && (operations()[operation].flags & kLong) != 0 ? 61 : 1;
+  for (uint64_t at = 1; at < kMostPoints && !enough(); at += step) {
     Trial trial;
     trial.operation = operation;
     trial.at = at;
@@ -169,7 +170,8 @@ void enumerate_kills(Worker& worker, uint32_t operation, const Options& options)
 }
 
 void enumerate_failures(Worker& worker, uint32_t operation, const Options& options) {
-  for (uint64_t at = 1; at < kMostPoints && !enough(); ++at) {
+  const uint64_t step = !options.full && (operations()[operation].flags & kLong) != 0 ? 61 : 1;
+  for (uint64_t at = 1; at < kMostPoints && !enough(); at += step) {
     Trial trial;
     trial.run = Run::kFail;
     trial.operation = operation;
@@ -193,7 +195,8 @@ void enumerate_failures(Worker& worker, uint32_t operation, const Options& optio
 }
 
 void enumerate_stops(Worker& worker, uint32_t operation, const Options& options) {
-  const uint64_t stride = options.full ? 1 : 5;
+  const bool is_long = (operations()[operation].flags & kLong) != 0;
+  const uint64_t stride = options.full ? 1 : is_long ? 101 : 5;
   for (uint64_t at = options.full ? 1 : 1 + (options.seed + operation) % stride; at < kMostPoints && !enough();
        at += stride) {
     Trial trial;

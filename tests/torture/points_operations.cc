@@ -1,11 +1,14 @@
 // Every operation on a pool, each with what must be there before it. prepare() passes points unharmed; act() is what is killed,
 // failed and stopped. act() returns an error where a fault may make it fail; what it must not do at all goes to Scene::wrong().
+#include <fcntl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <csignal>
 
+#include "os/lock.h"
+#include "os/memfd.h"
 #include "points_scene.h"
 #include "pool/checker.h"
 
@@ -153,6 +156,33 @@ std::vector<Operation> make() {
     };
     return s.try_join();
   });
+  add(
+      "join_when_all_are_taken", kNoMember | kParked | kOnlyAlone | kLong,
+      [](Scene& s) {
+        s.victim(holding);
+        // All other leases live, by one description that holds all their locks; they end with this process.
+        pool::Arena& arena = driver->arena();
+        auto life = os::reopen(s.control_fd);
+        if (!life) return s.wrong("reopen: %s", life.status().what().c_str());
+        const int fd = ::fcntl(life->get(), F_DUPFD_CLOEXEC, 200);
+        for (uint32_t slot = 0; slot < pool::kMaxLeases; ++slot) {
+          if (arena.lease(slot).word.load() != pool::kLeaseFree) continue;
+          if (auto locked = os::try_lock(fd, slot); !locked || !*locked)
+            return s.wrong("lease %u can't be locked", slot);
+          arena.header().slots_used.store(std::max(arena.header().slots_used.load(), slot + 1));
+          arena.lease(slot).word.store(pool::lease_word(arena.header().next_incarnation.fetch_add(1)));
+        }
+      },
+      [](Scene& s) {
+        Status joined = s.try_join();
+        // While this one slept others may have taken the dead one back, and so the last lease that was to be had.
+        if (here.run == Run::kStop && joined.code() == Code::kNoSlot) {
+          for (uint32_t slot = 2; slot < pool::kMaxLeases; ++slot)
+            driver->arena().lease(slot).word.store(pool::kLeaseFree);
+          return Status();
+        }
+        return joined;
+      });
   add("create", kNoMember, nothing, [](Scene&) {
     pool::Limits limits;
     limits.limit = pool::kChunk;

@@ -97,6 +97,7 @@ enum : uint32_t {
   kOnlyAlone = 2048,  // no kills during its recovery: the same as another's, but long
   kForks = 4096,
   kRaisesLimit = 8192,
+  kLong = 16384,  // so many points that the short form leaves most of them out
 };
 
 struct Operation {

@@ -82,6 +82,7 @@ Result<std::unique_ptr<Catalogue>> Catalogue::create(pool::Member& member, const
   header.layout_hash = kLayoutHash;
   header.pool_id = member.pool_id();
   header.size = offsets::kTotal;
+  header.created = os::real_time();
   std::memcpy(header.name, name.c_str(), name.size() + 1);
   header.levels.store(1, std::memory_order_relaxed);
   header.default_ttl.store(default_ttl, std::memory_order_relaxed);
@@ -110,6 +111,17 @@ Result<std::unique_ptr<Catalogue>> Catalogue::attach(pool::Member& member, os::F
   }
   if (header.pool_id != member.pool_id()) return Status(Code::kForeign, "the catalogue belongs to another pool");
   return catalogue;
+}
+
+std::optional<Catalogue::Stamp> Catalogue::stamp_of(int fd, const std::string& name) {
+  const auto size = os::check_memfd(fd);
+  if (!size.ok() || *size != offsets::kTotal) return std::nullopt;
+  auto mapped = os::Mapping::map(os::Mapping::Kind::kReadOnly, fd, sizeof(Header));
+  if (!mapped) return std::nullopt;
+  const Header& header = *reinterpret_cast<const Header*>(mapped->data());
+  if (header.ready.load(std::memory_order_acquire) != 1 || header.magic != kMagic) return std::nullopt;
+  if (std::strncmp(header.name, name.c_str(), sizeof header.name) != 0) return std::nullopt;
+  return Stamp{header.pool_id, header.created};
 }
 
 uint32_t Catalogue::cells_used() const { return pool::marked(header().cells_used, kCells); }

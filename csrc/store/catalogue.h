@@ -49,6 +49,12 @@ class Catalogue {
   // Of a catalogue that belongs to `member`'s pool.
   static Result<std::unique_ptr<Catalogue>> attach(pool::Member& member, os::Fd fd);
 
+  // Whose it is and how old, if the file is a catalogue of that name.
+  struct Stamp {
+    uint64_t pool_id, created;  // created: CLOCK_REALTIME, ns
+  };
+  static std::optional<Stamp> stamp_of(int fd, const std::string& name);
+
   // Names `text` and `blocks`, which this process holds. kExists when there is such a name and options.overwrite is not set; kFull when
   // there is no room. All of it is seen by others, or nothing.
   Status save(std::string_view key, std::string_view text, const std::vector<uint32_t>& blocks,

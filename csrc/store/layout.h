@@ -125,7 +125,8 @@ struct alignas(64) Header {
   uint32_t layout_hash;
   uint64_t pool_id;
   uint64_t size;
-  char name[64];  // of the store; zero-terminated
+  uint64_t created;  // CLOCK_REALTIME, ns
+  char name[64];     // of the store; zero-terminated
   std::atomic<uint32_t> ready;
   std::atomic<uint32_t> levels;                   // levels [0, levels) are in use; at least one
   std::atomic<uint32_t> cells_used;               // cells [0, cells_used) have ever been used

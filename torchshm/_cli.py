@@ -12,7 +12,9 @@ from typing import Annotated
 try:
     import typer
 except ImportError:
-    raise SystemExit("torchshm's command line needs typer: pip install 'torchshm[demo]'") from None
+    raise SystemExit("torchshm's command line needs typer: pip install 'torchshm[cli]'") from None
+
+from torchshm import _store_commands
 
 app = typer.Typer(
     help="Arrays that cross processes through shared memory.", no_args_is_help=True, add_completion=False
@@ -99,6 +101,9 @@ def demo(
         json_path.write_text(json.dumps(report.as_json(results, settings), indent=2) + "\n")
         console.print(f"JSON: {json_path}", highlight=False, soft_wrap=True)
     console.print(f"Done in {time.monotonic() - start:.0f} s.", highlight=False)
+
+
+_store_commands.add_to(app)
 
 
 def main() -> None:

@@ -183,12 +183,20 @@ Status private_directory(const std::string& path, int64_t group) {
 void remove_file(const std::string& path) { (void)::unlink(path.c_str()); }
 
 Result<Fd> lock_file(const std::string& path, uint32_t mode) {
-  const int raw = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, mode);
-  if (raw < 0) return Status::system("open", path, errno);
-  Fd fd(raw);
-  if (::flock(fd.get(), LOCK_EX | LOCK_NB) == 0) return fd;
-  if (errno == EWOULDBLOCK) return Status(Code::kExists, path + " is locked", errno);
-  return Status::system("flock", path, errno);
+  for (;;) {
+    const int raw = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, mode);
+    if (raw < 0) return Status::system("open", path, errno);
+    Fd fd(raw);
+    if (::flock(fd.get(), LOCK_EX | LOCK_NB) != 0) {
+      if (errno == EWOULDBLOCK) return Status(Code::kExists, path + " is locked", errno);
+      return Status::system("flock", path, errno);
+    }
+    // Whoever held it before may have removed the file between the two: then the lock is of a file that nobody finds any more.
+    struct stat mine {
+    }, there{};
+    if (::fstat(fd.get(), &mine) != 0) return Status::system("fstat", path, errno);
+    if (::stat(path.c_str(), &there) == 0 && mine.st_ino == there.st_ino && mine.st_dev == there.st_dev) return fd;
+  }
 }
 
 Result<Poller> Poller::create() {

@@ -10,9 +10,7 @@
 #include "python/family.h"
 
 namespace torchshm::python {
-namespace {
 
-// New reference, or null with an exception set.
 PyArray_Descr* dtype_of(const ArrayWire& wire, PyObject* apart) {
   if (apart != nullptr && apart != Py_None) {
     if (!PyArray_DescrCheck(apart)) {
@@ -50,6 +48,8 @@ PyArray_Descr* dtype_of(const ArrayWire& wire, PyObject* apart) {
   }
   return dtype;
 }
+
+namespace {
 
 // Steals dtype. New reference.
 PyObject* array_over(PyTypeObject* subtype, PyArray_Descr* dtype, const ArrayWire& wire, pool::Member* member,
@@ -125,32 +125,9 @@ PyObject* rebuild(PyTypeObject*, PyObject* arguments, PyObject* keywords) {
     return array_with(subtype, dtype, wire, PyBytes_AS_STRING(bytes_object) + PyBytes_GET_SIZE(bytes_object) - bytes,
                       bytes);
   }
-  const auto touched = reach(wire.ndim, wire.shape.data(), wire.strides.data(), wire.item_size);
-  auto view = owner->redeem(wire.handle, wire.mode, wire.exclusive);
-  const bool no_face = view.code() == Code::kUnsupported;
-  if (no_face) {
-    // No address space for the mode's own mapping (ulimit -v): through the one there is, read-only by flag, or as a copy.
-    wire.writeable = false;
-    view = owner->redeem(wire.handle, pool::Mode::kReadWrite);
-  }
-  if (!view) {
-    Py_DECREF(dtype);
-    return raise(view.status());
-  }
-  const auto length = static_cast<int64_t>(view->length), offset = static_cast<int64_t>(wire.offset);
-  if (!touched || wire.offset > view->length || offset + touched->low < 0 || touched->high > length - offset) {
-    owner->release(view->block, no_face ? pool::Mode::kReadWrite : wire.mode);
-    Py_DECREF(dtype);
-    return raise(Status(Code::kInvalid, "its extent is larger than the block"));
-  }
-  if (!no_face) return array_over(subtype, dtype, wire, owner, *view);
-  const bool copy = wire.mode == pool::Mode::kCopyOnWrite;
-  wire.mode = pool::Mode::kReadWrite;
-  PyObject* shared = array_over(subtype, dtype, wire, owner, *view);
-  if (shared == nullptr || !copy) return shared;
-  PyObject* own = PyArray_NewCopy(reinterpret_cast<PyArrayObject*>(shared), NPY_KEEPORDER);
-  Py_DECREF(shared);
-  return own;
+  Status status;
+  PyObject* made = open_array(wire, subtype, dtype, owner, status);
+  return status ? made : raise(status);
 }
 
 PyTypeObject make_type() {
@@ -169,6 +146,38 @@ PyTypeObject make_type() {
 PyTypeObject type = make_type();
 
 }  // namespace
+
+PyObject* open_array(ArrayWire& wire, PyTypeObject* subtype, PyArray_Descr* dtype, pool::Member* owner,
+                     Status& status) {
+  const auto touched = reach(wire.ndim, wire.shape.data(), wire.strides.data(), wire.item_size);
+  auto view = owner->redeem(wire.handle, wire.mode, wire.exclusive);
+  const bool no_face = view.code() == Code::kUnsupported;
+  if (no_face) {
+    // No address space for the mode's own mapping (ulimit -v): through the one there is, read-only by flag, or as a copy.
+    wire.writeable = false;
+    view = owner->redeem(wire.handle, pool::Mode::kReadWrite);
+  }
+  if (!view) {
+    Py_DECREF(dtype);
+    status = std::move(view.status());
+    return nullptr;
+  }
+  const auto length = static_cast<int64_t>(view->length), offset = static_cast<int64_t>(wire.offset);
+  if (!touched || wire.offset > view->length || offset + touched->low < 0 || touched->high > length - offset) {
+    owner->release(view->block, no_face ? pool::Mode::kReadWrite : wire.mode);
+    Py_DECREF(dtype);
+    status = Status(Code::kInvalid, "its extent is larger than the block");
+    return nullptr;
+  }
+  if (!no_face) return array_over(subtype, dtype, wire, owner, *view);
+  const bool copy = wire.mode == pool::Mode::kCopyOnWrite;
+  wire.mode = pool::Mode::kReadWrite;
+  PyObject* shared = array_over(subtype, dtype, wire, owner, *view);
+  if (shared == nullptr || !copy) return shared;
+  PyObject* own = PyArray_NewCopy(reinterpret_cast<PyArrayObject*>(shared), NPY_KEEPORDER);
+  Py_DECREF(shared);
+  return own;
+}
 
 PyObject* array_type() { return reinterpret_cast<PyObject*>(&type); }
 

@@ -72,9 +72,16 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
 
   // With the lock in hand, what is left of an earlier service is nobody's.
   std::unique_ptr<pool::Member> fresh;
+  pool::Member* member = nullptr;
   auto files = find_files(options.name);
   const bool taking_over = files.ok();
   if (taking_over) {
+    // This process may be one of those that have it.
+    const auto stamp = store::Catalogue::stamp_of(files->catalogue.get(), options.name);
+    if (stamp) member = pool::find_pool(stamp->pool_id);
+  }
+  if (member != nullptr) {
+  } else if (taking_over) {
     auto member = pool::Member::attach(std::move(files->data), std::move(files->control));
     if (!member) return std::move(member.status());
     fresh = member.take();
@@ -83,7 +90,7 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
     if (!member) return std::move(member.status());
     fresh = member.take();
   }
-  pool::Member* member = pool::adopt(std::move(fresh));
+  if (member == nullptr) member = pool::adopt(std::move(fresh));
   if (member == nullptr) return Status(Code::kUnsupported, "this process is a member of too many pools");
   std::unique_ptr<Server> server(new Server(options, *member));
   server->lock_ = lock.take();
@@ -140,9 +147,6 @@ Server::~Server() {
   ending_.store(true);
   os::raise_signal(signal_.get());
   thread_.join();
-  // The socket first: the lock says that nobody serves, and the next one may begin.
-  os::remove_file(socket_path(options_.name));
-  os::remove_file(lock_path(options_.name));
 }
 
 // The thread is not here, and what it was doing is the parent's.
@@ -261,7 +265,7 @@ void Server::tidy() {
 
 void Server::run() {
   uint64_t tidied = os::boot_time();
-  while (!ending_.load()) {
+  while (!ending_.load() && stop_asked_.load(std::memory_order_acquire) == 0) {
     bool death = false;
     for (const uint64_t token : poller_.wait(kTidyEvery)) {
       const int fd = static_cast<int>(token >> 8);
@@ -285,6 +289,11 @@ void Server::run() {
     tidy();
     tidied = os::boot_time();
   }
+  // The socket first: the lock says that nobody serves, and the next one may begin.
+  os::remove_file(socket_path(options_.name));
+  listening_.reset();
+  os::remove_file(lock_path(options_.name));
+  lock_.reset();
 }
 
 }  // namespace torchshm::service

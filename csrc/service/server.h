@@ -36,7 +36,9 @@ class Server {
 
   pool::Member& member() { return member_; }
   store::Catalogue& catalogue() { return *catalogue_; }
+  std::shared_ptr<store::Catalogue> share_catalogue() const { return catalogue_; }  // outlives the service
   bool took_over() const { return took_over_; }
+  // The service ends when a client asks for that, too.
   // Waits until somebody asks the service to stop, for `milliseconds` at most. True when it has been asked.
   bool wait(int milliseconds);
   void ask_to_stop();
@@ -54,7 +56,7 @@ class Server {
 
   ServerOptions options_;
   pool::Member& member_;
-  std::unique_ptr<store::Catalogue> catalogue_;
+  std::shared_ptr<store::Catalogue> catalogue_;
   os::Fd lock_, listening_, signal_;
   os::Poller poller_;
   std::thread thread_;

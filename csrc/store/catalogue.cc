@@ -45,6 +45,8 @@ uint32_t slot_index(uint64_t hash, uint32_t level, uint32_t i) {
   return level_start(level) + ((static_cast<uint32_t>(hash) + i) & (level_size(level) - 1));
 }
 
+bool is_mark(std::string_view name) { return !name.empty() && name[0] == '\0'; }
+
 Part part_of(const Handle& handle) { return {handle.block, handle.ticket, handle.generation, handle.nonce}; }
 
 void pause(int attempt) {
@@ -559,7 +561,8 @@ void Catalogue::each(std::string_view prefix, const std::function<void(Entry)>& 
       if (!place || place->value.state != SlotState::kNamed || (body.expires != 0 && body.expires <= now)) break;
       auto entry = entry_of(body);
       if (SlotValue::of(slot(place->index).value.load()) != place->value) continue;
-      if (entry && std::string_view(entry->key).substr(0, prefix.size()) == prefix) visit(std::move(*entry));
+      const bool shown = entry && (!is_mark(entry->key) || is_mark(prefix));
+      if (shown && std::string_view(entry->key).substr(0, prefix.size()) == prefix) visit(std::move(*entry));
       break;
     }
   }
@@ -573,6 +576,8 @@ uint64_t Catalogue::size() {
     if (found.state == CellState::kFree || found.state == CellState::kReleasing) continue;
     const Body body = read_body(cell);
     if (body.expires != 0 && body.expires <= now) continue;
+    // Marks are short: they lie in the cell itself.
+    if (body.key_bytes + body.text_bytes <= kInline && body.key_bytes > 0 && body.text[0] == 0) continue;
     if (found.state == CellState::kStanding || found.state == CellState::kBound) {
       ++names;
     } else if (const auto place = referring(cell, found.life, body.hash)) {

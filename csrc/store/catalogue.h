@@ -64,7 +64,8 @@ class Catalogue {
   bool contains(std::string_view key);
   // True when this call has removed it. Who holds its blocks keeps them.
   bool remove(std::string_view key);
-  // Calls visit for each name that begins with `prefix`, in no order; names that come or go meanwhile may be among them or not.
+  // Calls visit for each name that begins with `prefix`, in no order; names that come or go meanwhile may be among them or not. A name that
+  // begins with a zero byte is a program's mark and not data: each() shows it to a prefix that does so too, and size() does not count it.
   void each(std::string_view prefix, const std::function<void(Entry)>& visit);
   uint64_t size();
 

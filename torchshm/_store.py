@@ -164,6 +164,11 @@ class Store(MutableMapping[str, Any]):
         ValueError
             For an object that needs ``allow_pickle=True``.
         """
+        if timeout == 0 and type(key) is str and prefix is None and (mode is None or mode in _values.MODES):
+            core = self._held or self._core
+            raw = core.load(key if key[:1] not in ("", "\0") else _checked(key), _values.MODES[mode or "r"])
+            if type(raw) is not tuple:
+                return raw
         if mode is not None and mode not in _values.MODES:
             raise ValueError(f"mode is 'r', 'c' or 'r+', not {mode!r}")
         if (key is None) == (prefix is None):

@@ -136,9 +136,7 @@ class _Writer:
         if x is None or kind in (bool, float, str):
             return x
         if kind is int:
-            if x.bit_length() > 8192:  # Python refuses to write longer ones
-                raise _NotPlainError
-            return x
+            return x if x.bit_length() < 1000 else {"i": hex(x)}  # Python writes only so many decimal digits
         if kind is complex:
             return {"c": [x.real, x.imag]}
         if kind is bytes and len(x) <= _CARRIED:
@@ -417,6 +415,8 @@ class _Reader:
             return tuple(self.node(each) for each in n["t"])
         if "b" in n:
             return base64.b64decode(n["b"], validate=True)
+        if "i" in n:
+            return int(n["i"], 16)
         if "c" in n:
             return complex(*n["c"])
         made = OrderedDict((self.node(key), self.node(value)) for key, value in n["o"])

@@ -35,7 +35,9 @@ def _ttl(seconds: float | None) -> int:
 
 def _checked(key: Any) -> str:
     if not isinstance(key, str):
-        raise TypeError(f"a key is a str, not {type(key).__name__}; torchshm.key(...) makes one of other values")
+        raise TypeError(
+            f"a key is a str, not {type(key).__name__}; torchshm.key(...) makes one of other values"
+        )
     if not key or key[0] == "\0":
         raise ValueError("a key has at least one character, and does not begin with a zero byte")
     return key
@@ -80,7 +82,13 @@ class Store(MutableMapping[str, Any]):
         return Store, (self._name, self._timeout, None)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "serving" if self._held is not None and self._held.serving else "client"
+        state = (
+            "closed"
+            if self._closed
+            else "serving"
+            if self._held is not None and self._held.serving
+            else "client"
+        )
         return f"<torchshm.Store {self._name!r}, {state}>"
 
     __hash__ = object.__hash__
@@ -502,5 +510,7 @@ def _canonical(x: Any) -> bytes:
     elif isinstance(x, (np.ndarray, np.generic)) and not x.dtype.hasobject:
         tag, body = "array", _canonical((x.dtype, x.shape)) + x.tobytes()
     else:
-        raise TypeError(f"torchshm.key: no name can be made of a {kind.__name__}; give the values that identify it")
+        raise TypeError(
+            f"torchshm.key: no name can be made of a {kind.__name__}; give the values that identify it"
+        )
     return f"{tag}:{len(body)}:".encode() + body

@@ -119,7 +119,8 @@ def serve(
         bool, typer.Option("--no-fork", help="Stay in the foreground, until SIGTERM or Ctrl-C.")
     ] = False,
     limit: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Most memory, as in 8GiB. Default: half of the machine's.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Most memory, as in 8GiB. Default: half of the machine's."),
     ] = None,
     ttl: Annotated[
         str | None, typer.Option(metavar="TIME", help="How long names live, as in 2h. Default: for ever.")
@@ -179,14 +180,21 @@ def stop(argument: Name = None, name: NameOption = None, as_json: Json = False) 
         return
     except ValueError as error:
         _fail(error)
-    _fail(f"process {pid} goes on serving the store {store_name}: it did not start the service by `torchshm serve`")
+    _fail(
+        f"process {pid} goes on serving the store {store_name}: it did not start the service by `torchshm serve`"
+    )
 
 
 def _status(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "running": False}
     try:
         status = _C.store_status(name)
-        row |= {"running": True, "pid": status["pid"], "clients": status["clients"], "started": status["started"]}
+        row |= {
+            "running": True,
+            "pid": status["pid"],
+            "clients": status["clients"],
+            "started": status["started"],
+        }
         with connect(name, 1) as store:
             figures = store.info()
     except (TorchshmError, ValueError) as error:
@@ -207,7 +215,14 @@ def ls(
             typer.echo(json.dumps(stores))
             return
         rows = [
-            [s["name"], str(s["pid"]), str(s["clients"]), str(s["names"]), _bytes(s["live_bytes"]), _bytes(s["limit_bytes"])]
+            [
+                s["name"],
+                str(s["pid"]),
+                str(s["clients"]),
+                str(s["names"]),
+                _bytes(s["live_bytes"]),
+                _bytes(s["limit_bytes"]),
+            ]
             if "names" in s
             else [s["name"], "not served", "", "", "", ""]
             for s in stores
@@ -243,7 +258,9 @@ def ls(
 
 def info(
     argument: Name = None,
-    key: Annotated[str | None, typer.Argument(metavar="KEY", help="A name in it.", show_default=False)] = None,
+    key: Annotated[
+        str | None, typer.Argument(metavar="KEY", help="A name in it.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Figures about a store, or about a name in it."""

@@ -107,9 +107,22 @@ class _Piece:
     __slots__ = ("compact", "gaps", "group", "high", "leaf", "low")
 
     def __init__(
-        self, leaf: dict[str, Any], low: int, high: int, gaps: bool, compact: Callable[[], Any] | None, group: int
+        self,
+        leaf: dict[str, Any],
+        low: int,
+        high: int,
+        gaps: bool,
+        compact: Callable[[], Any] | None,
+        group: int,
     ) -> None:
-        self.leaf, self.low, self.high, self.gaps, self.compact, self.group = leaf, low, high, gaps, compact, group
+        self.leaf, self.low, self.high, self.gaps, self.compact, self.group = (
+            leaf,
+            low,
+            high,
+            gaps,
+            compact,
+            group,
+        )
 
 
 def _reach(start: int, shape: Any, steps: Any, itemsize: int) -> tuple[int, int]:
@@ -207,7 +220,13 @@ class _Writer:
         except TypeError:
             return None
         plain = np.ndarray.view(x, np.ndarray) if type(x) is not np.ndarray else x
-        leaf = {"k": "array", "dtype": dtype, "shape": list(plain.shape), "strides": list(plain.strides), "r": None}
+        leaf = {
+            "k": "array",
+            "dtype": dtype,
+            "shape": list(plain.shape),
+            "strides": list(plain.strides),
+            "r": None,
+        }
         if face is not None:
             leaf["as"] = face
         if plain.nbytes > 0:
@@ -394,7 +413,9 @@ def describe(core: _C.Store, value: Any) -> tuple[bytes, list[Any]]:
 
 
 class _Reader:
-    def __init__(self, core: _C.Store, tree: Any, blocks: list[tuple[int, int]], arrays: str, tensors: str) -> None:
+    def __init__(
+        self, core: _C.Store, tree: Any, blocks: list[tuple[int, int]], arrays: str, tensors: str
+    ) -> None:
         self.core, self.blocks = core, blocks
         self.regions, self.leaves = tree["regions"], tree["leaves"]
         self.arrays, self.tensors = arrays, tensors

@@ -112,7 +112,12 @@ Status send_message(int socket, const void* bytes, size_t length, const std::vec
 
 Result<Received> receive_message(int socket, void* bytes, size_t most, int milliseconds) {
   pollfd ready{socket, POLLIN, 0};
-  if (::poll(&ready, 1, milliseconds) == 0) return Status::system("recvmsg", "a store's socket", ETIMEDOUT);
+  // A signal begins the wait anew: what arrives often is no reason to fail, and the other end answers at once.
+  int polled = 0;
+  do {
+    polled = ::poll(&ready, 1, milliseconds);
+  } while (polled < 0 && errno == EINTR);
+  if (polled == 0) return Status::system("recvmsg", "a store's socket", ETIMEDOUT);
   iovec part{bytes, most};
   msghdr message{};
   message.msg_iov = &part;
@@ -122,8 +127,10 @@ Result<Received> receive_message(int socket, void* bytes, size_t most, int milli
   message.msg_controllen = sizeof control;
   const int injected = TORCHSHM_INJECT("os.recvmsg");
   const ssize_t length = injected == 0 ? ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT) : -1;
-  if (length < 0) return Status::system("recvmsg", "a store's socket", injected != 0 ? injected : errno);
   Received received;
+  // The other end has closed without reading what was sent.
+  if (length < 0 && injected == 0 && errno == ECONNRESET) return received;
+  if (length < 0) return Status::system("recvmsg", "a store's socket", injected != 0 ? injected : errno);
   received.length = static_cast<size_t>(length);
   for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr; header = CMSG_NXTHDR(&message, header)) {
     if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;

@@ -2,6 +2,8 @@
 // NumPy's header first.
 #include "python/store_binding.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cstring>
 

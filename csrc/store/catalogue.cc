@@ -323,7 +323,9 @@ Status Catalogue::fill(uint32_t cell, const Key& key, std::string_view text, con
   Body body;
   body.hash = key.hash;
   body.created = os::real_time();
-  const uint64_t ttl = options.ttl != 0 ? options.ttl : header().default_ttl.load(std::memory_order_relaxed);
+  // A bound name lives as long as its owner, not as long as the store's data.
+  const uint64_t standard = options.bound ? 0 : header().default_ttl.load(std::memory_order_relaxed);
+  const uint64_t ttl = options.ttl != 0 ? options.ttl : standard;
   if (ttl != 0) body.expires = os::boot_time() + std::min(ttl, kMost);
   body.owner = options.bound ? member_.identity() : 0;
   body.pid = member_.pid();

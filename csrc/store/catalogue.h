@@ -25,7 +25,7 @@ namespace torchshm::store {
 
 struct SaveOptions {
   bool overwrite = false;
-  uint64_t ttl = 0;    // ns from now; 0: the store's default
+  uint64_t ttl = 0;    // ns from now; 0: the store's default, none for a bound name
   bool bound = false;  // the name goes when this process dies
 };
 

@@ -116,6 +116,39 @@ TEST_F(Service, StopsWhenAskedAndLeavesNoFiles) {
   EXPECT_TRUE(std::filesystem::is_empty(service::directory()));
 }
 
+TEST_F(Service, AskedToStopItEndsWithoutItsProgramAndAnotherTakesOver) {
+  auto server = start();
+  pool::Member* member = &server->member();
+  ASSERT_TRUE(save(server->member(), server->catalogue(), "kept", 3));
+  ASSERT_TRUE(service::ask("store", Ask::kStop).ok());
+  auto next = Server::start(options());
+  for (int i = 0; i < 5000 && next.code() == Code::kExists; ++i) {
+    ::usleep(1000);
+    next = Server::start(options());
+  }
+  ASSERT_TRUE(next.ok()) << next.status().what();
+  EXPECT_TRUE((*next)->took_over());
+  EXPECT_EQ(&(*next)->member(), member);  // this process was a member already
+  server.reset();                         // does not take the new one's socket with it
+  auto client = reach();
+  ASSERT_TRUE(client.ok()) << client.status().what();
+  EXPECT_EQ(load(*client, "kept"), 3);
+}
+
+TEST_F(Service, ClosedByTheOtherEndIsNoError) {
+  ASSERT_TRUE(os::private_directory(service::directory(), -1));
+  auto listening = os::listen_at(service::socket_path("store"), 0600);
+  ASSERT_TRUE(listening.ok());
+  auto socket = os::connect_to(service::socket_path("store"));
+  ASSERT_TRUE(socket.ok());
+  ASSERT_TRUE(os::send_message(socket->get(), "x", 1));
+  listening->reset();  // unread
+  char byte = 0;
+  auto received = os::receive_message(socket->get(), &byte, 1, 1000);
+  ASSERT_TRUE(received.ok()) << received.status().what();
+  EXPECT_EQ(received->length, 0U);
+}
+
 // A service in a process of its own; returns its pid once it serves.
 pid_t daemon(const ServerOptions& options) {
   const pid_t pid = ::fork();

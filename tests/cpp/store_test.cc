@@ -241,6 +241,30 @@ TEST(Store, BoundNamesGoWithTheirOwner) {
   EXPECT_EQ(unsound(store), "");
 }
 
+TEST(Store, BoundNamesDoNotExpireLikeData) {
+  Store store = fresh_store();
+  store->header().default_ttl.store(kSecond / 20);
+  ASSERT_TRUE(store->save("data", "", {}));
+  ASSERT_TRUE(store->save("bound", "", {}, {.bound = true}));
+  while (store->contains("data")) ::usleep(1000);
+  EXPECT_TRUE(store->contains("bound"));
+}
+
+TEST(Store, MarksAreFoundByThoseWhoAskForThemAndNotCounted) {
+  Store store = fresh_store();
+  const std::string mark("\0mark", 5);
+  ASSERT_TRUE(store->save(mark, "", {}, {.bound = true}));
+  ASSERT_TRUE(store->save("data", "", {}));
+  const auto listed = [&](std::string_view prefix) {
+    std::vector<std::string> keys;
+    store->each(prefix, [&](const store::Entry& entry) { keys.push_back(entry.key); });
+    return keys;
+  };
+  EXPECT_EQ(store->size(), 1U);
+  EXPECT_EQ(listed(""), std::vector<std::string>{"data"});
+  EXPECT_EQ(listed(std::string_view("\0", 1)), std::vector<std::string>{mark});
+}
+
 TEST(Store, OfManySaversOfOneNameOneSucceeds) {
   auto store = fresh_store();
   auto shared = os::create_memfd("count", 4096);

@@ -277,9 +277,29 @@ def test_several_stores_and_a_stop_that_leaves_them_usable(store):
 
 def test_a_key_says_the_same_everywhere():
     values = [
-        (), (None,), (True,), (1,), (1.0,), (1j,), ("1",), (b"1",), ((1,),), ([1],), ({1},), ({1: 2},), ({2: 1},),
-        (1, 2), ((1, 2),), ("ab", "c"), ("a", "bc"), (pathlib.Path("a"),), (np.dtype("f4"),), (np.dtype("f8"),),
-        (np.arange(3),), (np.arange(3.0),), (np.arange(3).reshape(3, 1),),
+        (),
+        (None,),
+        (True,),
+        (1,),
+        (1.0,),
+        (1j,),
+        ("1",),
+        (b"1",),
+        ((1,),),
+        ([1],),
+        ({1},),
+        ({1: 2},),
+        ({2: 1},),
+        (1, 2),
+        ((1, 2),),
+        ("ab", "c"),
+        ("a", "bc"),
+        (pathlib.Path("a"),),
+        (np.dtype("f4"),),
+        (np.dtype("f8"),),
+        (np.arange(3),),
+        (np.arange(3.0),),
+        (np.arange(3).reshape(3, 1),),
     ]
     names = [torchshm.key(*value) for value in values]
     assert len(set(names)) == len(values) and all(len(name) == 32 for name in names)
@@ -289,6 +309,9 @@ def test_a_key_says_the_same_everywhere():
     wanted = torchshm.key("era5", 2020, ["t2m", 1.5], {"a", "b", "c"})
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        assert subprocess.check_output([sys.executable, "-c", script], env=environment, text=True).strip() == wanted
+        assert (
+            subprocess.check_output([sys.executable, "-c", script], env=environment, text=True).strip()
+            == wanted
+        )
     with pytest.raises(TypeError, match="object"):
         torchshm.key(object())

@@ -277,5 +277,10 @@ def test_a_half_saved_value_is_nowhere(store, tmp_path):
 
 
 def test_a_program_that_ends_with_its_store_open_leaves_no_socket(runtime, tmp_path):
-    assert passes("import torchshm; store = torchshm.start('brief'); store['a'] = 1; print(store['a'])", tmp_path) == "1\n"
+    assert (
+        passes(
+            "import torchshm; store = torchshm.start('brief'); store['a'] = 1; print(store['a'])", tmp_path
+        )
+        == "1\n"
+    )
     assert not list((runtime / "torchshm").glob("brief*"))

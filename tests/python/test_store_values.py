@@ -25,7 +25,9 @@ def there_and_back(store, value, **how):
 
 
 many = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 DTYPES = st.one_of(
     hnp.scalar_dtypes(),
@@ -83,8 +85,15 @@ def test_nested_plain_values(store, x):
 
 
 def test_odd_numbers_and_types(store):
-    back = there_and_back(store, [math.nan, math.inf, -0.0, 10**6000, np.float32(2.5), np.datetime64("2026-01-01")])
-    assert math.isnan(back[0]) and back[1] == math.inf and math.copysign(1, back[2]) == -1 and back[3] == 10**6000
+    back = there_and_back(
+        store, [math.nan, math.inf, -0.0, 10**6000, np.float32(2.5), np.datetime64("2026-01-01")]
+    )
+    assert (
+        math.isnan(back[0])
+        and back[1] == math.inf
+        and math.copysign(1, back[2]) == -1
+        and back[3] == 10**6000
+    )
     assert type(back[4]) is np.float32 and back[4] == 2.5
     assert back[5] == np.datetime64("2026-01-01") and type(back[5]) is np.datetime64
 
@@ -283,7 +292,16 @@ def forged(store, tree):
 
 
 ARRAY = {"k": "array", "dtype": "<f8", "shape": [4], "strides": [8], "r": 0, "o": 0}
-TENSOR = {"k": "tensor", "dtype": "float32", "size": [4], "stride": [1], "r": 0, "o": 0, "grad": False, "param": False}
+TENSOR = {
+    "k": "tensor",
+    "dtype": "float32",
+    "size": [4],
+    "stride": [1],
+    "r": 0,
+    "o": 0,
+    "grad": False,
+    "param": False,
+}
 
 
 def tree(leaf, regions=((0, 0, 4096),)):
@@ -302,8 +320,13 @@ FORGED = {
         {
             **ARRAY,
             "dtype": {
-                "names": ["a"], "formats": ["O"], "offsets": [0], "titles": [None],
-                "itemsize": 8, "align": False, "record": False,
+                "names": ["a"],
+                "formats": ["O"],
+                "offsets": [0],
+                "titles": [None],
+                "itemsize": 8,
+                "align": False,
+                "record": False,
             },
         }
     ),
@@ -312,8 +335,17 @@ FORGED = {
     "negative strides": tree({**TENSOR, "stride": [-1]}),
     "tensor without memory": tree({**TENSOR, "r": None}),
     "no dtype of torch": tree({**TENSOR, "dtype": "load"}),
-    "its own part": tree({"k": "sparse", "layout": "sparse_coo", "size": [3], "parts": [0, 0], "coalesced": True,
-                          "grad": False, "param": False}),
+    "its own part": tree(
+        {
+            "k": "sparse",
+            "layout": "sparse_coo",
+            "size": [3],
+            "parts": [0, 0],
+            "coalesced": True,
+            "grad": False,
+            "param": False,
+        }
+    ),
     "no leaves": {"regions": [], "leaves": [], "value": {"x": 0}},
     "not a tree": [1, 2],
 }
@@ -328,7 +360,15 @@ def test_a_forged_text_is_an_error(store, what):
 
 def test_sparse_indices_that_lead_out_are_an_error(store):
     parts = [{**TENSOR, "dtype": "int64", "size": [1, 4], "stride": [4, 1], "o": 0}, {**TENSOR, "o": 2048}]
-    whole = {"k": "sparse", "layout": "sparse_coo", "size": [3], "parts": [0, 1], "coalesced": True, "grad": False, "param": False}
+    whole = {
+        "k": "sparse",
+        "layout": "sparse_coo",
+        "size": [3],
+        "parts": [0, 1],
+        "coalesced": True,
+        "grad": False,
+        "param": False,
+    }
     core = store._core
     blank = core.blank(4096)
     blank[:] = 0

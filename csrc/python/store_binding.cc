@@ -137,7 +137,10 @@ class Store {
     if (!overwrite && catalogue_->contains(key)) fail_save(Status(Code::kExists, ""), key);
     ArrayWire wire;
     Status status;
-    switch (put_array(reinterpret_cast<PyArrayObject*>(object.ptr()), member_, wire, status)) {
+    auto* array = reinterpret_cast<PyArrayObject*>(object.ptr());
+    Put put = put_array(array, member_, wire, status);
+    if (put == Put::kFailed && made_room(status)) put = put_array(array, member_, wire, status = Status());
+    switch (put) {
       case Put::kNot:
         return false;
       case Put::kRaised:
@@ -228,6 +231,7 @@ class Store {
       const py::gil_scoped_release release;
       view = member_->allocate(length, true);
     }
+    if (!view && made_room(view.status())) view = member_->allocate(length, true);
     if (!view) fail(view.status());
     return bytes_over(*view, length, Mode::kReadWrite, true);
   }
@@ -394,6 +398,9 @@ class Store {
   }
 
  private:
+  // With no service, nobody has taken expired names away.
+  bool made_room(const Status& status) { return status.code() == Code::kFull && sweep() > 0; }
+
   [[noreturn]] static void fail_damaged(std::string_view key, const Status& status) {
     fail(Status(Code::kCorrupt, "the entry of " + std::string(key) + " is damaged: " + status.what()));
   }

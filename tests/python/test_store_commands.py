@@ -80,6 +80,13 @@ def test_a_killed_service_is_taken_over_with_nothing_lost(served):
     assert store["b"].sum() == 4999950000
     with pytest.raises(torchshm.StoreUnavailableError):
         torchshm.connect("shell", timeout=0)
+    # Nobody has to be running for expired names to make room.
+    store.save("big", np.ones(150 << 20, np.uint8), ttl=0.3)
+    time.sleep(0.4)
+    store.save("bigger", np.ones(150 << 20, np.uint8), ttl=0.3)
+    time.sleep(0.4)
+    store.save("biggest", [np.ones(150 << 20, np.uint8)])
+    del store["biggest"]
     told = asked("serve", "shell")
     assert told["took_over"] and told["pid"] != served
     assert [row["key"] for row in asked("ls", "shell")] == ["a", "b"]

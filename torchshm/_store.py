@@ -178,6 +178,8 @@ class Store(MutableMapping[str, Any]):
             raw = core.load(key if key[:1] not in ("", "\0") else _checked(key), _values.MODES[mode or "r"])
             if type(raw) is not tuple:
                 return raw
+            with contextlib.suppress(StaleHandleError):  # removed or replaced after it was found
+                return _values.rebuild(core, key, raw[0], raw[1], mode, allow_pickle)
         if mode is not None and mode not in _values.MODES:
             raise ValueError(f"mode is 'r', 'c' or 'r+', not {mode!r}")
         if (key is None) == (prefix is None):

@@ -200,7 +200,7 @@ class _Writer:
         if isinstance(x, np.generic):
             return self._array(np.asarray(x), "scalar")
         if kind in (bytes, bytearray):
-            return self._array(np.frombuffer(x, np.uint8), kind.__name__)
+            return self._array(np.asarray(memoryview(x)), kind.__name__)
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(x, torch.Tensor):
             return self._tensor(torch, x) if kind in (torch.Tensor, torch.nn.Parameter) else None

@@ -189,6 +189,12 @@ Status private_directory(const std::string& path, int64_t group) {
 
 void remove_file(const std::string& path) { (void)::unlink(path.c_str()); }
 
+uint64_t identity_of(const std::string& path) {
+  struct stat st {};
+  if (::stat(path.c_str(), &st) != 0) return 0;
+  return static_cast<uint64_t>(st.st_ino) ^ static_cast<uint64_t>(st.st_dev) << 40;
+}
+
 Result<Fd> lock_file(const std::string& path, uint32_t mode) {
   for (;;) {
     const int raw = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, mode);

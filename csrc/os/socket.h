@@ -45,6 +45,8 @@ Result<Fd> watch_peer(int socket, uint32_t pid);
 // A directory that only this user, and `group` if it is not -1, can use; made if it is not there. kInvalid when somebody else could.
 Status private_directory(const std::string& path, int64_t group);
 
+// Device and inode as one number; 0 when there is no such file.
+uint64_t identity_of(const std::string& path);
 void remove_file(const std::string& path);  // if it is there
 Result<Fd> lock_file(const std::string& path,
                      uint32_t mode);  // opened and locked; kExists when another process holds it

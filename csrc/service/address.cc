@@ -6,6 +6,7 @@
 
 #include "os/memfd.h"
 #include "os/process.h"
+#include "os/socket.h"
 #include "store/catalogue.h"
 
 namespace torchshm::service {
@@ -66,7 +67,10 @@ std::vector<std::string> names() {
   return found;
 }
 
+uint64_t place() { return os::identity_of(directory()); }
+
 Result<Files> find_files(const std::string& name) {
+  const uint64_t here = place();
   Files best;
   uint64_t created = 0;
   std::error_code error;
@@ -78,7 +82,7 @@ Result<Files> find_files(const std::string& name) {
     auto catalogue = os::open_memfd(place);
     if (!catalogue) continue;
     const auto stamp = store::Catalogue::stamp_of(catalogue->get(), name);
-    if (!stamp || stamp->created <= created) continue;
+    if (!stamp || stamp->place != here || stamp->created <= created) continue;
     auto control = os::open_memfd(descriptor_of(at->path(), "torchshm-" + hex(stamp->pool_id) + "-control"));
     auto data = os::open_memfd(descriptor_of(at->path(), "torchshm-" + hex(stamp->pool_id) + "-data"));
     if (!control || !data) continue;

@@ -21,7 +21,11 @@ std::string lock_path(const std::string& name);
 // Names of sockets in the directory, whether somebody serves them or not.
 std::vector<std::string> names();
 
-// The three files of a store that some living process of this user still has, though nobody may serve it. kMissing when there is none.
+// Tells one directory from another: stores of one name in two of them have nothing to do with each other. 0: there is none.
+uint64_t place();
+
+// The three files of a store of this directory that some living process of this user still has, though nobody may serve it. kMissing when
+// there is none.
 struct Files {
   os::Fd data, control, catalogue;
 };

@@ -96,7 +96,7 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
   server->lock_ = lock.take();
   server->took_over_ = taking_over;
   auto catalogue = taking_over ? store::Catalogue::attach(*member, std::move(files->catalogue))
-                               : store::Catalogue::create(*member, options.name, options.ttl);
+                               : store::Catalogue::create(*member, options.name, options.ttl, place());
   if (!catalogue) return std::move(catalogue.status());
   server->catalogue_ = catalogue.take();
   TORCHSHM_POINT("serve.store");

@@ -70,7 +70,7 @@ Catalogue::Catalogue(pool::Member& member, os::Fd fd, os::Mapping file)
     : member_(member), fd_(std::move(fd)), file_(std::move(file)) {}
 
 Result<std::unique_ptr<Catalogue>> Catalogue::create(pool::Member& member, const std::string& name,
-                                                     uint64_t default_ttl) {
+                                                     uint64_t default_ttl, uint64_t place) {
   if (name.empty() || name.size() >= sizeof(Header::name))
     return Status(Code::kInvalid, "a store's name has 1 to " + std::to_string(sizeof(Header::name) - 1) + " bytes");
   auto fd = os::create_memfd("torchshm-" + name + "-catalogue", offsets::kTotal);
@@ -85,6 +85,7 @@ Result<std::unique_ptr<Catalogue>> Catalogue::create(pool::Member& member, const
   header.pool_id = member.pool_id();
   header.size = offsets::kTotal;
   header.created = os::real_time();
+  header.place = place;
   std::memcpy(header.name, name.c_str(), name.size() + 1);
   header.levels.store(1, std::memory_order_relaxed);
   header.default_ttl.store(default_ttl, std::memory_order_relaxed);
@@ -123,7 +124,7 @@ std::optional<Catalogue::Stamp> Catalogue::stamp_of(int fd, const std::string& n
   const Header& header = *reinterpret_cast<const Header*>(mapped->data());
   if (header.ready.load(std::memory_order_acquire) != 1 || header.magic != kMagic) return std::nullopt;
   if (std::strncmp(header.name, name.c_str(), sizeof header.name) != 0) return std::nullopt;
-  return Stamp{header.pool_id, header.created};
+  return Stamp{header.pool_id, header.created, header.place};
 }
 
 uint32_t Catalogue::cells_used() const { return pool::marked(header().cells_used, kCells); }

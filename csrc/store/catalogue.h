@@ -45,13 +45,15 @@ struct Entry {
 
 class Catalogue {
  public:
-  static Result<std::unique_ptr<Catalogue>> create(pool::Member& member, const std::string& name, uint64_t default_ttl);
+  static Result<std::unique_ptr<Catalogue>> create(pool::Member& member, const std::string& name, uint64_t default_ttl,
+                                                   uint64_t place = 0);
   // Of a catalogue that belongs to `member`'s pool.
   static Result<std::unique_ptr<Catalogue>> attach(pool::Member& member, os::Fd fd);
 
   // Whose it is and how old, if the file is a catalogue of that name.
   struct Stamp {
     uint64_t pool_id, created;  // created: CLOCK_REALTIME, ns
+    uint64_t place;
   };
   static std::optional<Stamp> stamp_of(int fd, const std::string& name);
 

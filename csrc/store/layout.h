@@ -133,6 +133,7 @@ struct alignas(64) Header {
   std::atomic<uint32_t> serving;                  // pid of the service, for messages
   std::atomic<uint64_t> default_ttl;              // ns; 0: none
   std::atomic<uint64_t> saved, removed, expired;  // statistics
+  uint64_t place;                                 // the directory in which the store's name counts; 0: none
 };
 
 static_assert(sizeof(Body) == 256 && alignof(Body) == 8);

@@ -232,6 +232,22 @@ def test_get_or_create_hands_on_the_error_and_leaves_no_mark(store):
     assert store.get_or_create("a", lambda: 6) == 5
 
 
+def test_what_came_just_before_the_mark_is_not_made_again(store):
+    class SavesFirst:
+        serving = False
+
+        def save(self, *arguments):
+            store.save("a", 5)
+            store._core.save(*arguments)
+
+        def __getattr__(self, name):
+            return getattr(store._core, name)
+
+    late = torchshm.Store("session", 10, SavesFirst())
+    assert late.get_or_create("a", lambda: 1 // 0) == 5
+    assert len(store) == 1
+
+
 def test_a_store_is_pickled_by_its_name(store):
     store["a"] = np.arange(5)
     copy = pickle.loads(pickle.dumps(store))

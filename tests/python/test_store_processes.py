@@ -276,6 +276,14 @@ def test_a_half_saved_value_is_nowhere(store, tmp_path):
     assert "a" not in store and store.info()["live_bytes"] == before["live_bytes"]
 
 
+def test_a_store_of_the_same_name_elsewhere_is_another(store, tmp_path):
+    store["a"] = 1
+    script = "import torchshm; store = torchshm.start('session'); print(len(store), store._core.took_over)"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert passes(script, tmp_path, XDG_RUNTIME_DIR=str(elsewhere)) == "0 False\n"
+
+
 def test_a_program_that_ends_with_its_store_open_leaves_no_socket(runtime, tmp_path):
     assert (
         passes(

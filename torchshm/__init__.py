@@ -7,6 +7,7 @@
 import torchshm._C  # noqa: F401 - before NumPy, which has less to say to a subinterpreter  # isort: skip
 from torchshm._reducers import is_shared, register, unregister
 from torchshm._sharing import dumps, empty, inline, loads, pooled, share, stats, trim
+from torchshm._store import Store, connect, key, start
 from torchshm.errors import (
     KeyExistsError,
     PoolFullError,
@@ -19,16 +20,20 @@ __all__ = [
     "KeyExistsError",
     "PoolFullError",
     "StaleHandleError",
+    "Store",
     "StoreUnavailableError",
     "TorchshmError",
+    "connect",
     "dumps",
     "empty",
     "inline",
     "is_shared",
+    "key",
     "loads",
     "pooled",
     "register",
     "share",
+    "start",
     "stats",
     "trim",
     "unregister",

@@ -12,7 +12,9 @@ from typing import Annotated
 try:
     import typer
 except ImportError:
-    raise SystemExit("torchshm's command line needs typer: pip install 'torchshm[demo]'") from None
+    raise SystemExit("torchshm's command line needs typer: pip install 'torchshm[cli]'") from None
+
+from torchshm import _store_commands
 
 app = typer.Typer(
     help="Arrays that cross processes through shared memory.", no_args_is_help=True, add_completion=False
@@ -147,6 +149,9 @@ def check(
         raise typer.Exit(2)
     if not all(pool.sound for pool in pools):
         raise typer.Exit(1)
+
+
+_store_commands.add_to(app)
 
 
 def main() -> None:

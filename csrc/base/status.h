@@ -21,6 +21,8 @@ enum class Code : uint8_t {
   kCorrupt,      // the control file contradicts itself
   kUnsupported,  // the kernel or the limits of the process do not allow a pool
   kSystem,       // a system call failed
+  kExists,       // the name is taken
+  kMissing,      // there is no such name
 };
 
 class [[nodiscard]] Status {

@@ -54,6 +54,13 @@ Result<Fd> create_memfd(const std::string& name, uint64_t size) {
   return fd;
 }
 
+Result<Fd> open_memfd(const std::string& path) {
+  const int error = TORCHSHM_INJECT("os.open_memfd");
+  const int raw = error == 0 ? ::open(path.c_str(), O_RDWR | O_CLOEXEC) : -1;
+  if (raw < 0) return Status::system("open", path, error != 0 ? error : errno);
+  return Fd(raw);
+}
+
 Result<uint64_t> check_memfd(int fd) {
   int error = TORCHSHM_INJECT("os.get_seals");
   if (error != 0) return Status::system("fcntl F_GET_SEALS", std::to_string(fd), error);

@@ -15,6 +15,9 @@ namespace torchshm::os {
 // A sparse file of `size` bytes, sealed. Fails with kUnsupported where RLIMIT_FSIZE forbids the size (ftruncate would raise SIGXFSZ).
 Result<Fd> create_memfd(const std::string& name, uint64_t size);
 
+// Another process's memory file, through its entry in /proc/<pid>/fd; for reading and writing.
+Result<Fd> open_memfd(const std::string& path);
+
 // Size in bytes of a memory file received from someone else, after checking that it is sealed and so can't be cut short under us.
 Result<uint64_t> check_memfd(int fd);
 

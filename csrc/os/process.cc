@@ -59,6 +59,8 @@ uint64_t pid_namespace() {
 
 }  // namespace
 
+uint32_t effective_user() { return ::geteuid(); }
+
 ProcessId self() {
   ProcessId id;
   id.pid = static_cast<uint32_t>(::getpid());

@@ -13,6 +13,7 @@ struct ProcessId {
 };
 
 ProcessId self();
+uint32_t effective_user();
 std::string self_name();  // at most 15 characters
 
 // True when the process, certainly the same one, is alive and has the file mapped: what counts when it has closed all its descriptors.

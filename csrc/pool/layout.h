@@ -29,7 +29,7 @@ constexpr uint32_t kGranulesPerChunk = kChunk / kGranule;
 constexpr uint64_t kSmallMax = uint64_t{512} << 10;  // larger blocks are runs of whole chunks, committed to the page
 
 constexpr uint32_t kMaxLeases = 1024;
-constexpr uint32_t kTickets = 1u << 20;
+constexpr uint32_t kTickets = 1u << 22;  // one for every unreceived message, and one for every block of every name
 constexpr uint32_t kHints = 1024;  // a dict of a thousand arrays may be released at once
 constexpr uint32_t kNobody = 0xfff;
 
@@ -160,6 +160,8 @@ struct TicketValue {
   static uint32_t sender_of(uint32_t slot, uint64_t incarnation) {
     return static_cast<uint32_t>(incarnation & 0xfff) << 12 | (slot + 1);
   }
+  // In the place of a sender: a name keeps the block alive, and neither a death nor time takes the ticket back.
+  static constexpr uint32_t kName = kNobody;
   static TicketValue of(Pair p) {
     return {p.lo >> 24, static_cast<uint32_t>(p.lo & 0xffffff), static_cast<uint32_t>(p.hi),
             static_cast<uint32_t>(p.hi >> 32)};

@@ -356,36 +356,77 @@ Result<Handle> Member::issue(uint32_t block) {
   return Handle{pool_id_, generation, block, ticket->index, ticket->nonce};
 }
 
-Result<Member::View> Member::redeem(const Handle& handle, Mode mode, bool exclusive) {
-  const std::lock_guard lock(mutex_);
-  notice_fork();
-  if (handle.pool_id != pool_id_) return Status(Code::kForeign, "the handle belongs to another pool");
+Result<Member::View> Member::attach_locked(uint32_t block, uint64_t generation, Mode mode) {
   if (stranded_) return Status(Code::kNoSlot, stranded_why_);
-  if (handle.block >= arena_.pages() || handle.ticket >= kTickets)
-    return Status(Code::kInvalid, "the handle names no block of this pool");
+  if (block >= arena_.pages()) return Status(Code::kInvalid, "the handle names no block of this pool");
   // Both are looked at: after a fork without handlers there may be objects that look at a block which is not held any more.
-  if (holds_.count(handle.block) > 0 && work_->ledger.holds(membership_.slot(), handle.block)) {
-    if (holds_.generation(handle.block) != handle.generation)
-      return Status(Code::kStale, "the handle's block has been released");
-  } else if (holds_.count(handle.block) > 0 && holds_.generation(handle.block) != handle.generation) {
+  if (holds_.count(block) > 0 && work_->ledger.holds(membership_.slot(), block)) {
+    if (holds_.generation(block) != generation) return Status(Code::kStale, "the handle's block has been released");
+  } else if (holds_.count(block) > 0 && holds_.generation(block) != generation) {
     return Status(Code::kStale, "arrays that were lost in a fork without handlers still look at the handle's place");
-  } else if (!work_->ledger.attach(handle.block, handle.generation)) {
+  } else if (!work_->ledger.attach(block, generation)) {
     return Status(Code::kStale, "the handle's block has been released");
   }
-  const auto extent = arena_.extent(handle.block);
+  const auto extent = arena_.extent(block);
   // Seen copy-on-write, a block must not share its pages with another.
   const bool whole = extent && extent->offset % kPage == 0 && extent->length % kPage == 0;
   const bool seen = extent && (mode != Mode::kCopyOnWrite || (whole && copy_is_clean(*extent)));
   std::byte* data = seen ? arena_.address(mode, extent->offset) : nullptr;
   if (data == nullptr) {
-    if (holds_.count(handle.block) == 0) work_->ledger.drop(handle.block);
+    if (holds_.count(block) == 0) work_->ledger.drop(block);
     if (!extent) return Status(Code::kCorrupt, "the block's descriptor contradicts the pool's size");
     return Status(Code::kUnsupported, "no address space for this mode");
   }
-  holds_.add(handle.block, mode, handle.generation);
+  holds_.add(block, mode, generation);
+  return View{data, block, extent->length};
+}
+
+Result<Member::View> Member::redeem(const Handle& handle, Mode mode, bool exclusive) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  if (handle.pool_id != pool_id_) return Status(Code::kForeign, "the handle belongs to another pool");
+  if (handle.ticket >= kTickets) return Status(Code::kInvalid, "the handle names no block of this pool");
+  auto view = attach_locked(handle.block, handle.generation, mode);
+  if (!view) return view;
   if (exclusive) holds_.mark_exclusive(handle.block);
   (void)work_->tickets.redeem({handle.ticket, handle.nonce}, handle.block, handle.generation);
-  return View{data, handle.block, extent->length};
+  return view;
+}
+
+// ---- names
+
+bool Member::keep(const Handle& handle) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  return !stranded_ && work_->tickets.keep({handle.ticket, handle.nonce}, handle.block);
+}
+
+void Member::give_up(const Handle& handle) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  if (stranded_ || handle.ticket >= kTickets || handle.block >= arena_.pages()) return;
+  (void)work_->tickets.redeem({handle.ticket, handle.nonce}, handle.block, handle.generation);
+}
+
+Result<Member::View> Member::attach(uint32_t block, uint64_t generation, Mode mode) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  return attach_locked(block, generation, mode);
+}
+
+uint64_t Member::identity() {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  return membership_.incarnation() << 12 | membership_.slot();
+}
+
+bool Member::gone(uint64_t identity) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  const auto slot = static_cast<uint32_t>(identity & 0xfff);
+  if (slot >= kMaxLeases) return true;  // a corrupt file's
+  if (arena_.lease(slot).word.load(std::memory_order_seq_cst) != lease_word(identity >> 12)) return true;
+  return Membership::dead(arena_, membership_.slot(), slot);
 }
 
 Result<Member::View> Member::view(uint32_t block, Mode mode) {

@@ -56,6 +56,17 @@ class Member final : public FreedSink {
   // exclusive: the block was made for this message and belongs to whoever receives it.
   Result<View> redeem(const Handle& handle, Mode mode, bool exclusive = false);
 
+  // For names. keep(): the handle's ticket belongs to a name from here on; false when it was taken back already.
+  bool keep(const Handle& handle);
+  // Ends it, whoever does it; once.
+  void give_up(const Handle& handle);
+  // A block that a name keeps alive, held once more. kStale when it is not that block any more.
+  Result<View> attach(uint32_t block, uint64_t generation, Mode mode);
+  // Who this process is in the pool: slot:12 | incarnation:48, and whether such a one is gone. Never true of this process.
+  uint64_t identity();
+  uint32_t pid() const { return arena_.lease(membership_.slot()).pid.load(std::memory_order_relaxed); }
+  bool gone(uint64_t identity);
+
   struct Found {
     uint32_t block;
     Mode mode;
@@ -111,6 +122,7 @@ class Member final : public FreedSink {
   Result<uint32_t> allocate_small(uint32_t granules, bool whole_pages);
   bool make_room_step(int step, uint64_t bytes);
   void hold_again_for(const Membership& heir);
+  Result<View> attach_locked(uint32_t block, uint64_t generation, Mode mode);
 
   std::mutex mutex_;
   Arena arena_;

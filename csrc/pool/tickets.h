@@ -25,8 +25,10 @@ class BasicTickets {
 
   // REQUIRES: this lease holds the block. Nothing when the table is full.
   std::optional<TicketId> issue(uint32_t block, uint64_t generation);
-  // Uses a ticket up, if it is still out. REQUIRES: this lease holds the block.
+  // Uses a ticket up, if it is still out.
   bool redeem(TicketId id, uint32_t block, uint64_t generation);
+  // From here on the ticket belongs to a name: it is out until it is redeemed. False when it was taken back already.
+  bool keep(TicketId id, uint32_t block);
   // Takes back what was issued by dead leases, or longer ago than `older_than` seconds, oldest first, until `enough` bytes of blocks
   // have become free. Returns how many tickets were taken.
   uint32_t take_back(uint32_t older_than, bool dead_only, uint64_t enough);

@@ -81,6 +81,17 @@ bool BasicTickets<Shared>::clear(uint32_t index, uint64_t nonce, uint32_t block)
 }
 
 template <class Shared>
+bool BasicTickets<Shared>::keep(TicketId id, uint32_t block) {
+  Pair found = arena_.ticket(id.index).value.load();
+  for (;;) {
+    TicketValue ticket = TicketValue::of(found);
+    if (ticket.sender == 0 || ticket.nonce != id.nonce || ticket.block != block) return false;
+    ticket.sender = TicketValue::kName;
+    if (arena_.ticket(id.index).value.exchange_if(found, ticket.pair())) return true;
+  }
+}
+
+template <class Shared>
 bool BasicTickets<Shared>::redeem(TicketId id, uint32_t block, uint64_t generation) {
   ledger_.begin(Op::kRedeem, block, generation);
   const bool was_out = clear(id.index, id.nonce, block);

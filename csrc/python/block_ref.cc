@@ -54,6 +54,12 @@ PyObject* make_block_ref(pool::Member* member, const pool::Member::View& view, p
   return reinterpret_cast<PyObject*>(ref);
 }
 
+std::optional<uint32_t> block_of(PyObject* object, const pool::Member* member) {
+  auto* ref = reinterpret_cast<BlockRef*>(object);
+  if (Py_TYPE(object) != &type || ref->member != member) return std::nullopt;
+  return ref->block;
+}
+
 int add_block_ref_type(PyObject* module) {
   if (PyType_Ready(&type) < 0) return -1;
   return PyModule_AddObjectRef(module, "BlockRef", reinterpret_cast<PyObject*>(&type));

@@ -4,6 +4,8 @@
 // or in another thread, is safe.
 #pragma once
 
+#include <optional>
+
 #include "pool/members.h"
 #include "python/numpy_api.h"
 
@@ -12,5 +14,7 @@ namespace torchshm::python {
 // Takes over one hold of the view's block. New reference, or null with an exception set (the hold is released then).
 PyObject* make_block_ref(pool::Member* member, const pool::Member::View& view, pool::Mode mode);
 int add_block_ref_type(PyObject* module);
+// The block that a reference keeps held in that member's pool; nothing for any other object.
+std::optional<uint32_t> block_of(PyObject* ref, const pool::Member* member);
 
 }  // namespace torchshm::python

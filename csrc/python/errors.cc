@@ -34,6 +34,10 @@ PyObject* raise(const Status& status) {
           "`with torchshm.inline():`");
     case Code::kInvalid:
       return raise_named("StaleHandleError", "not a valid torchshm handle: " + status.what());
+    case Code::kExists:
+      return raise_named("KeyExistsError", status.what());
+    case Code::kMissing:
+      return raise_named("StoreUnavailableError", status.what());
     default:
       return raise_named("TorchshmError", status.what());
   }

@@ -13,6 +13,7 @@
 #include "python/numpy_memory.h"
 #include "python/rebuild.h"
 #include "python/reduce.h"
+#include "python/store_binding.h"
 
 namespace py = pybind11;
 
@@ -175,6 +176,7 @@ PYBIND11_MODULE(unchecked, m) {
       PyModule_AddFunctions(m.ptr(), hot) < 0) {
     throw py::error_already_set();
   }
+  add_store(m);
   m.def("create", &create, py::arg("family"), py::arg("limit") = 0, py::arg("warm") = 0);
   m.def("attach", &attach, py::arg("data_fd"), py::arg("control_fd"), py::arg("current") = false);
   m.def("peek_family", &peek_family, py::arg("control_fd"));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 
 #include "os/mapping.h"
 #include "python/family.h"
@@ -10,8 +11,9 @@
 namespace torchshm::python {
 namespace {
 
-void* take(void*, size_t size) {
-  if (pool::Member* pool = member(); pool != nullptr) {
+// context: the pool, or null for the process's own.
+void* take(void* context, size_t size) {
+  if (pool::Member* pool = context != nullptr ? static_cast<pool::Member*>(context) : member(); pool != nullptr) {
     auto block = pool->allocate(size, size >= 4 * os::kPageBytes);
     if (block) return block->data;
   }
@@ -43,12 +45,19 @@ void* resize(void* context, void* data, size_t size) {
   return moved;
 }
 
-PyDataMem_Handler handler = {"torchshm", 1, {nullptr, take, take_zeroed, resize, give_back}};
+// For good: arrays made with it refer to it. One for each pool.
+PyDataMem_Handler& handler_for(pool::Member* pool) {
+  static std::map<pool::Member*, PyDataMem_Handler> handlers;
+  return handlers.try_emplace(pool, PyDataMem_Handler{"torchshm", 1, {pool, take, take_zeroed, resize, give_back}})
+      .first->second;
+}
 
 }  // namespace
 
-PyObject* enter_pooled(PyObject*, PyObject*) {
-  PyObject* capsule = PyCapsule_New(&handler, "mem_handler", nullptr);
+PyObject* enter_pooled(PyObject*, PyObject*) { return allocate_in(nullptr); }
+
+PyObject* allocate_in(pool::Member* pool) {
+  PyObject* capsule = PyCapsule_New(&handler_for(pool), "mem_handler", nullptr);
   if (capsule == nullptr) return nullptr;
   PyObject* before = PyDataMem_SetHandler(capsule);
   Py_DECREF(capsule);

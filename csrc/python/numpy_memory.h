@@ -5,12 +5,14 @@
 // When the pool is full, arrays land in ordinary memory, and travel as they would have.
 #pragma once
 
+#include "pool/member.h"
 #include "python/numpy_api.h"
 
 namespace torchshm::python {
 
-// Switches to the pool's handler; returns the handler before, a new reference.
+// Switches to the process's pool, or to a given one; returns the handler before, a new reference.
 PyObject* enter_pooled(PyObject* module, PyObject*);
+PyObject* allocate_in(pool::Member* pool);
 // Switches back to the given handler.
 PyObject* leave_pooled(PyObject* module, PyObject* handler);
 

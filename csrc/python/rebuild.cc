@@ -12,11 +12,9 @@
 #include "python/numpy_api.h"
 
 namespace torchshm::python {
-namespace {
 
 static_assert(std::is_same_v<npy_intp, int64_t>, "the wire's dimensions are NumPy's");
 
-// New reference, or null with an exception set.
 PyArray_Descr* dtype_of(const ArrayWire& wire, PyObject* apart) {
   if (apart != nullptr && apart != Py_None) {
     if (!PyArray_DescrCheck(apart)) {
@@ -59,6 +57,8 @@ PyArray_Descr* dtype_of(const ArrayWire& wire, PyObject* apart) {
   }
   return dtype;
 }
+
+namespace {
 
 // Steals dtype. New reference.
 PyObject* array_over(PyTypeObject* subtype, PyArray_Descr* dtype, const ArrayWire& wire, pool::Member* member,
@@ -134,22 +134,9 @@ PyObject* rebuild(PyTypeObject*, PyObject* arguments, PyObject* keywords) {
     return array_with(subtype, dtype, wire, PyBytes_AS_STRING(bytes_object) + PyBytes_GET_SIZE(bytes_object) - bytes,
                       bytes);
   }
-  auto opened = open(*owner, wire);
-  if (!opened) {
-    Py_DECREF(dtype);
-    return raise(opened.status());
-  }
-  // No address space for the mode's own mapping (ulimit -v): through the one there is, read-only by flag, or as a copy.
-  const bool no_face = opened->mode != wire.mode;
-  if (!no_face) return array_over(subtype, dtype, wire, owner, opened->view);
-  wire.writeable = false;
-  const bool copy = wire.mode == pool::Mode::kCopyOnWrite;
-  wire.mode = pool::Mode::kReadWrite;
-  PyObject* shared = array_over(subtype, dtype, wire, owner, opened->view);
-  if (shared == nullptr || !copy) return shared;
-  PyObject* own = PyArray_NewCopy(reinterpret_cast<PyArrayObject*>(shared), NPY_KEEPORDER);
-  Py_DECREF(shared);
-  return own;
+  Status status;
+  PyObject* made = open_array(wire, subtype, dtype, owner, status);
+  return status ? made : raise(status);
 }
 
 PyTypeObject make_type() {
@@ -168,6 +155,27 @@ PyTypeObject make_type() {
 PyTypeObject type = make_type();
 
 }  // namespace
+
+PyObject* open_array(ArrayWire& wire, PyTypeObject* subtype, PyArray_Descr* dtype, pool::Member* owner,
+                     Status& status) {
+  auto opened = open(*owner, wire);
+  if (!opened) {
+    Py_DECREF(dtype);
+    status = std::move(opened.status());
+    return nullptr;
+  }
+  // No address space for the mode's own mapping (ulimit -v): through the one there is, read-only by flag, or as a copy.
+  const bool no_face = opened->mode != wire.mode;
+  if (!no_face) return array_over(subtype, dtype, wire, owner, opened->view);
+  wire.writeable = false;
+  const bool copy = wire.mode == pool::Mode::kCopyOnWrite;
+  wire.mode = pool::Mode::kReadWrite;
+  PyObject* shared = array_over(subtype, dtype, wire, owner, opened->view);
+  if (shared == nullptr || !copy) return shared;
+  PyObject* own = PyArray_NewCopy(reinterpret_cast<PyArrayObject*>(shared), NPY_KEEPORDER);
+  Py_DECREF(shared);
+  return own;
+}
 
 PyObject* array_type() { return reinterpret_cast<PyObject*>(&type); }
 

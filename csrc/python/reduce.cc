@@ -35,8 +35,10 @@ void warn_once(pool::Member* member, const Status& status) {
   Py_XDECREF(readable);
 }
 
-// What type_num, item size and byte order say completely; everything else is pickled beside the wire.
-bool describe_dtype(PyArrayObject* array, ArrayWire& wire) {
+// Shape and dtype. What type_num, item size and byte order do not say completely is pickled beside the wire.
+void describe(PyArrayObject* array, ArrayWire& wire) {
+  wire.ndim = PyArray_NDIM(array);
+  std::copy_n(PyArray_DIMS(array), wire.ndim, wire.shape.begin());
   PyArray_Descr* dtype = PyArray_DESCR(array);
   const int num = dtype->type_num;
   wire.type_num = num;
@@ -50,7 +52,6 @@ bool describe_dtype(PyArrayObject* array, ArrayWire& wire) {
   PyObject* metadata = PyDataType_METADATA(dtype);
   const bool plain = metadata == nullptr || metadata == Py_None;
   wire.dtype_apart = !(numeric || flexible) || !plain;
-  return true;
 }
 
 // Objects live in one process only, and new-style dtypes may keep data elsewhere.
@@ -214,9 +215,7 @@ PyObject* reduce_ndarray(PyObject*, PyObject* object) {
     return as_numpy_does(object);
 
   ArrayWire wire;
-  wire.ndim = PyArray_NDIM(array);
-  std::copy_n(PyArray_DIMS(array), wire.ndim, wire.shape.begin());
-  describe_dtype(array, wire);
+  describe(array, wire);
 
   Status status;
   if (auto referred = by_reference(source, wire)) {
@@ -233,6 +232,28 @@ PyObject* reduce_ndarray(PyObject*, PyObject* object) {
   source.member->count_fallback();
   warn_once(source.member, status);
   return as_numpy_does(object);
+}
+
+Put put_array(PyArrayObject* array, pool::Member* member, ArrayWire& wire, Status& status) {
+  const Source source{array, member, PyArray_NBYTES(array)};
+  if (source.bytes == 0 || !can_be_pooled(array)) return Put::kNot;
+  describe(array, wire);
+  if (wire.dtype_apart) return Put::kNot;
+  Scope& now = scope();
+  const bool sharing = now.sharing;
+  const pool::Mode mode = now.mode;
+  now.sharing = true;
+  now.mode = pool::Mode::kRead;
+  int done = 1;
+  if (auto referred = by_reference(source, wire)) {
+    status = std::move(*referred);
+    done = status ? 1 : 0;
+  } else {
+    done = by_copy(source, wire, status);
+  }
+  now.sharing = sharing;
+  now.mode = mode;
+  return done > 0 ? Put::kDone : done == 0 ? Put::kFailed : Put::kRaised;
 }
 
 }  // namespace torchshm::python

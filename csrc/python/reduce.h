@@ -2,11 +2,18 @@
 // large enough, and else as NumPy always did.
 #pragma once
 
+#include "pool/member.h"
+#include "python/array_wire.h"
 #include "python/numpy_api.h"
 
 namespace torchshm::python {
 
 // METH_O. A message never fails because of this: whatever the pool can't do, NumPy's own pickling does.
 PyObject* reduce_ndarray(PyObject* module, PyObject* array);
+
+// For a name: the wire of an array that lies in that pool, by reference or by copy; its handle has a ticket. kNot for what a wire alone can't
+// describe, kFailed with `status` set, kRaised with an exception set.
+enum class Put { kDone, kNot, kFailed, kRaised };
+Put put_array(PyArrayObject* array, pool::Member* member, ArrayWire& wire, Status& status);
 
 }  // namespace torchshm::python

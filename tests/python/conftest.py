@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 from peer import Peer
@@ -75,3 +79,45 @@ def way(request, registered):
     torchshm.register(min_bytes=0 if request.param == "pooled" else 1 << 40)
     yield request.param
     torchshm.register()
+
+
+@pytest.fixture(scope="session")
+def runtime():
+    """Where the stores of this session are found, by this process and its children. Short: sockets allow 107 bytes."""
+    before = os.environ.get("XDG_RUNTIME_DIR")
+    folder = tempfile.mkdtemp(prefix="stores", dir="/tmp")
+    os.environ["XDG_RUNTIME_DIR"] = folder
+    yield Path(folder)
+    if before is None:
+        del os.environ["XDG_RUNTIME_DIR"]
+    else:
+        os.environ["XDG_RUNTIME_DIR"] = before
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def _served(runtime):
+    with torchshm.start("session", limit="1GiB") as served:
+        yield served
+
+
+@pytest.fixture
+def store(_served):
+    """A store, empty. One for the session: what a process has joined it never leaves."""
+    yield _served
+    for key in list(_served):
+        del _served[key]
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def _client(_served):
+    with Peer("spawn") as peer:
+        yield peer
+
+
+@pytest.fixture
+def client(_client, store):
+    """A child process that knows the store by its name only."""
+    yield _client
+    _client.forget()

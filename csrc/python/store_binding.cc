@@ -1,0 +1,500 @@
+#include "python/numpy_api.h"
+// NumPy's header first.
+#include "python/store_binding.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/copy.h"
+#include "os/futex.h"
+#include "os/mapping.h"
+#include "python/array_wire.h"
+#include "python/block_ref.h"
+#include "python/errors.h"
+#include "python/numpy_memory.h"
+#include "python/rebuild.h"
+#include "python/reduce.h"
+#include "service/address.h"
+#include "service/client.h"
+#include "service/server.h"
+#include "store/catalogue.h"
+
+namespace py = pybind11;
+
+namespace torchshm::python {
+namespace {
+
+using pool::Mode;
+
+constexpr char kArray = 'A';              // the text of one array: this, and its wire
+constexpr uint64_t kSlice = 100'000'000;  // ns slept at a time: a signal may come just before the sleep
+constexpr uint64_t kCopyUnderGil = uint64_t{1} << 20;
+constexpr int kAttempts = 1000;  // a name that changes more often while it is looked for is an error
+
+[[noreturn]] void fail(const Status& status) {
+  if (status.code() == Code::kInvalid) {
+    PyErr_SetString(PyExc_ValueError, ("torchshm: " + status.what()).c_str());
+  } else {
+    (void)raise(status);
+  }
+  throw py::error_already_set();
+}
+
+// There is a name, and no store to be had under it.
+[[noreturn]] void fail_unavailable(const Status& status) {
+  if (status.code() != Code::kInvalid) fail(status);
+  (void)raise_named("StoreUnavailableError", status.what());
+  throw py::error_already_set();
+}
+
+// Without the GIL.
+bool no_signal() {
+  const py::gil_scoped_acquire acquire;
+  return PyErr_CheckSignals() == 0;
+}
+
+PyObject* text_of(const std::string& key) {
+  return PyUnicode_DecodeUTF8(key.data(), static_cast<Py_ssize_t>(key.size()), "surrogateescape");
+}
+
+[[noreturn]] void fail_missing(std::string_view key) {
+  py::object name = py::reinterpret_steal<py::object>(text_of(std::string(key)));
+  PyErr_SetObject(PyExc_KeyError, name.ptr());
+  throw py::error_already_set();
+}
+
+[[noreturn]] void fail_save(const Status& status, std::string_view key) {
+  if (status.code() != Code::kExists) fail(status);
+  (void)raise_named(
+      "KeyExistsError",
+      std::string(key) + " is a name in this store already; save it under another one, or with overwrite=True");
+  throw py::error_already_set();
+}
+
+Mode mode_of(int mode) {
+  if (mode < 0 || mode > static_cast<int>(Mode::kCopyOnWrite)) throw py::value_error("unknown mode");
+  return static_cast<Mode>(mode);
+}
+
+py::dict as_dict(const service::Reply& reply) {
+  py::dict row;
+  row["pid"] = reply.pid;
+  row["pool_id"] = reply.pool_id;
+  row["clients"] = reply.clients;
+  row["started"] = static_cast<double>(reply.started) * 1e-9;
+  return row;
+}
+
+class Store {
+ public:
+  Store(pool::Member* member, std::shared_ptr<store::Catalogue> catalogue, std::unique_ptr<service::Server> server)
+      : member_(member), catalogue_(std::move(catalogue)), server_(std::move(server)) {}
+  ~Store() { stop(); }
+  Store(const Store&) = delete;
+  Store& operator=(const Store&) = delete;
+
+  static std::unique_ptr<Store> start(const std::string& name, uint64_t limit, uint64_t ttl, uint32_t mode,
+                                      int64_t group) {
+    service::ServerOptions options;
+    options.name = name;
+    options.limits.limit = limit;
+    options.ttl = ttl;
+    options.mode = mode;
+    options.group = group;
+    Result<std::unique_ptr<service::Server>> server = Status();
+    {
+      const py::gil_scoped_release release;
+      server = service::Server::start(options);
+    }
+    if (!server) fail(server.status());
+    pool::Member* member = &(*server)->member();
+    auto catalogue = (*server)->share_catalogue();
+    return std::make_unique<Store>(member, std::move(catalogue), server.take());
+  }
+
+  static std::unique_ptr<Store> connect(const std::string& name, uint64_t nanoseconds) {
+    if (Status named = service::check_name(name); !named) fail(named);
+    Result<service::Client> client = Status();
+    {
+      const py::gil_scoped_release release;
+      client = service::connect(name, nanoseconds, no_signal);
+    }
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if (!client) {
+      fail_unavailable(client.status());
+    }
+    return std::make_unique<Store>(client->member, client->catalogue, nullptr);
+  }
+
+  // ---- one array
+
+  // False when a wire alone can't describe it.
+  bool save_array(std::string_view key, py::handle object, bool overwrite, uint64_t ttl, bool bound) {
+    if (!PyArray_CheckExact(object.ptr())) return false;
+    // Before the copy.
+    if (!overwrite && catalogue_->contains(key)) fail_save(Status(Code::kExists, ""), key);
+    ArrayWire wire;
+    Status status;
+    auto* array = reinterpret_cast<PyArrayObject*>(object.ptr());
+    Put put = put_array(array, member_, wire, status);
+    if (put == Put::kFailed && made_room(status)) put = put_array(array, member_, wire, status = Status());
+    switch (put) {
+      case Put::kNot:
+        return false;
+      case Put::kRaised:
+        throw py::error_already_set();
+      case Put::kFailed:
+        fail(status);
+      case Put::kDone:
+        break;
+    }
+    char text[1 + kWireMost] = {kArray};
+    const size_t length = 1 + encode(wire, text + 1, member_->arena().header().secret);
+    // The name takes its own ticket from a hold.
+    auto view = member_->redeem(wire.handle, Mode::kReadWrite);
+    if (!view) fail(view.status());
+    status = catalogue_->save(key, {text, length}, {view->block}, {overwrite, ttl, bound});
+    member_->release(view->block, Mode::kReadWrite);
+    if (!status) fail_save(status, key);
+    return true;
+  }
+
+  // An array, or (text, blocks) of what else the name stands for.
+  py::object load(std::string_view key, int mode) {
+    const Mode wanted = mode_of(mode);
+    Status status;
+    for (int attempt = 0; attempt < kAttempts; ++attempt) {
+      auto entry = catalogue_->find(key);
+      if (!entry) {
+        if (entry.code() == Code::kMissing) fail_missing(key);
+        fail(entry.status());
+      }
+      const std::string& text = entry->text;
+      if (text.empty() || text[0] != kArray) return as_text(*entry);
+      auto wire = decode(text.data() + 1, text.size() - 1);
+      if (!wire) fail_damaged(key, wire.status());
+      const uint64_t secret = member_->arena().header().secret;
+      if (wire->carries || wire->dtype_apart || wire->handle.pool_id != member_->pool_id() ||
+          !intact(text.data() + 1, text.size() - 1, secret)) {
+        fail_damaged(key, Status(Code::kInvalid, "it is no array of this store"));
+      }
+      wire->mode = wanted;
+      wire->writeable = wanted != Mode::kRead;
+      wire->exclusive = false;
+      PyArray_Descr* dtype = dtype_of(*wire, nullptr);
+      if (dtype == nullptr) throw py::error_already_set();
+      status = Status();
+      PyObject* array = open_array(*wire, &PyArray_Type, dtype, member_, status);
+      if (array != nullptr) return py::reinterpret_steal<py::object>(array);
+      if (status) throw py::error_already_set();
+      if (status.code() != Code::kStale) fail(status);
+      // Removed or replaced meanwhile: look again.
+    }
+    fail(status);
+  }
+
+  // ---- other values: a text, and blocks
+
+  // A name for `text` and for the blocks that `refs` hold.
+  void save(std::string_view key, std::string_view text, const py::list& refs, bool overwrite, uint64_t ttl,
+            bool bound) {
+    std::vector<uint32_t> blocks;
+    blocks.reserve(refs.size());
+    for (const py::handle ref : refs) {
+      const auto block = block_of(ref.ptr(), member_);
+      if (!block) throw py::type_error("a block of this store's pool is expected");
+      blocks.push_back(*block);
+    }
+    Status status = catalogue_->save(key, text, blocks, {overwrite, ttl, bound});
+    if (!status) fail_save(status, key);
+  }
+
+  // The block of this store that a range of memory lies in: (reference, block, offset). None when it has to be copied.
+  py::object refer(uintptr_t address, uint64_t length) {
+    const auto* first = reinterpret_cast<const std::byte*>(address);
+    const auto found = member_->find(first);
+    if (!found || found->exclusive || length > found->length - found->offset) return py::none();
+    if (found->mode == Mode::kCopyOnWrite && member_->modified(*found, first, first + length)) return py::none();
+    auto view = member_->view(found->block, Mode::kReadWrite);
+    if (!view) return py::none();
+    PyObject* ref = make_block_ref(member_, *view, Mode::kReadWrite);
+    if (ref == nullptr) throw py::error_already_set();
+    return py::make_tuple(py::reinterpret_steal<py::object>(ref), found->block, found->offset);
+  }
+
+  // Uninitialised bytes in a block of their own, which is the array's base.
+  py::object blank(uint64_t length) {
+    Result<pool::Member::View> view = Status();
+    {
+      const py::gil_scoped_release release;
+      view = member_->allocate(length, true);
+    }
+    if (!view && made_room(view.status())) view = member_->allocate(length, true);
+    if (!view) fail(view.status());
+    return bytes_over(*view, length, Mode::kReadWrite, true);
+  }
+
+  // The whole block, as bytes.
+  py::object open(uint32_t block, uint64_t generation, int mode) {
+    const Mode wanted = mode_of(mode);
+    auto view = member_->attach(block, generation, wanted);
+    if (view.code() == Code::kUnsupported) {
+      // No address space for that mode's mapping, or the block shares its pages with others: by flag, or as a copy.
+      view = member_->attach(block, generation, Mode::kReadWrite);
+      if (!view) fail(view.status());
+      py::object shared = bytes_over(*view, view->length, Mode::kReadWrite, false);
+      if (wanted == Mode::kRead) return shared;
+      PyObject* own = PyArray_NewCopy(reinterpret_cast<PyArrayObject*>(shared.ptr()), NPY_KEEPORDER);
+      if (own == nullptr) throw py::error_already_set();
+      return py::reinterpret_steal<py::object>(own);
+    }
+    if (!view) fail(view.status());
+    return bytes_over(*view, view->length, wanted, wanted != Mode::kRead);
+  }
+
+  // ---- names
+
+  py::dict find(std::string_view key) {
+    auto entry = catalogue_->find(key);
+    if (!entry) {
+      if (entry.code() == Code::kMissing) fail_missing(key);
+      fail(entry.status());
+    }
+    uint64_t bytes = 0;
+    for (const auto& block : entry->blocks) {
+      if (const auto extent = member_->arena().extent(block.block)) bytes += extent->length;
+    }
+    py::dict row;
+    row["text"] = py::bytes(entry->text);
+    row["bytes"] = bytes;
+    row["blocks"] = entry->blocks.size();
+    row["created"] = static_cast<double>(entry->created) * 1e-9;
+    if (entry->expires == 0) {
+      row["expires_in"] = py::none();
+    } else {
+      row["expires_in"] = (static_cast<double>(entry->expires) - static_cast<double>(os::boot_time())) * 1e-9;
+    }
+    row["pid"] = entry->pid;
+    row["bound"] = entry->owner != 0;
+    row["abandoned"] = entry->owner != 0 && member_->gone(entry->owner);
+    return row;
+  }
+
+  bool contains(std::string_view key) { return catalogue_->contains(key); }
+  bool remove(std::string_view key) { return catalogue_->remove(key); }
+
+  py::list keys(std::string_view prefix) {
+    std::vector<std::string> found;
+    {
+      const py::gil_scoped_release release;
+      catalogue_->each(prefix, [&](store::Entry entry) { found.push_back(std::move(entry.key)); });
+      std::sort(found.begin(), found.end());
+    }
+    py::list names;
+    for (const std::string& key : found) {
+      PyObject* name = text_of(key);
+      if (name == nullptr) throw py::error_already_set();
+      names.append(py::reinterpret_steal<py::object>(name));
+    }
+    return names;
+  }
+
+  uint64_t size() {
+    const py::gil_scoped_release release;
+    return catalogue_->size();
+  }
+
+  uint32_t sweep() {
+    const py::gil_scoped_release release;
+    return catalogue_->sweep();
+  }
+
+  // ---- waiting
+
+  uint32_t bell(std::string_view key) { return catalogue_->bell(key); }
+  void ring(std::string_view key) { catalogue_->ring(key); }
+
+  // Returns when the bell may have been rung, or when the time is up. Raises what a signal's handler raises.
+  void wait(std::string_view key, uint32_t seen, uint64_t nanoseconds) {
+    const uint64_t now = os::boot_time();
+    const uint64_t until = nanoseconds > UINT64_MAX - now ? UINT64_MAX : now + nanoseconds;
+    const std::string name(key);
+    for (;;) {
+      bool rung = false;
+      const uint64_t at = os::boot_time();
+      if (at >= until) return;
+      {
+        const py::gil_scoped_release release;
+        (void)catalogue_->wait(name, seen, std::min(kSlice, until - at));
+        rung = catalogue_->bell(name) != seen;
+      }
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (rung) return;
+    }
+  }
+
+  // ---- the store
+
+  py::dict info() {
+    const store::Header& header = catalogue_->header();
+    pool::Stats stats;
+    uint64_t names = 0;
+    {
+      const py::gil_scoped_release release;
+      stats = member_->stats();
+      names = catalogue_->size();
+    }
+    py::dict row;
+    row["name"] = name();
+    row["names"] = names;
+    row["created"] = static_cast<double>(header.created) * 1e-9;
+    row["service_pid"] = header.serving.load(std::memory_order_relaxed);
+    const uint64_t ttl = header.default_ttl.load(std::memory_order_relaxed);
+    if (ttl == 0) {
+      row["ttl"] = py::none();
+    } else {
+      row["ttl"] = static_cast<double>(ttl) * 1e-9;
+    }
+    row["saved"] = header.saved.load(std::memory_order_relaxed);
+    row["removed"] = header.removed.load(std::memory_order_relaxed);
+    row["expired"] = header.expired.load(std::memory_order_relaxed);
+    row["pool_id"] = member_->pool_id();
+    row["live_bytes"] = stats.live;
+    row["committed_bytes"] = stats.committed;
+    row["limit_bytes"] = stats.limit;
+    row["blocks"] = stats.blocks;
+    row["leases"] = stats.leases.size();
+    return row;
+  }
+
+  std::string name() const {
+    const store::Header& header = catalogue_->header();
+    return {header.name, ::strnlen(header.name, sizeof header.name)};
+  }
+
+  py::object allocate_here() {
+    PyObject* before = allocate_in(member_);
+    if (before == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(before);
+  }
+
+  bool serving() const { return server_ != nullptr; }
+  bool took_over() const { return server_ != nullptr && server_->took_over(); }
+
+  // Whether somebody has asked the service to end, within that time.
+  bool wait_stop(int milliseconds) {
+    if (server_ == nullptr) return true;
+    const py::gil_scoped_release release;
+    return server_->wait(milliseconds);
+  }
+
+  // Ends the service, if it is here. Names and data stay, for whoever has the store.
+  void stop() {
+    if (server_ == nullptr) return;
+    const py::gil_scoped_release release;
+    server_.reset();
+  }
+
+ private:
+  // With no service, nobody has taken expired names away.
+  bool made_room(const Status& status) { return status.code() == Code::kFull && sweep() > 0; }
+
+  [[noreturn]] static void fail_damaged(std::string_view key, const Status& status) {
+    fail(Status(Code::kCorrupt, "the entry of " + std::string(key) + " is damaged: " + status.what()));
+  }
+
+  static py::object as_text(const store::Entry& entry) {
+    py::list blocks;
+    for (const auto& block : entry.blocks) blocks.append(py::make_tuple(block.block, block.generation));
+    return py::make_tuple(py::bytes(entry.text), blocks);
+  }
+
+  // Takes over the view's hold.
+  py::object bytes_over(const pool::Member::View& view, uint64_t length, Mode mode, bool writeable) {
+    PyObject* base = make_block_ref(member_, view, mode);
+    if (base == nullptr) throw py::error_already_set();
+    npy_intp shape = static_cast<npy_intp>(length);
+    PyObject* made = PyArray_New(&PyArray_Type, 1, &shape, NPY_UINT8, nullptr, view.data, 0,
+                                 writeable ? NPY_ARRAY_WRITEABLE : 0, nullptr);
+    if (made == nullptr) {
+      Py_DECREF(base);
+      throw py::error_already_set();
+    }
+    py::object array = py::reinterpret_steal<py::object>(made);
+    if (PyArray_SetBaseObject(reinterpret_cast<PyArrayObject*>(made), base) < 0) throw py::error_already_set();
+    return array;
+  }
+
+  pool::Member* member_;
+  std::shared_ptr<store::Catalogue> catalogue_;
+  std::unique_ptr<service::Server> server_;
+};
+
+// Bytes from anywhere, to `offset` of a blank array.
+void copy_into(py::handle array, uint64_t offset, uintptr_t from, uint64_t length) {
+  if (!PyArray_CheckExact(array.ptr())) throw py::type_error("an array is expected");
+  auto* to = reinterpret_cast<PyArrayObject*>(array.ptr());
+  const auto room = static_cast<uint64_t>(PyArray_NBYTES(to));
+  if (!PyArray_IS_C_CONTIGUOUS(to) || !PyArray_ISWRITEABLE(to) || offset > room || length > room - offset)
+    throw py::value_error("more bytes than fit");
+  auto* at = static_cast<std::byte*>(PyArray_DATA(to)) + offset;
+  const auto* bytes = reinterpret_cast<const std::byte*>(from);
+  if (length < kCopyUnderGil) {
+    std::memcpy(at, bytes, length);
+    return;
+  }
+  const py::gil_scoped_release release;
+  torchshm::copy_bytes(at, bytes, length);
+}
+
+py::object answer_of(const std::string& name, service::Ask what) {
+  if (Status named = service::check_name(name); !named) fail(named);
+  Result<service::Reply> reply = Status();
+  {
+    const py::gil_scoped_release release;
+    reply = service::ask(name, what);
+  }
+  if (reply) return as_dict(*reply);
+  fail_unavailable(reply.status());
+}
+
+}  // namespace
+
+void add_store(py::module_& m) {
+  py::class_<Store>(m, "Store")
+      .def_static("start", &Store::start, py::arg("name"), py::arg("limit") = 0, py::arg("ttl") = 0,
+                  py::arg("mode") = 0600, py::arg("group") = -1)
+      .def_static("connect", &Store::connect, py::arg("name"), py::arg("timeout"))
+      .def("save_array", &Store::save_array)
+      .def("load", &Store::load)
+      .def("save", &Store::save)
+      .def("refer", &Store::refer)
+      .def("blank", &Store::blank)
+      .def("open", &Store::open)
+      .def("find", &Store::find)
+      .def("contains", &Store::contains)
+      .def("remove", &Store::remove)
+      .def("keys", &Store::keys)
+      .def("size", &Store::size)
+      .def("sweep", &Store::sweep)
+      .def("bell", &Store::bell)
+      .def("ring", &Store::ring)
+      .def("wait", &Store::wait)
+      .def("info", &Store::info)
+      .def("allocate_here", &Store::allocate_here)
+      .def("wait_stop", &Store::wait_stop)
+      .def("stop", &Store::stop)
+      .def_property_readonly("name", &Store::name)
+      .def_property_readonly("serving", &Store::serving)
+      .def_property_readonly("took_over", &Store::took_over);
+  m.def("copy_into", &copy_into, py::arg("array"), py::arg("offset"), py::arg("address"), py::arg("length"));
+  m.def("store_names", &service::names);
+  m.def(
+      "store_status", [](const std::string& name) { return answer_of(name, service::Ask::kInfo); }, py::arg("name"));
+  m.def(
+      "store_stop", [](const std::string& name) { return answer_of(name, service::Ask::kStop); }, py::arg("name"));
+}
+
+}  // namespace torchshm::python

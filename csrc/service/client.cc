@@ -1,0 +1,88 @@
+#include "service/client.h"
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <thread>
+
+#include "os/futex.h"
+#include "os/process.h"
+#include "os/socket.h"
+#include "pool/members.h"
+#include "service/address.h"
+
+namespace torchshm::service {
+namespace {
+
+constexpr int kAnswerWithin = 5000;  // ms; a service answers at once unless it is stopped
+
+struct Answered {
+  Reply reply;
+  std::vector<os::Fd> files;
+};
+
+Result<Answered> talk(const std::string& name, Ask ask) {
+  if (Status named = check_name(name); !named) return named;
+  auto socket = os::connect_to(socket_path(name));
+  if (!socket) return std::move(socket.status());
+  // A socket's name proves nothing: /tmp is everybody's.
+  auto peer = os::peer_of(socket->get());
+  if (!peer) return std::move(peer.status());
+  if (peer->uid != os::effective_user() && peer->uid != 0)
+    return Status(Code::kInvalid,
+                  "the store " + name + " is served by another user, with uid " + std::to_string(peer->uid));
+  Request request;
+  request.ask = ask;
+  if (Status sent = os::send_message(socket->get(), &request, sizeof request); !sent)
+    return Status(Code::kMissing, "the store's service has just ended", sent.error());
+  Answered answered;
+  auto received = os::receive_message(socket->get(), &answered.reply, sizeof answered.reply, kAnswerWithin);
+  if (!received) return std::move(received.status());
+  if (received->length == 0) return Status(Code::kMissing, "the store's service has just ended");
+  if (received->length != sizeof(Reply) || answered.reply.magic != kMagic)
+    return Status(Code::kInvalid, "the store " + name + " is served by another version of torchshm");
+  answered.reply.why[sizeof answered.reply.why - 1] = 0;
+  if (answered.reply.answer != Answer::kOk)
+    return Status(Code::kInvalid, "the store " + name + " refuses: " + answered.reply.why);
+  answered.files = std::move(received->descriptors);
+  return answered;
+}
+
+}  // namespace
+
+Result<Reply> ask(const std::string& name, Ask request) {
+  auto answered = talk(name, request);
+  if (!answered) return std::move(answered.status());
+  return answered->reply;
+}
+
+Result<Client> connect(const std::string& name, uint64_t nanoseconds, bool (*go_on)()) {
+  const uint64_t until = os::boot_time() + nanoseconds;
+  auto answered = talk(name, Ask::kAttach);
+  // From 1 ms on, twice as long each time.
+  for (uint64_t pause = 1'000'000; !answered && answered.code() == Code::kMissing; pause *= 2) {
+    const uint64_t now = os::boot_time();
+    if (now >= until || !go_on()) return std::move(answered.status());
+    std::this_thread::sleep_for(std::chrono::nanoseconds(std::min({pause, until - now, uint64_t{50'000'000}})));
+    answered = talk(name, Ask::kAttach);
+  }
+  if (!answered) return std::move(answered.status());
+  if (answered->files.size() != 3) return Status(Code::kInvalid, "the store's service sent no files");
+  static std::mutex joining;
+  const std::lock_guard lock(joining);
+  Client client;
+  client.member = pool::find_pool(answered->reply.pool_id);
+  if (client.member == nullptr) {
+    auto member = pool::Member::attach(std::move(answered->files[0]), std::move(answered->files[1]));
+    if (!member) return std::move(member.status());
+    client.member = pool::adopt(member.take());
+    if (client.member == nullptr) return Status(Code::kUnsupported, "this process is a member of too many pools");
+  }
+  auto catalogue = store::Catalogue::attach(*client.member, std::move(answered->files[2]));
+  if (!catalogue) return std::move(catalogue.status());
+  client.catalogue = catalogue.take();
+  return client;
+}
+
+}  // namespace torchshm::service

@@ -1,0 +1,299 @@
+#include "service/server.h"
+
+#include <algorithm>
+#include <csignal>
+#include <cstring>
+#include <map>
+
+#include "base/failpoint.h"
+#include "os/futex.h"
+#include "os/memfd.h"
+#include "os/process.h"
+#include "pool/members.h"
+#include "service/address.h"
+#include "service/wire.h"
+
+namespace torchshm::service {
+namespace {
+
+constexpr int kTidyEvery = 250;  // ms; what a death or an expiry may wait for when nothing tells of it
+constexpr size_t kMostConnections = 256;
+constexpr std::ptrdiff_t kMostStrangers = 16;
+constexpr uint64_t kPatience = 5'000'000'000;  // ns that a connection may stay silent
+
+// Tokens: the low bits say what, the high ones which.
+constexpr uint64_t kListening = 0, kSignal = 1, kClient = 2, kWatched = 3;
+
+// Servers of this process, for its fork handlers. A few at most.
+std::mutex living;
+std::vector<Server*>& servers() {
+  static std::vector<Server*> list;
+  return list;
+}
+
+void in_child() {
+  for (Server* server : servers()) server->forget_in_child();
+  servers().clear();
+  living.unlock();
+}
+
+void hook_forks() {
+  static const int hooked = ::pthread_atfork([] { living.lock(); }, [] { living.unlock(); }, in_child);
+  (void)hooked;
+}
+
+}  // namespace
+
+struct Server::Connections {
+  struct Open {
+    os::Fd socket;
+    uint64_t since;
+    bool welcome;
+  };
+  std::map<int, Open> open;       // by descriptor
+  std::map<int, os::Fd> watched;  // pidfds of clients
+};
+
+Server::Server(const ServerOptions& options, pool::Member& member)
+    : options_(options), member_(member), connections_(std::make_unique<Connections>()) {}
+
+Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
+  if (Status named = check_name(options.name); !named) return named;
+  if (Status made = os::private_directory(directory(), options.group); !made) return made;
+  auto lock = os::lock_file(lock_path(options.name), 0600);
+  if (!lock) {
+    if (lock.code() != Code::kExists) return std::move(lock.status());
+    return Status(Code::kExists, "a store named " + options.name +
+                                     " is being served already; connect to it, stop it "
+                                     "(torchshm stop " +
+                                     options.name + "), or choose another name");
+  }
+  TORCHSHM_POINT("serve.locked");
+
+  // With the lock in hand, what is left of an earlier service is nobody's.
+  std::unique_ptr<pool::Member> fresh;
+  pool::Member* member = nullptr;
+  auto files = find_files(options.name);
+  const bool taking_over = files.ok();
+  if (taking_over) {
+    // This process may be one of those that have it.
+    const auto stamp = store::Catalogue::stamp_of(files->catalogue.get(), options.name);
+    if (stamp) member = pool::find_pool(stamp->pool_id);
+  }
+  if (member != nullptr) {
+  } else if (taking_over) {
+    auto member = pool::Member::attach(std::move(files->data), std::move(files->control));
+    if (!member) return std::move(member.status());
+    fresh = member.take();
+  } else {
+    auto member = pool::Member::create(options.family, options.limits);
+    if (!member) return std::move(member.status());
+    fresh = member.take();
+  }
+  if (member == nullptr) member = pool::adopt(std::move(fresh));
+  if (member == nullptr) return Status(Code::kUnsupported, "this process is a member of too many pools");
+  std::unique_ptr<Server> server(new Server(options, *member));
+  server->lock_ = lock.take();
+  server->took_over_ = taking_over;
+  auto catalogue = taking_over ? store::Catalogue::attach(*member, std::move(files->catalogue))
+                               : store::Catalogue::create(*member, options.name, options.ttl, place());
+  if (!catalogue) return std::move(catalogue.status());
+  server->catalogue_ = catalogue.take();
+  TORCHSHM_POINT("serve.store");
+
+  const std::string path = socket_path(options.name);
+  os::remove_file(path);
+  auto listening = os::listen_at(path, options.mode);
+  if (!listening) return std::move(listening.status());
+  server->listening_ = listening.take();
+  TORCHSHM_POINT("serve.listening");
+  auto signal = os::make_signal();
+  if (!signal) return std::move(signal.status());
+  server->signal_ = signal.take();
+  auto poller = os::Poller::create();
+  if (!poller) return std::move(poller.status());
+  server->poller_ = poller.take();
+  for (const auto& [fd, token] :
+       {std::pair(server->listening_.get(), kListening), std::pair(server->signal_.get(), kSignal)}) {
+    if (Status added = server->poller_.add(fd, token); !added) return added;
+  }
+  server->started_ = os::real_time();
+  server->catalogue_->header().serving.store(os::self().pid, std::memory_order_relaxed);
+  hook_forks();
+  {
+    const std::lock_guard held(living);
+    servers().push_back(server.get());
+  }
+  sigset_t all, before;
+  ::sigfillset(&all);
+  ::pthread_sigmask(SIG_BLOCK, &all, &before);
+  try {
+    server->thread_ = std::thread([raw = server.get()] { raw->run(); });
+  } catch (const std::exception& error) {
+    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return Status(Code::kUnsupported, std::string("no thread for the store's service: ") + error.what());
+  }
+  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  return server;
+}
+
+Server::~Server() {
+  {
+    const std::lock_guard held(living);
+    auto& list = servers();
+    list.erase(std::remove(list.begin(), list.end(), this), list.end());
+  }
+  if (!thread_.joinable()) return;
+  ending_.store(true);
+  os::raise_signal(signal_.get());
+  thread_.join();
+}
+
+// The thread is not here, and what it was doing is the parent's.
+void Server::forget_in_child() {
+  if (thread_.joinable()) thread_.detach();
+  listening_.reset();
+  lock_.reset();
+  signal_.reset();
+  poller_ = {};
+  connections_->open.clear();
+  connections_->watched.clear();
+}
+
+bool Server::wait(int milliseconds) {
+  const uint64_t until = os::boot_time() + static_cast<uint64_t>(milliseconds) * 1'000'000;
+  while (stop_asked_.load(std::memory_order_acquire) == 0) {
+    const uint64_t now = os::boot_time();
+    if (now >= until || os::wait(stop_asked_, 0, until - now) == os::Wait::kInterrupted) break;
+  }
+  return stop_asked_.load(std::memory_order_acquire) != 0;
+}
+
+void Server::ask_to_stop() {
+  stop_asked_.store(1, std::memory_order_release);
+  os::wake_all(stop_asked_);
+}
+
+bool Server::welcome(const os::Peer& peer) const {
+  if (peer.uid == os::effective_user()) return true;
+  if (options_.group < 0) return false;
+  const auto group = static_cast<uint32_t>(options_.group);
+  return peer.gid == group || std::find(peer.groups.begin(), peer.groups.end(), group) != peer.groups.end();
+}
+
+void Server::accept_clients() {
+  for (;;) {
+    auto socket = os::accept_from(listening_.get());
+    if (!socket || !socket->valid()) return;
+    auto peer = os::peer_of(socket->get());
+    if (!peer) continue;
+    // A stranger is told so when it has asked: what it had sent unread would turn the answer into a reset. A few at a time.
+    const bool known = welcome(*peer);
+    if (!known && std::count_if(connections_->open.begin(), connections_->open.end(),
+                                [](const auto& entry) { return !entry.second.welcome; }) >= kMostStrangers) {
+      continue;
+    }
+    if (connections_->open.size() >= kMostConnections) continue;  // closed: the client tries again
+    const int fd = socket->get();
+    if (!poller_.add(fd, static_cast<uint64_t>(fd) << 8 | kClient)) continue;
+    connections_->open.emplace(fd, Connections::Open{socket.take(), os::boot_time(), known});
+  }
+}
+
+void Server::serve(int fd) {
+  const auto found = connections_->open.find(fd);
+  if (found == connections_->open.end()) return;
+  // One request a connection: nothing a client does or leaves undone holds up another.
+  const os::Fd socket = std::move(found->second.socket);
+  const bool known = found->second.welcome;
+  poller_.remove(fd);
+  connections_->open.erase(found);
+  Request request;
+  auto received = os::receive_message(socket.get(), &request, sizeof request, 0);
+  if (!received || received->length != sizeof request || request.magic != kMagic) return;
+  Reply reply;
+  if (!known) {
+    reply.answer = Answer::kRefused;
+    std::strncpy(reply.why, "it belongs to another user", sizeof reply.why - 1);
+    (void)os::send_message(socket.get(), &reply, sizeof reply);
+    return;
+  }
+  reply.pid = os::self().pid;
+  reply.pool_id = member_.pool_id();
+  reply.clients = clients_.load(std::memory_order_relaxed);
+  reply.started = started_;
+  std::vector<int> descriptors;
+  switch (request.ask) {
+    case Ask::kAttach: {
+      descriptors = {member_.arena().data_fd(), member_.arena().control_fd(), catalogue_->fd()};
+      if (auto peer = os::peer_of(socket.get())) {
+        if (auto watch = os::watch_peer(socket.get(), peer->pid)) {
+          const int watched = watch->get();
+          if (poller_.add(watched, static_cast<uint64_t>(watched) << 8 | kWatched)) {
+            connections_->watched.emplace(watched, watch.take());
+            clients_.fetch_add(1, std::memory_order_relaxed);
+          }
+        }
+      }
+      break;
+    }
+    case Ask::kInfo:
+      break;
+    case Ask::kStop:
+      ask_to_stop();
+      break;
+    default:
+      reply.answer = Answer::kUnknown;
+      std::strncpy(reply.why, "the service does not know this request", sizeof reply.why - 1);
+  }
+  (void)os::send_message(socket.get(), &reply, sizeof reply, descriptors);
+}
+
+void Server::tidy() {
+  (void)member_.reap();
+  (void)catalogue_->sweep();
+  const uint64_t now = os::boot_time();
+  for (auto at = connections_->open.begin(); at != connections_->open.end();) {
+    if (now - at->second.since < kPatience) {
+      ++at;
+      continue;
+    }
+    poller_.remove(at->first);
+    at = connections_->open.erase(at);
+  }
+}
+
+void Server::run() {
+  uint64_t tidied = os::boot_time();
+  while (!ending_.load() && stop_asked_.load(std::memory_order_acquire) == 0) {
+    bool death = false;
+    for (const uint64_t token : poller_.wait(kTidyEvery)) {
+      const int fd = static_cast<int>(token >> 8);
+      switch (token & 0xff) {
+        case kListening:
+          accept_clients();
+          break;
+        case kClient:
+          serve(fd);
+          break;
+        case kWatched:
+          poller_.remove(fd);
+          if (connections_->watched.erase(fd) != 0) clients_.fetch_sub(1, std::memory_order_relaxed);
+          death = true;
+          break;
+        default:
+          break;
+      }
+    }
+    if (!death && os::boot_time() - tidied < uint64_t{kTidyEvery} * 1'000'000) continue;
+    tidy();
+    tidied = os::boot_time();
+  }
+  // The socket first: the lock says that nobody serves, and the next one may begin.
+  os::remove_file(socket_path(options_.name));
+  listening_.reset();
+  os::remove_file(lock_path(options_.name));
+  lock_.reset();
+}
+
+}  // namespace torchshm::service

@@ -1,0 +1,479 @@
+// Names: what a catalogue promises to many processes at once, and when they die at any point.
+#include <cstring>
+#include <map>
+#include <random>
+#include <set>
+
+#include "base/failpoint.h"
+#include "os/futex.h"
+#include "processes.h"
+#include "store/catalogue.h"
+
+namespace torchshm {
+namespace {
+
+using pool::Member;
+using pool::Mode;
+using store::Catalogue;
+using store::CellState;
+using store::CellValue;
+using store::SlotState;
+using store::SlotValue;
+
+constexpr uint64_t kSecond = 1'000'000'000;
+
+struct Store {
+  std::unique_ptr<Member> member;
+  std::unique_ptr<Catalogue> catalogue;
+  Catalogue* operator->() const { return catalogue.get(); }
+};
+
+Store fresh_store(uint64_t limit = uint64_t{256} << 20) {
+  Store store{tests::fresh_pool(limit), nullptr};
+  auto catalogue = Catalogue::create(*store.member, "test", 0);
+  EXPECT_TRUE(catalogue.ok()) << catalogue.status().what();
+  store.catalogue = catalogue.take();
+  return store;
+}
+
+Store join(Store& other) {
+  Store store{tests::join(*other.member), nullptr};
+  auto catalogue = Catalogue::attach(*store.member, os::duplicate(other->fd()).take());
+  EXPECT_TRUE(catalogue.ok()) << catalogue.status().what();
+  store.catalogue = catalogue.take();
+  return store;
+}
+
+// Saves a block filled with a byte, and lets go of it.
+Status save_filled(Store& store, const std::string& key, uint8_t byte, uint64_t bytes = 5000,
+                   const store::SaveOptions& options = {}) {
+  auto view = store.member->allocate(bytes, true);
+  if (!view) return std::move(view.status());
+  std::memset(view->data, byte, bytes);
+  Status saved = store->save(key, std::string(1, static_cast<char>(byte)), {view->block}, options);
+  store.member->release(view->block, Mode::kReadWrite);
+  return saved;
+}
+
+// The byte that a name's block is filled with; -1 when there is no such name, -2 when it is not whole.
+int loaded(Store& store, const std::string& key, uint64_t bytes = 5000) {
+  for (;;) {
+    auto entry = store->find(key);
+    if (!entry) return -1;
+    if (entry->blocks.size() != 1 || entry->text.size() != 1) return -2;
+    auto view = store.member->attach(entry->blocks[0].block, entry->blocks[0].generation, Mode::kRead);
+    if (!view) continue;  // removed meanwhile
+    const auto byte = static_cast<uint8_t>(entry->text[0]);
+    bool whole = true;
+    for (uint64_t i = 0; i < bytes; i += 97) whole = whole && view->data[i] == std::byte{byte};
+    store.member->release(view->block, Mode::kRead);
+    return whole ? byte : -2;
+  }
+}
+
+// What must hold when nobody is at work. Empty when it does.
+std::string unsound(Store& store) {
+  const Catalogue& c = *store.catalogue;
+  const pool::Arena& arena = store.member->arena();
+  std::map<uint32_t, uint32_t> named;  // cell -> life
+  for (uint32_t level = 0; level < c.levels(); ++level) {
+    for (uint32_t i = 0; i < store::level_size(level); ++i) {
+      const SlotValue value = SlotValue::of(c.slot(store::level_start(level) + i).value.load());
+      if (value.state == SlotState::kClaimed) return "a claim is left";
+      if (value.state == SlotState::kNamed && !named.emplace(value.cell, value.life).second)
+        return "two slots name cell " + std::to_string(value.cell);
+    }
+  }
+  uint64_t standing = 0;
+  for (uint32_t cell = 0; cell < c.cells_used(); ++cell) {
+    const CellValue value = CellValue::of(c.word(cell).value.load());
+    if (value.state == CellState::kFree) continue;
+    if (value.state != CellState::kStanding && value.state != CellState::kBound)
+      return "cell " + std::to_string(cell) + " is left in state " + std::to_string(static_cast<int>(value.state));
+    const auto found = named.find(cell);
+    if (found == named.end() || found->second != value.life) return "nothing names cell " + std::to_string(cell);
+    ++standing;
+  }
+  if (standing != named.size()) return "a slot names a cell that is not there";
+  std::set<std::string> keys;
+  uint64_t blocks = 0;
+  store->each("", [&](const store::Entry& entry) {
+    keys.insert(entry.key);
+    blocks += entry.blocks.size() + (entry.blocks.size() > 1 || entry.key.size() + entry.text.size() > store::kInline);
+  });
+  if (keys.size() != standing) return "a name stands twice, or can't be listed";
+  uint64_t tickets = 0;
+  for (uint32_t i = 0; i < arena.tickets_used(); ++i)
+    tickets += pool::TicketValue::of(arena.ticket(i).value.load()).sender == pool::TicketValue::kName;
+  if (tickets != blocks)
+    return std::to_string(tickets) + " tickets belong to names, which have " + std::to_string(blocks) + " blocks";
+  return "";
+}
+
+TEST(Store, SavesFindsAndRemoves) {
+  auto store = fresh_store();
+  EXPECT_EQ(store->find("a").code(), Code::kMissing);
+  ASSERT_TRUE(save_filled(store, "a", 7));
+  EXPECT_EQ(loaded(store, "a"), 7);
+  EXPECT_TRUE(store->contains("a"));
+  EXPECT_EQ(store->size(), 1U);
+  EXPECT_EQ(save_filled(store, "a", 8).code(), Code::kExists);
+  EXPECT_EQ(loaded(store, "a"), 7);
+  EXPECT_TRUE(save_filled(store, "a", 9, 5000, {.overwrite = true}));
+  EXPECT_EQ(loaded(store, "a"), 9);
+  EXPECT_EQ(unsound(store), "");
+  EXPECT_TRUE(store->remove("a"));
+  EXPECT_FALSE(store->remove("a"));
+  EXPECT_EQ(store->find("a").code(), Code::kMissing);
+  EXPECT_EQ(store.member->stats().blocks, 0U);
+  EXPECT_EQ(store.member->stats().tickets, 0U);
+  EXPECT_EQ(unsound(store), "");
+}
+
+TEST(Store, KeepsWhatTheSaverHasDroppedAndReadersWhatIsRemoved) {
+  auto store = fresh_store();
+  auto reader = join(store);
+  ASSERT_TRUE(save_filled(store, "a", 7));
+  auto entry = reader->find("a");
+  ASSERT_TRUE(entry.ok());
+  auto view = reader.member->attach(entry->blocks[0].block, entry->blocks[0].generation, Mode::kRead);
+  ASSERT_TRUE(view.ok());
+  EXPECT_TRUE(store->remove("a"));
+  EXPECT_EQ(view->data[4999], std::byte{7});
+  EXPECT_EQ(store.member->stats().blocks, 1U);
+  reader.member->release(view->block, Mode::kRead);
+  EXPECT_EQ(store.member->stats().blocks, 0U);
+  EXPECT_EQ(reader.member->attach(entry->blocks[0].block, entry->blocks[0].generation, Mode::kRead).code(),
+            Code::kStale);
+}
+
+TEST(Store, NamesOfManyBlocksAndLongKeysAndTexts) {
+  auto store = fresh_store();
+  std::vector<uint32_t> blocks;
+  for (int i = 0; i < 300; ++i) blocks.push_back(store.member->allocate(4096, true)->block);
+  blocks.push_back(blocks[0]);  // one block may be there twice
+  const std::string key(store::kMaxKey, 'k'), text(100000, 't');
+  ASSERT_TRUE(store->save(key, text, blocks));
+  ASSERT_TRUE(store->save(key.substr(1), "", {}));
+  ASSERT_TRUE(store->save("short", text, {blocks[1]}));
+  ASSERT_TRUE(store->save("s", "", blocks));
+  for (size_t i = 0; i < 300; ++i) store.member->release(blocks[i], Mode::kReadWrite);
+  auto entry = store->find(key);
+  ASSERT_TRUE(entry.ok());
+  EXPECT_EQ(entry->key, key);
+  EXPECT_EQ(entry->text, text);
+  ASSERT_EQ(entry->blocks.size(), blocks.size());
+  for (size_t i = 0; i < blocks.size(); ++i) EXPECT_EQ(entry->blocks[i].block, blocks[i]);
+  EXPECT_EQ(store->find("short")->text, text);
+  EXPECT_EQ(store->find("s")->blocks.size(), blocks.size());
+  EXPECT_EQ(unsound(store), "");
+  EXPECT_EQ(store->save("", "", {}).code(), Code::kInvalid);
+  EXPECT_EQ(store->save(key + "k", "", {}).code(), Code::kInvalid);
+  for (const std::string& name : {key, key.substr(1), std::string("short"), std::string("s")})
+    EXPECT_TRUE(store->remove(name));
+  EXPECT_EQ(store.member->stats().blocks, 0U);
+  EXPECT_EQ(unsound(store), "");
+}
+
+TEST(Store, HoldsManyNames) {
+  auto store = fresh_store(uint64_t{1} << 30);
+  auto view = store.member->allocate(4096, true);
+  constexpr int kNames = 120000;
+  for (int i = 0; i < kNames; ++i) {
+    const Status saved = store->save("name/" + std::to_string(i), std::to_string(i), {view->block});
+    ASSERT_TRUE(saved) << i << ": " << saved.what();
+  }
+  EXPECT_GT(store->levels(), 1U);
+  EXPECT_EQ(store->size(), uint64_t{kNames});
+  for (int i = 0; i < kNames; ++i) ASSERT_EQ(store->find("name/" + std::to_string(i))->text, std::to_string(i));
+  int listed = 0;
+  store->each("name/11999", [&](const store::Entry&) { ++listed; });
+  EXPECT_EQ(listed, 1 + 10);  // 11999 and 119990 to 119999
+  for (int i = 0; i < kNames; i += 2) ASSERT_TRUE(store->remove("name/" + std::to_string(i)));
+  for (int i = 0; i < kNames; ++i) ASSERT_EQ(store->contains("name/" + std::to_string(i)), i % 2 == 1);
+  EXPECT_EQ(unsound(store), "");
+}
+
+TEST(Store, ExpiredNamesAreMissingAndFree) {
+  auto store = fresh_store();
+  ASSERT_TRUE(save_filled(store, "soon", 1, 5000, {.ttl = kSecond / 20}));
+  ASSERT_TRUE(save_filled(store, "later", 2, 5000, {.ttl = 1000 * kSecond}));
+  ASSERT_TRUE(save_filled(store, "swept", 3, 5000, {.ttl = kSecond / 20}));
+  EXPECT_EQ(loaded(store, "soon"), 1);
+  ::usleep(60000);
+  EXPECT_FALSE(store->contains("soon"));
+  EXPECT_EQ(store->sweep(), 1U);
+  EXPECT_EQ(store.member->stats().blocks, 1U);
+  EXPECT_TRUE(save_filled(store, "soon", 4));
+  EXPECT_EQ(loaded(store, "soon"), 4);
+  EXPECT_EQ(unsound(store), "");
+}
+
+TEST(Store, WaitersWakeWhenTheNameComes) {
+  auto store = fresh_store();
+  const pid_t pid = tests::start([&] {
+    auto other = join(store);
+    for (;;) {
+      const uint32_t bell = other->bell("late");
+      if (loaded(other, "late") == 5) return true;
+      (void)other->wait("late", bell, 20 * kSecond);
+    }
+  });
+  ::usleep(50000);
+  ASSERT_TRUE(save_filled(store, "late", 5));
+  EXPECT_EQ(tests::wait_for(pid), 0);
+}
+
+TEST(Store, BoundNamesGoWithTheirOwner) {
+  auto store = fresh_store();
+  const pid_t pid = tests::start([&] {
+    auto other = join(store);
+    return save_filled(other, "bound", 1, 5000, {.bound = true}).ok() && ::kill(::getpid(), SIGKILL) == 0;
+  });
+  (void)tests::wait_for(pid);
+  EXPECT_TRUE(store->contains("bound"));
+  EXPECT_TRUE(store.member->gone(store->find("bound")->owner));
+  EXPECT_EQ(store->sweep(), 1U);
+  EXPECT_FALSE(store->contains("bound"));
+  ASSERT_TRUE(save_filled(store, "bound", 2, 5000, {.bound = true}));
+  EXPECT_EQ(store->sweep(), 0U);
+  EXPECT_EQ(loaded(store, "bound"), 2);
+  EXPECT_EQ(unsound(store), "");
+}
+
+TEST(Store, BoundNamesDoNotExpireLikeData) {
+  Store store = fresh_store();
+  store->header().default_ttl.store(kSecond / 20);
+  ASSERT_TRUE(store->save("data", "", {}));
+  ASSERT_TRUE(store->save("bound", "", {}, {.bound = true}));
+  while (store->contains("data")) ::usleep(1000);
+  EXPECT_TRUE(store->contains("bound"));
+}
+
+TEST(Store, MarksAreFoundByThoseWhoAskForThemAndNotCounted) {
+  Store store = fresh_store();
+  const std::string mark("\0mark", 5);
+  ASSERT_TRUE(store->save(mark, "", {}, {.bound = true}));
+  ASSERT_TRUE(store->save("data", "", {}));
+  const auto listed = [&](std::string_view prefix) {
+    std::vector<std::string> keys;
+    store->each(prefix, [&](const store::Entry& entry) { keys.push_back(entry.key); });
+    return keys;
+  };
+  EXPECT_EQ(store->size(), 1U);
+  EXPECT_EQ(listed(""), std::vector<std::string>{"data"});
+  EXPECT_EQ(listed(std::string_view("\0", 1)), std::vector<std::string>{mark});
+}
+
+TEST(Store, OfManySaversOfOneNameOneSucceeds) {
+  auto store = fresh_store();
+  auto shared = os::create_memfd("count", 4096);
+  auto mapped = os::Mapping::map(os::Mapping::Kind::kShared, shared->get(), 4096);
+  auto* wins = reinterpret_cast<std::atomic<uint32_t>*>(mapped->data());
+  constexpr int kKeys = 400, kProcesses = 6;
+  std::vector<pid_t> processes;
+  for (int p = 0; p < kProcesses; ++p) {
+    processes.push_back(tests::start([&, p] {
+      auto other = join(store);
+      for (int key = 0; key < kKeys; ++key) {
+        const Status saved = save_filled(other, std::to_string(key), static_cast<uint8_t>(p + 1));
+        if (saved) wins[key].fetch_add(1);
+        if (!saved && saved.code() != Code::kExists) return false;
+        const int byte = loaded(other, std::to_string(key));
+        if (byte < 1 || byte > kProcesses) return false;
+      }
+      return true;
+    }));
+  }
+  for (const pid_t pid : processes) EXPECT_EQ(tests::wait_for(pid), 0);
+  for (int key = 0; key < kKeys; ++key) ASSERT_EQ(wins[key].load(), 1U) << key;
+  EXPECT_EQ(store->size(), uint64_t{kKeys});
+  EXPECT_EQ(unsound(store), "");
+  EXPECT_EQ(store.member->stats().blocks, uint64_t{kKeys});
+}
+
+// Saves, overwrites, removes and loads a handful of names at random, for as long as it lives.
+bool work_on_few_names(Store& store, unsigned seed, int steps) {
+  std::minstd_rand random(seed);
+  for (int i = 0; i < steps; ++i) {
+    const std::string key = "k" + std::to_string(random() % 5);
+    const auto byte = static_cast<uint8_t>(random() % 255);
+    switch (random() % 4) {
+      case 0: {
+        const Status saved = save_filled(store, key, byte);
+        if (!saved && saved.code() != Code::kExists) return false;
+        break;
+      }
+      case 1:
+        if (!save_filled(store, key, byte, 5000, {.overwrite = true})) return false;
+        break;
+      case 2:
+        (void)store->remove(key);
+        break;
+      default:
+        if (loaded(store, key) == -2) return false;
+    }
+  }
+  return true;
+}
+
+TEST(Store, ChangesOfFewNamesByManyLeaveNothingBehind) {
+  auto store = fresh_store();
+  std::vector<pid_t> processes;
+  for (unsigned p = 0; p < 6; ++p) {
+    processes.push_back(tests::start([&, p] {
+      auto other = join(store);
+      return work_on_few_names(other, p + 1, 4000);
+    }));
+  }
+  for (const pid_t pid : processes) EXPECT_EQ(tests::wait_for(pid), 0);
+  (void)store.member->reap();
+  EXPECT_EQ(unsound(store), "");
+  EXPECT_EQ(store.member->stats().blocks, store->size());
+}
+
+TEST(Store, KillsAtRandomLeaveItSound) {
+  auto store = fresh_store();
+  std::minstd_rand random(1);
+  std::vector<pid_t> processes(5, 0);
+  for (unsigned round = 0; round < 300; ++round) {
+    const size_t at = random() % processes.size();
+    if (processes[at] != 0) {
+      ::kill(processes[at], SIGKILL);
+      (void)tests::wait_for(processes[at]);
+    }
+    processes[at] = tests::start([&, round] {
+      auto other = join(store);
+      (void)other->sweep();
+      return work_on_few_names(other, round + 1, 1 << 30);
+    });
+    ::usleep(static_cast<useconds_t>(random() % 4000));
+    for (int key = 0; key < 5; ++key) ASSERT_NE(loaded(store, "k" + std::to_string(key)), -2) << round;
+  }
+  for (const pid_t pid : processes) {
+    ::kill(pid, SIGKILL);
+    (void)tests::wait_for(pid);
+  }
+  (void)store.member->reap();
+  (void)store->sweep();
+  EXPECT_EQ(unsound(store), "");
+}
+
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+
+// Every operation on names, killed at its every point, the sweeper after it as well.
+bool life_among_names(Store& store) {
+  auto other = join(store);
+  bool fine = save_filled(other, "new", 1).ok();
+  fine = save_filled(other, "there", 2, 5000, {.overwrite = true}).ok() && fine;
+  std::vector<uint32_t> blocks;
+  for (int i = 0; i < 3; ++i) blocks.push_back(other.member->allocate(4096, true)->block);
+  fine = other->save("many", std::string(500, 'x'), blocks).ok() && fine;
+  for (const uint32_t block : blocks) other.member->release(block, Mode::kReadWrite);
+  fine = save_filled(other, "bound", 3, 5000, {.bound = true}).ok() && fine;
+  fine = save_filled(other, "there", 3).code() == Code::kExists && fine;
+  fine = other->remove("gone") && fine;
+  fine = other->remove("many") && fine;
+  return fine;
+}
+
+TEST(Store, DeathAtEveryPointLeavesAllOfANameOrNothing) {
+  const bool everywhere = std::getenv("TORCHSHM_TORTURE") != nullptr;
+  uint64_t kills = 0, nested = 0;
+  for (uint64_t at = 1;; ++at) {
+    bool killed = false;
+    for (uint64_t again = 0;; ++again) {  // 0: the sweeper lives
+      auto store = fresh_store(uint64_t{64} << 20);
+      ASSERT_TRUE(save_filled(store, "there", 9));
+      ASSERT_TRUE(save_filled(store, "gone", 8));
+      ASSERT_TRUE(save_filled(store, "kept", 7));
+      failpoint::Plan plan;
+      plan.action = failpoint::Action::kKill;
+      plan.at = at;
+      const pid_t pid = tests::start([&] {
+        failpoint::arm(plan);
+        return life_among_names(store);
+      });
+      const int status = tests::wait_for(pid);
+      killed = WIFSIGNALED(status);
+      if (!killed) {
+        ASSERT_EQ(status, 0) << at;
+      }
+      bool swept = true;
+      if (again > 0) {
+        plan.at = again;
+        swept = !WIFSIGNALED(tests::wait_for(tests::start([&] {
+          auto sweeper = join(store);
+          failpoint::arm(plan);
+          (void)sweeper.member->reap();
+          (void)sweeper->sweep();
+          return true;
+        })));
+        nested += swept ? 0 : 1;
+      }
+      (void)store.member->reap();
+      (void)store->sweep();
+      const auto where = std::to_string(at) + "/" + std::to_string(again);
+      ASSERT_EQ(unsound(store), "") << where;
+      ASSERT_EQ(loaded(store, "kept"), 7) << where;
+      const int there = loaded(store, "there"), fresh = loaded(store, "new"), gone = loaded(store, "gone");
+      ASSERT_TRUE(there == 9 || there == 2) << where << ": " << there;
+      ASSERT_TRUE(fresh == -1 || fresh == 1) << where << ": " << fresh;
+      ASSERT_TRUE(gone == -1 || gone == 8) << where << ": " << gone;
+      ASSERT_FALSE(store->contains("bound")) << where;
+      if (const auto many = store->find("many"); many.ok()) {
+        ASSERT_EQ((*many).blocks.size(), 3U) << where;
+      }
+      // What is left beyond the names are tickets of the dead, which a full pool takes back.
+      auto filler = store.member->allocate(uint64_t{58} << 20, false);
+      ASSERT_TRUE(filler.ok()) << where << ": " << filler.status().what();
+      // Every twenty-ninth point here; all of them in the torture.
+      if (!killed || (again > 0 && swept) || (at % 29 != 0 && !everywhere)) break;
+    }
+    if (!killed) break;
+    ++kills;
+  }
+  EXPECT_GT(kills, 60U);
+  EXPECT_GT(nested, 20U);
+}
+
+TEST(Store, NobodyWaitsForAStoppedProcess) {
+  for (uint64_t at = 1;; ++at) {
+    auto store = fresh_store(uint64_t{64} << 20);
+    ASSERT_TRUE(save_filled(store, "there", 9));
+    ASSERT_TRUE(save_filled(store, "gone", 8));
+    failpoint::Plan plan;
+    plan.action = failpoint::Action::kStop;
+    plan.at = at;
+    const pid_t pid = tests::start([&] {
+      failpoint::arm(plan);
+      (void)life_among_names(store);
+      return true;
+    });
+    int status = 0;
+    ASSERT_EQ(::waitpid(pid, &status, WUNTRACED), pid);
+    const bool stopped = WIFSTOPPED(status);
+    for (const char* key : {"there", "gone", "new", "bound"}) {
+      ASSERT_TRUE(save_filled(store, key, 5, 5000, {.overwrite = true})) << at << key;
+      ASSERT_EQ(loaded(store, key), 5) << at << key;
+      ASSERT_TRUE(store->remove(key)) << at << key;
+      ASSERT_TRUE(save_filled(store, key, 6)) << at << key;
+    }
+    (void)store->sweep();
+    if (stopped) {
+      ::kill(pid, SIGCONT);
+      status = tests::wait_for(pid);
+      ASSERT_EQ(status, 0) << at;
+    }
+    (void)store.member->reap();
+    (void)store->sweep();
+    ASSERT_EQ(unsound(store), "") << at;
+    for (const char* key : {"there", "new"}) ASSERT_NE(loaded(store, key), -2) << at << key;
+    if (!stopped) break;
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace torchshm

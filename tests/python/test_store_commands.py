@@ -1,0 +1,175 @@
+"""serve, stop, ls, info and rm as a shell sees them."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from scripts import PATIENCE
+
+import torchshm
+
+
+def command(*arguments, code=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "torchshm._cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    return done.stdout if code == 0 else done.stderr
+
+
+def asked(*arguments):
+    return json.loads(command(*arguments, "--json"))
+
+
+def wait_for_end(pid):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(PATIENCE)
+
+
+@pytest.fixture
+def served(runtime):
+    told = asked("serve", "--name", "shell", "--limit", "256MiB")
+    yield told["pid"]
+    subprocess.run(
+        [sys.executable, "-m", "torchshm._cli", "stop", "shell"], capture_output=True, timeout=PATIENCE
+    )
+
+
+def test_a_service_lives_on_its_own_is_looked_at_and_stopped(served, runtime):
+    assert psutil.Process(served).ppid() != os.getpid() and os.getsid(served) != os.getsid(0)
+    store = torchshm.connect("shell")
+    store["a"], store["b"] = np.ones(100_000), {"x": 1}
+    assert store.info()["service_pid"] == served and store.info()["limit_bytes"] == 256 << 20
+    rows = {row["name"]: row for row in asked("ls")}
+    assert rows["shell"]["running"] and rows["shell"]["pid"] == served and rows["shell"]["names"] == 2
+    assert [(row["key"], row["kind"]) for row in asked("ls", "shell")] == [("a", "array"), ("b", "values")]
+    assert [row["key"] for row in asked("ls", "shell", "--prefix", "b")] == ["b"]
+    assert "array" in command("ls", "shell") and "shell" in command("ls")
+    assert asked("info", "shell")["names"] == 2 and asked("info", "shell", "a")["bytes"] >= 800_000
+    assert "256.0 MiB" in command("info", "shell")
+    assert asked("rm", "shell", "a") == {"removed": ["a"], "missing": []}
+    assert list(store) == ["b"]
+    assert "'a'" in command("rm", "shell", "a", code=1) and "'a'" in command("info", "shell", "a", code=1)
+    assert "being served already" in command("serve", "shell", code=1)
+    assert "being served already" in command("serve", "shell", "--no-fork", code=1)
+    assert asked("stop", "--name", "shell") == {"name": "shell", "pid": served}
+    wait_for_end(served)
+    assert store["b"] == {"x": 1}  # goes on with nobody serving it
+    assert "no store named shell" in command("stop", "shell", code=1)
+    assert "serve" in command("info", "shell", code=1)
+    assert not list((runtime / "torchshm").glob("shell*"))
+    store.close()
+
+
+def test_a_killed_service_is_taken_over_with_nothing_lost(served):
+    store = torchshm.connect("shell")
+    store["a"] = np.arange(100_000)
+    os.kill(served, signal.SIGKILL)
+    wait_for_end(served)
+    store["b"] = store["a"]
+    assert store["b"].sum() == 4999950000
+    with pytest.raises(torchshm.StoreUnavailableError):
+        torchshm.connect("shell", timeout=0)
+    # Nobody has to be running for expired names to make room.
+    store.save("big", np.ones(150 << 20, np.uint8), ttl=0.3)
+    time.sleep(0.4)
+    store.save("bigger", np.ones(150 << 20, np.uint8), ttl=0.3)
+    time.sleep(0.4)
+    store.save("biggest", [np.ones(150 << 20, np.uint8)])
+    del store["biggest"]
+    told = asked("serve", "shell")
+    assert told["took_over"] and told["pid"] != served
+    assert [row["key"] for row in asked("ls", "shell")] == ["a", "b"]
+    store.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_service_in_the_foreground_ends_cleanly(runtime, number):
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torchshm._cli",
+            "serve",
+            "--name",
+            "front",
+            "--no-fork",
+            "--json",
+            "--ttl",
+            "0.2s",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert json.loads(process.stdout.readline())["pid"] == process.pid
+    # Not in this process: what it has joined it never leaves.
+    script = (
+        "import torchshm, time\n"
+        "store = torchshm.connect('front')\n"
+        "store['a'] = 1\n"
+        "while 'a' in store: time.sleep(0.01)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out, err) == (0, "", "")
+    assert not list((runtime / "torchshm").glob("front*"))
+
+
+def test_a_client_waits_for_a_service_that_is_about_to_start(runtime):
+    script = "import torchshm; print(len(torchshm.connect('soon', timeout=60)))"
+    client = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    time.sleep(0.5)
+    asked("serve", "soon")
+    try:
+        assert client.communicate(timeout=PATIENCE)[0] == "0\n"
+    finally:
+        command("stop", "soon")
+
+
+def test_a_store_served_by_a_program_stops_on_request(runtime):
+    script = (
+        "import sys, torchshm\n"
+        "store = torchshm.start('inside')\n"
+        "store['a'] = 5\n"
+        "print('there', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "print(store['a'])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "there\n"
+    command("stop", "inside")
+    assert process.communicate("\n", timeout=PATIENCE)[0] == "5\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("serve",),
+        ("stop",),
+        ("rm", "x"),
+        ("serve", "x", "--limit", "much"),
+        ("serve", "x", "--ttl", "soon"),
+        ("serve", "x", "--mode", "9"),
+    ],
+)
+def test_wrong_usage(runtime, arguments):
+    assert "Usage" in command(*arguments, code=2)
+
+
+def test_a_bad_name_and_a_bad_group(runtime):
+    assert "letters" in command("serve", "a/b", code=1)
+    assert "nosuchgroup" in command("serve", "x", "--group", "nosuchgroup", code=1)

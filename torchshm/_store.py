@@ -1,0 +1,519 @@
+"""The store: names for data in shared memory, for processes that need not know one another."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from typing import Any
+
+import numpy as np
+
+from torchshm import _C, _values
+from torchshm._size import parse_size
+from torchshm.errors import KeyExistsError, StaleHandleError, StoreUnavailableError
+
+_FOREVER = (1 << 63) - 1  # ns
+_LOOK = 1_000_000_000  # ns; a saver that dies after it has named the value rings no bell
+_ATTEMPTS = 100  # at a name that changes while it is being opened
+
+
+def _nanoseconds(timeout: float) -> int:
+    return _FOREVER if timeout < 0 else min(int(timeout * 1e9), _FOREVER)
+
+
+def _ttl(seconds: float | None) -> int:
+    if seconds is None:
+        return 0
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"ttl is a number of seconds above 0, not {seconds}")
+    return max(1, int(seconds * 1e9))
+
+
+def _checked(key: Any) -> str:
+    if not isinstance(key, str):
+        raise TypeError(
+            f"a key is a str, not {type(key).__name__}; torchshm.key(...) makes one of other values"
+        )
+    if not key or key[0] == "\0":
+        raise ValueError("a key has at least one character, and does not begin with a zero byte")
+    return key
+
+
+class Store(MutableMapping[str, Any]):
+    """A client of a store, from :func:`torchshm.start` or :func:`torchshm.connect`.
+
+    Saving, loading and removing work on shared memory and need no answer from the service: they go on while it is down. A Store may
+    be used from any thread and after a fork, and it can be pickled: the copy connects by name when it is first used, so a Dataset
+    that holds one works in DataLoader workers of every start method.
+
+    As a mapping it saves with ``overwrite=True`` and loads in the default modes.
+    """
+
+    def __init__(self, name: str, timeout: float, core: _C.Store | None) -> None:
+        self._name, self._timeout = name, timeout
+        self._held = core
+        self._closed = False
+        self._end: Any = None
+        if core is not None and core.serving:
+            # Also at the end of the interpreter: the socket goes with the service.
+            self._end = weakref.finalize(self, _C.Store.stop, core)
+
+    @property
+    def name(self) -> str:
+        """The store's name."""
+        return self._name
+
+    @property
+    def _core(self) -> _C.Store:
+        core = self._held
+        if core is None:
+            if self._closed:
+                raise StoreUnavailableError(
+                    f"this client of the store {self._name} is closed; torchshm.connect({self._name!r}) makes another"
+                )
+            core = self._held = _connect(self._name, self._timeout)
+        return core
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self._name, self._timeout, None)
+
+    def __repr__(self) -> str:
+        state = (
+            "closed"
+            if self._closed
+            else "serving"
+            if self._held is not None and self._held.serving
+            else "client"
+        )
+        return f"<torchshm.Store {self._name!r}, {state}>"
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    # ---- values
+
+    def save(self, key: str, value: Any, ttl: float | None = None, overwrite: bool = False) -> None:
+        """Put a value into the store under a name. Others see all of it or nothing.
+
+        What lies in the store's memory already (made in :meth:`storage`, or loaded) is only named; everything else is copied once.
+
+        Parameters
+        ----------
+        key : str
+        value : object
+            numpy.ndarray without objects, torch.Tensor on the CPU (strided, sparse, quantised), None, bool, int, float, complex, str,
+            bytes, exporters of buffers and DLPack, and lists, tuples and dicts of those, nested; views keep sharing what they
+            share. Anything else picklable is saved as a pickle whose arrays and buffers lie in the store; loading it needs
+            ``allow_pickle=True``. Tensors are saved as ``torch.save`` does: values and ``requires_grad``, no graph.
+        ttl : float, optional
+            Seconds after which the name goes. Default: the store's. Who holds the data keeps it.
+        overwrite : bool
+            Replace what has that name. Who holds the old value keeps it.
+
+        Raises
+        ------
+        KeyExistsError
+            When the name is taken and `overwrite` is not set.
+        PoolFullError
+            When the store has no room.
+        TypeError
+            For tensors that can't be shared: on another device, or of a layout without plain memory.
+        """
+        self._save(self._core, _checked(key), value, _ttl(ttl), overwrite)
+
+    def _save(self, core: _C.Store, key: str, value: Any, ttl: int, overwrite: bool) -> None:
+        if type(value) is np.ndarray and core.save_array(key, value, overwrite, ttl, False):
+            return
+        if not overwrite and core.contains(key):  # before the work
+            raise KeyExistsError(
+                f"{key} is a name in this store already; save it under another one, or with overwrite=True"
+            )
+        text, refs = _values.describe(core, value)
+        core.save(key, text, refs, overwrite, ttl, False)
+
+    def load(
+        self,
+        key: str | Iterable[str] | None = None,
+        *,
+        prefix: str | None = None,
+        timeout: float = 0,
+        mode: str | None = None,
+        allow_pickle: bool = False,
+    ) -> Any:
+        """Return what a name stands for, without a copy.
+
+        Parameters
+        ----------
+        key : str or iterable of str
+            One name, or several for a list of values.
+        prefix : str, optional
+            In the place of `key`: a dict of all names that begin with it, and their values.
+        timeout : float
+            Seconds to wait for names that are not there yet; ``-1``: until they come.
+        mode : {"r", "c", "r+"}, optional
+            What writing does, as in :class:`numpy.memmap`. ``"r"``: an error; tensors, which can't be read-only, are ``"c"``.
+            ``"c"``: it stays private to this process. ``"r+"``: it is seen by everybody. Default: arrays ``"r"``, tensors ``"c"``,
+            what is in pickled objects ``"c"``.
+        allow_pickle : bool
+            Also load objects that need unpickling, which runs code that the saver chose.
+
+        Raises
+        ------
+        KeyError
+            When there is no such name, and `timeout` is 0.
+        TimeoutError
+            When the time is up.
+        ValueError
+            For an object that needs ``allow_pickle=True``.
+        """
+        if timeout == 0 and type(key) is str and prefix is None and (mode is None or mode in _values.MODES):
+            core = self._held or self._core
+            raw = core.load(key if key[:1] not in ("", "\0") else _checked(key), _values.MODES[mode or "r"])
+            if type(raw) is not tuple:
+                return raw
+            with contextlib.suppress(StaleHandleError):  # removed or replaced after it was found
+                return _values.rebuild(core, key, raw[0], raw[1], mode, allow_pickle)
+        if mode is not None and mode not in _values.MODES:
+            raise ValueError(f"mode is 'r', 'c' or 'r+', not {mode!r}")
+        if (key is None) == (prefix is None):
+            raise TypeError("load() takes a key, several keys, or prefix=")
+        deadline = None if timeout < 0 else time.monotonic() + timeout
+        if prefix is not None:
+            found = {}
+            for each in self._core.keys(prefix):
+                try:
+                    found[each] = self._load(each, 0, None, mode, allow_pickle)
+                except KeyError:
+                    pass  # removed meanwhile
+            return found
+        if isinstance(key, str):
+            return self._load(key, timeout, deadline, mode, allow_pickle)
+        assert key is not None
+        return [self._load(each, timeout, deadline, mode, allow_pickle) for each in key]
+
+    def _load(
+        self, key: str, timeout: float, deadline: float | None, mode: str | None, allow_pickle: bool
+    ) -> Any:
+        core = self._core
+        for attempt in range(_ATTEMPTS):
+            raw = self._find(core, _checked(key), timeout, deadline, _values.MODES[mode or "r"])
+            try:
+                return self._open(core, key, raw, mode, allow_pickle)
+            except StaleHandleError:
+                # Removed or replaced after it was found.
+                if attempt + 1 == _ATTEMPTS:
+                    raise
+        raise AssertionError
+
+    def _open(self, core: _C.Store, key: str, raw: Any, mode: str | None, allow_pickle: bool) -> Any:
+        if type(raw) is not tuple:
+            return raw
+        return _values.rebuild(core, key, raw[0], raw[1], mode, allow_pickle)
+
+    def _find(self, core: _C.Store, key: str, timeout: float, deadline: float | None, mode: int) -> Any:
+        if timeout == 0:
+            return core.load(key, mode)
+        while True:
+            bell = core.bell(key)
+            try:
+                return core.load(key, mode)
+            except KeyError:
+                pass
+            left = _FOREVER if deadline is None else int((deadline - time.monotonic()) * 1e9)
+            if left <= 0:
+                raise TimeoutError(f"nobody has saved {key!r} within {timeout} s")
+            core.wait(key, bell, min(left, _LOOK))
+
+    def get_or_create(
+        self,
+        key: str,
+        fn: Callable[[], Any],
+        timeout: float = -1,
+        *,
+        ttl: float | None = None,
+        mode: str | None = None,
+        allow_pickle: bool = False,
+    ) -> Any:
+        """Return what a name stands for; where there is none, exactly one process makes it by ``fn()`` and saves it.
+
+        The others wait and get the same memory. When the one at work fails, its caller gets the error; when it fails or dies, one of
+        those who wait takes over.
+
+        Parameters
+        ----------
+        key : str
+        fn : callable
+        timeout : float
+            Seconds to wait for another process's ``fn``; ``-1``: as long as it works.
+        ttl, mode, allow_pickle
+            As for :meth:`save` and :meth:`load`.
+
+        Raises
+        ------
+        TimeoutError
+            When the time is up and another process is still at it.
+        """
+        core = self._core
+        lifetime = _ttl(ttl)
+        mark = "\0" + hashlib.blake2b(_checked(key).encode(), digest_size=16).hexdigest()
+        deadline = None if timeout < 0 else time.monotonic() + timeout
+        while True:
+            bell = core.bell(key)
+            raw = None
+            with contextlib.suppress(KeyError):
+                raw = core.load(key, _values.MODES[mode or "r"])
+            if raw is not None:
+                with contextlib.suppress(StaleHandleError):  # removed or replaced after it was found
+                    return self._open(core, key, raw, mode, allow_pickle)
+                continue
+            try:
+                core.save(mark, b"", [], False, 0, True)
+            except KeyExistsError:
+                self._wait_for_maker(core, key, mark, bell, timeout, deadline)
+                continue
+            try:
+                if not core.contains(key):  # it may have come before the mark
+                    self._save(core, key, fn(), lifetime, False)
+            except KeyExistsError:
+                if not core.contains(key):
+                    raise
+                # Saved by somebody else, without asking: theirs it is.
+            finally:
+                core.remove(mark)
+                core.ring(key)
+
+    def _wait_for_maker(
+        self, core: _C.Store, key: str, mark: str, bell: int, timeout: float, deadline: float | None
+    ) -> None:
+        try:
+            if core.find(mark)["abandoned"]:
+                core.sweep()  # the service would do it soon, if there is one
+                return
+        except KeyError:
+            return
+        left = _FOREVER if deadline is None else int((deadline - time.monotonic()) * 1e9)
+        if left <= 0:
+            raise TimeoutError(f"another process has not made {key!r} within {timeout} s")
+        core.wait(key, bell, min(left, 50_000_000))  # a death rings no bell
+
+    @contextlib.contextmanager
+    def storage(self) -> Iterator[None]:
+        """Let NumPy allocate in the store's memory, in this thread and block; what is made there is saved without a copy.
+
+        What is saved this way is the memory itself: writing to the array later changes what others have loaded. As for
+        :func:`torchshm.pooled`, zero-filled arrays (``np.zeros``) are ordinary ones.
+        """
+        before = self._core.allocate_here()
+        try:
+            yield
+        finally:
+            _C.leave_pooled(before)
+
+    # ---- names
+
+    def contains(self, key: str) -> bool:
+        """Whether there is such a name."""
+        return self._core.contains(_checked(key))
+
+    def remove(self, key: str) -> None:
+        """Free a name at once. Who holds the data keeps it.
+
+        Raises
+        ------
+        KeyError
+            When there is no such name.
+        """
+        if not self._core.remove(_checked(key)):
+            raise KeyError(key)
+
+    def keys(self, prefix: str = "") -> list[str]:  # type: ignore[override]
+        """All names that begin with `prefix`, sorted."""
+        return self._core.keys(prefix)
+
+    def info(self, key: str | None = None) -> dict[str, Any]:
+        """Figures about a name, or about the store.
+
+        Returns
+        -------
+        dict
+            Of a name: ``kind`` ("array", "values" or "object"), ``bytes`` (of the blocks that it keeps), ``blocks``, ``created`` (seconds
+            since 1970), ``expires_in`` (seconds, or None), ``pid`` of who saved it. Of the store: ``name``, ``names``, ``created``,
+            ``ttl``, ``saved``, ``removed``, ``expired``, ``service_pid``, ``live_bytes``, ``committed_bytes``, ``limit_bytes``,
+            ``blocks``, ``leases``.
+        """
+        if key is None:
+            return self._core.info()
+        found = self._core.find(_checked(key))
+        text = found.pop("text")
+        kind = {b"A": "array", b"J": "values", b"P": "object"}.get(text[:1], "unknown")
+        del found["bound"], found["abandoned"]
+        return {"kind": kind, **found}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.load(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.save(key, value, overwrite=True)
+
+    def __delitem__(self, key: str) -> None:
+        self.remove(key)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and key[:1] not in ("", "\0") and self.contains(key)
+
+    def __len__(self) -> int:
+        return self._core.size()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __bool__(self) -> bool:
+        return True  # also an empty one
+
+    # ---- the end
+
+    def close(self) -> None:
+        """Stop using the store, and serving it if that is done here. Arrays that were loaded stay valid, names stay too."""
+        self._closed = True
+        self._held = None
+        if self._end is not None:
+            self._end()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _connect(name: str, timeout: float) -> _C.Store:
+    try:
+        return _C.Store.connect(name, _nanoseconds(timeout))
+    except StoreUnavailableError as error:
+        raise StoreUnavailableError(
+            f"no store named {name}: {error}. Start one with torchshm.start({name!r}) or `torchshm serve --name {name}`, as the same "
+            "user"
+        ) from None
+
+
+def start(
+    name: str,
+    limit: int | str | None = None,
+    ttl: float | None = None,
+    *,
+    mode: int = 0o600,
+    group: int | str | None = None,
+) -> Store:
+    """Serve a store from this process, by a thread that needs neither Python nor its lock, and return a client of it.
+
+    A store of that name whose service has died, or was stopped, while some process still has it, is taken over with all that is in
+    it.
+
+    Parameters
+    ----------
+    name : str
+        Letters, digits, ``.``, ``_`` and ``-``.
+    limit : int or str, optional
+        Most memory that the store takes, in bytes or as in ``"8GiB"``. Default: half of what the machine or the cgroup allows.
+    ttl : float, optional
+        Seconds after which names go that were saved without a ttl. Default: never.
+    mode : int
+        Permissions of the socket.
+    group : int or str, optional
+        Members of this group may use the store too; give it with a `mode` such as ``0o660``.
+
+    Raises
+    ------
+    KeyExistsError
+        When a store of that name is being served.
+    StoreUnavailableError
+        When the directory of sockets is not this user's alone.
+    """
+    size = 0 if limit is None else parse_size(limit)
+    if limit is not None and size < 1:
+        raise ValueError(f"limit is a number of bytes, 1 or more, not {limit}")
+    if isinstance(group, str):
+        import grp
+
+        group = grp.getgrnam(group).gr_gid
+    core = _C.Store.start(name, size, _ttl(ttl), mode, -1 if group is None else group)
+    return Store(name, 10.0, core)
+
+
+def connect(name: str, timeout: float = 10.0) -> Store:
+    """Return a client of a store of this machine, waiting for one that is about to start.
+
+    Parameters
+    ----------
+    name : str
+    timeout : float
+        Seconds; ``0``: one try, ``-1``: until it is there.
+
+    Raises
+    ------
+    StoreUnavailableError
+        When there is none, or it belongs to somebody else.
+    """
+    return Store(name, timeout, _connect(name, timeout))
+
+
+def key(*parts: Any) -> str:
+    """Return a name made of values: the same in every process and run, different for different values or types.
+
+    Parameters
+    ----------
+    *parts : object
+        None, bool, int, float, complex, str, bytes, paths, dtypes, arrays and NumPy scalars, and tuples, lists, sets and dicts of those.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits (BLAKE2b, 16 bytes).
+
+    Raises
+    ------
+    TypeError
+        For other types: what they mean can't be told from outside.
+    """
+    return hashlib.blake2b(_canonical(parts), digest_size=16).hexdigest()
+
+
+def _canonical(x: Any) -> bytes:
+    """Bytes that say type and value, and where they end."""
+    if isinstance(x, np.generic) and not isinstance(x, (np.void, np.datetime64, np.timedelta64)):
+        x = x.item()
+    kind = type(x)
+    if x is None or kind in (bool, int):
+        tag, body = kind.__name__, str(x).encode()
+    elif kind is float:
+        tag, body = "float", (0.0 if x == 0 else x).hex().encode()
+    elif kind is complex:
+        tag, body = "complex", _canonical(x.real) + _canonical(x.imag)
+    elif kind is str:
+        tag, body = "str", x.encode("utf-8", "surrogatepass")
+    elif kind in (bytes, bytearray, memoryview):
+        tag, body = "bytes", bytes(x)
+    elif isinstance(x, os.PathLike):
+        tag, body = "path", os.fsencode(x)
+    elif kind in (tuple, list):
+        tag, body = kind.__name__, b"".join(map(_canonical, x))
+    elif kind in (set, frozenset):
+        tag, body = "set", b"".join(sorted(map(_canonical, x)))
+    elif isinstance(x, dict):
+        tag, body = "dict", b"".join(sorted(_canonical(k) + _canonical(v) for k, v in x.items()))
+    elif isinstance(x, np.dtype):
+        tag, body = "dtype", _canonical(repr(x))
+    elif isinstance(x, (np.ndarray, np.generic)) and not x.dtype.hasobject:
+        tag, body = "array", _canonical((x.dtype, x.shape)) + x.tobytes()
+    else:
+        raise TypeError(
+            f"torchshm.key: no name can be made of a {kind.__name__}; give the values that identify it"
+        )
+    return f"{tag}:{len(body)}:".encode() + body

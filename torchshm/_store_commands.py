@@ -1,0 +1,308 @@
+"""The commands of the command line that are about stores: serve, stop, ls, info, rm.
+
+Exit codes: 0 done; 1 there is no such store or name, or it can't be served; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from torchshm import _C
+from torchshm._size import parse_size
+from torchshm._store import Store, connect, start
+from torchshm.errors import StoreUnavailableError, TorchshmError
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+Name = Annotated[str | None, typer.Argument(metavar="NAME", help="The store's name.", show_default=False)]
+NameOption = Annotated[str | None, typer.Option("--name", metavar="NAME", help="The store's name.")]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+
+
+def _fail(error: object) -> NoReturn:
+    typer.echo(f"torchshm: {error}", err=True)
+    raise typer.Exit(1)
+
+
+def _one(argument: str | None, option: str | None) -> str:
+    name = argument or option
+    if name is None:
+        raise typer.BadParameter("which store? Give its NAME")
+    return name
+
+
+def _say(as_json: bool, what: Any, text: str) -> None:
+    typer.echo(json.dumps(what) if as_json else text)
+
+
+def _seconds(text: str | None) -> float | None:
+    """Seconds of "90", "90s", "15m", "2h" or "1d"."""
+    if text is None:
+        return None
+    number, unit = (text[:-1], text[-1:]) if text[-1:] in _UNITS else (text, "s")
+    try:
+        return float(number) * _UNITS[unit]
+    except ValueError:
+        raise typer.BadParameter(f"not a time: {text!r}; write it as 90s, 15m, 2h or 1d") from None
+
+
+def _mode(text: str) -> int:
+    try:
+        return int(text, 8)
+    except ValueError:
+        raise typer.BadParameter(f"not permissions: {text!r}; write them as 0660") from None
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+def _age(seconds: float) -> str:
+    for unit, step in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= step:
+            return f"{seconds / step:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
+def _detach() -> int | None:
+    """Go on in a process of its own session. The descriptor to report to, in that process; None in a foreground process."""
+    reading, writing = os.pipe()
+    if os.fork() > 0:
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            said = pipe.read()
+        # What is said is the pid, or why there is none.
+        if not said.startswith("{"):
+            typer.echo(said.strip() or "torchshm: the service died while it started", err=True)
+            os._exit(1)
+        sys.stdout.write(said)
+        sys.stdout.flush()
+        os._exit(0)
+    os.close(reading)
+    os.setsid()
+    if os.fork() > 0:
+        os._exit(0)
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+    return writing
+
+
+def serve(
+    argument: Name = None,
+    name: NameOption = None,
+    no_fork: Annotated[
+        bool, typer.Option("--no-fork", help="Stay in the foreground, until SIGTERM or Ctrl-C.")
+    ] = False,
+    limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Most memory, as in 8GiB. Default: half of the machine's."),
+    ] = None,
+    ttl: Annotated[
+        str | None, typer.Option(metavar="TIME", help="How long names live, as in 2h. Default: for ever.")
+    ] = None,
+    mode: Annotated[str, typer.Option(metavar="OCTAL", help="Permissions of the socket.")] = "0600",
+    group: Annotated[
+        str | None, typer.Option(metavar="GROUP", help="Its members may use the store; with --mode 0660.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a store, in the background."""
+    store_name, lifetime, permissions = _one(argument, name), _seconds(ttl), _mode(mode)
+    try:
+        size = None if limit is None else parse_size(limit)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    report = None if no_fork else _detach()
+    # From here on a signal ends the service cleanly, and not in the middle of its start.
+    ended: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or report is not None:
+            signal.signal(number, lambda number, _frame: ended.append(number))
+    try:
+        store = start(store_name, size, lifetime, mode=permissions, group=group)
+    except (TorchshmError, ValueError, LookupError) as error:
+        if report is None:
+            _fail(error.args[0] if error.args else error)
+        os.write(report, f"torchshm: {error.args[0] if error.args else error}".encode())
+        os._exit(1)
+    core = store._core
+    told = {"name": store_name, "pid": os.getpid(), "took_over": core.took_over}
+    if report is None:
+        _say(as_json, told, f"Serving the store {store_name} as process {os.getpid()}.")
+        sys.stdout.flush()
+    else:
+        os.write(report, (json.dumps(told) + "\n").encode())
+        os.close(report)
+    try:
+        while not ended and not core.wait_stop(200):
+            pass
+    finally:
+        store.close()
+
+
+def stop(argument: Name = None, name: NameOption = None, as_json: Json = False) -> None:
+    """End a store's service. Who uses the store keeps it, and a new service takes it over."""
+    store_name = _one(argument, name)
+    try:
+        pid = _C.store_stop(store_name)["pid"]
+        for _ in range(500):  # 10 s
+            _C.store_status(store_name)
+            time.sleep(0.02)
+    except StoreUnavailableError as error:
+        if "pid" not in locals():
+            _fail(f"no store named {store_name}: {error}")
+        _say(as_json, {"name": store_name, "pid": pid}, f"The store {store_name} is not served any more.")
+        return
+    except ValueError as error:
+        _fail(error)
+    _fail(
+        f"process {pid} goes on serving the store {store_name}: it did not start the service by `torchshm serve`"
+    )
+
+
+def _status(name: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "running": False}
+    try:
+        status = _C.store_status(name)
+        row |= {
+            "running": True,
+            "pid": status["pid"],
+            "clients": status["clients"],
+            "started": status["started"],
+        }
+        with connect(name, 1) as store:
+            figures = store.info()
+    except (TorchshmError, ValueError) as error:
+        row["why"] = str(error)
+        return row
+    return row | {key: figures[key] for key in ("names", "live_bytes", "limit_bytes")}
+
+
+def ls(
+    argument: Name = None,
+    prefix: Annotated[str, typer.Option(metavar="TEXT", help="Only names that begin with this.")] = "",
+    as_json: Json = False,
+) -> None:
+    """List the stores of this user, or the names in one of them."""
+    if argument is None:
+        stores = [_status(each) for each in _C.store_names()]
+        if as_json:
+            typer.echo(json.dumps(stores))
+            return
+        rows = [
+            [
+                s["name"],
+                str(s["pid"]),
+                str(s["clients"]),
+                str(s["names"]),
+                _bytes(s["live_bytes"]),
+                _bytes(s["limit_bytes"]),
+            ]
+            if "names" in s
+            else [s["name"], "not served", "", "", "", ""]
+            for s in stores
+        ]
+        _table(["store", "process", "clients", "names", "used", "limit"], rows)
+        return
+    with _open(argument) as store:
+        found = []
+        for key in store.keys(prefix):
+            try:
+                found.append({"key": key, **store.info(key)})
+            except KeyError:
+                pass  # removed meanwhile
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    now = time.time()
+    _table(
+        ["name", "kind", "size", "age", "expires in", "saved by"],
+        [
+            [
+                f["key"],
+                f["kind"],
+                _bytes(f["bytes"]),
+                _age(now - f["created"]),
+                "" if f["expires_in"] is None else _age(f["expires_in"]),
+                str(f["pid"]),
+            ]
+            for f in found
+        ],
+    )
+
+
+def info(
+    argument: Name = None,
+    key: Annotated[
+        str | None, typer.Argument(metavar="KEY", help="A name in it.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Figures about a store, or about a name in it."""
+    with _open(_one(argument, None)) as store:
+        try:
+            figures = store.info(key)
+        except KeyError:
+            _fail(f"the store {store.name} has no name {key!r}")
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    _table(["", ""], [[k, _bytes(v) if k.endswith("bytes") else str(v)] for k, v in figures.items()])
+
+
+def rm(
+    argument: Annotated[str, typer.Argument(metavar="NAME", help="The store's name.")],
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Names in it.")],
+    as_json: Json = False,
+) -> None:
+    """Remove names from a store. Who holds the data keeps it."""
+    removed, missing = [], []
+    with _open(argument) as store:
+        for key in keys:
+            try:
+                store.remove(key)
+                removed.append(key)
+            except (KeyError, ValueError):
+                missing.append(key)
+    if as_json:
+        typer.echo(json.dumps({"removed": removed, "missing": missing}))
+    if missing:
+        _fail(f"the store {argument} has no name {', '.join(map(repr, missing))}")
+
+
+def _open(name: str) -> Store:
+    try:
+        return connect(name, 0)
+    except (TorchshmError, ValueError) as error:
+        _fail(error)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (serve, stop, ls, info, rm):
+        app.command()(command)

@@ -1,0 +1,611 @@
+"""What lies behind a name: a typed tree of arrays, tensors and plain values as JSON, over byte ranges of the store's pool.
+
+Never a pickle, unless the value holds something that only pickle knows; that is marked, and loaded only where the caller allows it.
+Whatever is read is checked: a damaged or forged text is an error, and no view leaves its block.
+
+Text of a value::
+
+    A <wire>                      one plain array; csrc/python/store_binding.cc writes and reads it
+    J <json>                      {"regions": [[block, offset, bytes]], "leaves": [...], "value": node}
+    P <8 bytes: length> <json> <pickle>      the same, its persistent ids and out-of-band buffers are leaves
+"""
+
+from __future__ import annotations
+
+import base64
+import copyreg
+import io
+import json
+import pickle
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from torchshm import _C, _reducers
+from torchshm.errors import StaleHandleError, TorchshmError
+
+MODES = {"r+": 0, "r": 1, "c": 2}
+_PACKED_BELOW = 1 << 16  # bytes; smaller pieces of one value share a block. Arbitrary
+_LINE = 64
+_CARRIED = 1024  # bytes objects up to this many bytes lie in the text. Arbitrary
+_FACES: dict[str, type] = {"matrix": np.matrix, "recarray": np.recarray}
+_ARRAYS = {np.ndarray: None, np.memmap: None, np.matrix: "matrix", np.recarray: "recarray"}
+
+
+class _NotPlainError(Exception):
+    """Only pickle knows how."""
+
+
+# ---- dtypes
+
+
+def dtype_to_node(dtype: np.dtype[Any]) -> Any:
+    """JSON of a dtype without objects; TypeError for others, and for those that NumPy does not know by itself."""
+    if dtype.hasobject:
+        raise TypeError(f"dtype {dtype} holds Python objects, which can't lie in shared memory")
+    if dtype.subdtype is not None:
+        return {"base": dtype_to_node(dtype.subdtype[0]), "shape": list(dtype.subdtype[1])}
+    if dtype.fields is not None:
+        names = list(dtype.names or ())
+        fields = [dtype.fields[name] for name in names]
+        return {
+            "names": names,
+            "formats": [dtype_to_node(field[0]) for field in fields],
+            "offsets": [field[1] for field in fields],
+            "titles": [field[2] if len(field) > 2 else None for field in fields],
+            "itemsize": dtype.itemsize,
+            "align": dtype.isalignedstruct,
+            "record": dtype.type is np.record,
+        }
+    if np.dtype(dtype.str) == dtype:
+        return dtype.str
+    if dtype.type.__module__ == "ml_dtypes":
+        return {"ml": dtype.name}
+    raise TypeError(f"dtype {dtype} is not one of NumPy's")
+
+
+def node_to_dtype(node: Any) -> np.dtype[Any]:
+    """The dtype that dtype_to_node() described."""
+    if isinstance(node, str):
+        made = np.dtype(node)
+    elif "ml" in node:
+        import ml_dtypes  # the program that saved it had it too
+
+        name = str(node["ml"])
+        if not name.isidentifier():
+            raise ValueError(f"no dtype: {name!r}")
+        made = np.dtype(getattr(ml_dtypes, name))
+    elif "base" in node:
+        made = np.dtype((node_to_dtype(node["base"]), tuple(node["shape"])))
+    else:
+        made = np.dtype(
+            {
+                "names": node["names"],
+                "formats": [node_to_dtype(each) for each in node["formats"]],
+                "offsets": node["offsets"],
+                "titles": node["titles"],
+                "itemsize": node["itemsize"],
+            },
+            align=bool(node["align"]),
+        )
+        if node["record"]:
+            made = np.dtype((np.record, made))
+    if made.hasobject:
+        raise ValueError("a dtype with Python objects")
+    return made
+
+
+# ---- saving
+
+
+class _Piece:
+    """Memory that a leaf looks at: [low, high), and a compact copy of the leaf for where that is much more than it needs."""
+
+    __slots__ = ("compact", "gaps", "group", "high", "leaf", "low")
+
+    def __init__(
+        self,
+        leaf: dict[str, Any],
+        low: int,
+        high: int,
+        gaps: bool,
+        compact: Callable[[], Any] | None,
+        group: int,
+    ) -> None:
+        self.leaf, self.low, self.high, self.gaps, self.compact, self.group = (
+            leaf,
+            low,
+            high,
+            gaps,
+            compact,
+            group,
+        )
+
+
+def _reach(start: int, shape: Any, steps: Any, itemsize: int) -> tuple[int, int]:
+    """The lowest address, and the one past the highest, of an array with steps in bytes and no empty dimension."""
+    spans = [(n - 1) * step for n, step in zip(shape, steps, strict=True)]
+    return start + sum(s for s in spans if s < 0), start + sum(s for s in spans if s > 0) + itemsize
+
+
+class _Writer:
+    def __init__(self, core: _C.Store) -> None:
+        self.core = core
+        self.leaves: list[dict[str, Any]] = []
+        self.regions: list[list[int]] = []
+        self.refs: list[Any] = []
+        self._known: dict[int, int] = {}
+        self._alive: list[Any] = []  # whose addresses and ids are noted
+        self._pieces: list[_Piece] = []
+        self._within: set[int] = set()
+
+    # -- the tree
+
+    def node(self, x: Any) -> Any:
+        kind = type(x)
+        if x is None or kind in (bool, float, str):
+            return x
+        if kind is int:
+            return x if x.bit_length() < 1000 else {"i": hex(x)}  # Python writes only so many decimal digits
+        if kind is complex:
+            return {"c": [x.real, x.imag]}
+        if kind is bytes and len(x) <= _CARRIED:
+            return {"b": base64.b64encode(x).decode("ascii")}
+        if kind in (list, tuple, dict, OrderedDict):
+            if id(x) in self._within:
+                raise _NotPlainError  # it holds itself
+            self._within.add(id(x))
+            try:
+                return self._container(x, kind)
+            finally:
+                self._within.discard(id(x))
+        index = self.leaf(x)
+        if index is None:
+            raise _NotPlainError
+        return {"x": index}
+
+    def _container(self, x: Any, kind: type) -> Any:
+        if kind is list:
+            return [self.node(each) for each in x]
+        if kind is tuple:
+            return {"t": [self.node(each) for each in x]}
+        pairs = [[self.node(key), self.node(value)] for key, value in x.items()]
+        if kind is dict:
+            return {"d": pairs}
+        if set(vars(x)) - {"_metadata"}:
+            raise _NotPlainError
+        return {"o": pairs, "m": self.node(vars(x).get("_metadata"))}  # a state_dict has that
+
+    # -- leaves
+
+    def leaf(self, x: Any) -> int | None:
+        """The index of what is stored as bytes; None for what is not."""
+        if id(x) in self._known:
+            return self._known[id(x)]
+        leaf = self._leaf_of(x)
+        if leaf is None:
+            return None
+        self.leaves.append(leaf)
+        self._alive.append(x)
+        self._known[id(x)] = len(self.leaves) - 1
+        return len(self.leaves) - 1
+
+    def _leaf_of(self, x: Any) -> dict[str, Any] | None:
+        kind = type(x)
+        if kind in _ARRAYS:
+            return self._array(x, _ARRAYS[kind])
+        if isinstance(x, np.generic):
+            return self._array(np.asarray(x), "scalar")
+        if kind in (bytes, bytearray):
+            return self._array(np.asarray(memoryview(x)), kind.__name__)
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(x, torch.Tensor):
+            return self._tensor(torch, x) if kind in (torch.Tensor, torch.nn.Parameter) else None
+        if isinstance(x, np.ndarray):
+            return None
+        try:
+            return self._array(np.asarray(memoryview(x)), "memoryview")
+        except TypeError:
+            pass
+        if hasattr(kind, "__dlpack__"):
+            return self._array(np.from_dlpack(x), None)
+        return None
+
+    def _array(self, x: Any, face: str | None) -> dict[str, Any] | None:
+        try:
+            dtype = dtype_to_node(x.dtype)
+        except TypeError:
+            return None
+        plain = np.ndarray.view(x, np.ndarray) if type(x) is not np.ndarray else x
+        leaf = {
+            "k": "array",
+            "dtype": dtype,
+            "shape": list(plain.shape),
+            "strides": list(plain.strides),
+            "r": None,
+        }
+        if face is not None:
+            leaf["as"] = face
+        if plain.nbytes > 0:
+
+            def compact() -> Any:
+                copy = plain.copy(order="K")
+                leaf["strides"] = list(copy.strides)
+                return copy.__array_interface__["data"][0], copy.nbytes, copy
+
+            start = plain.__array_interface__["data"][0]
+            low, high = _reach(start, plain.shape, plain.strides, plain.itemsize)
+            leaf["at"] = start
+            self._alive.append(plain)
+            self._pieces.append(_Piece(leaf, low, high, high - low > plain.nbytes, compact, 0))
+        return leaf
+
+    def _tensor(self, torch: Any, x: Any) -> dict[str, Any]:
+        if x.device.type != "cpu":
+            raise TypeError(f"a tensor on {x.device} can't lie in a store: save value.cpu()")
+        sparse = {
+            torch.sparse_coo: ("_indices", "_values"),
+            torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+            torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+            torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+            torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+        }
+        kept = {"grad": x.requires_grad, "param": type(x) is torch.nn.Parameter}
+        if x.layout in sparse:
+            bare = x.detach()
+            parts = [self.leaf(getattr(bare, part)()) for part in sparse[x.layout]]
+            coalesced = x.layout is not torch.sparse_coo or x.is_coalesced()
+            return {
+                "k": "sparse",
+                "layout": str(x.layout).removeprefix("torch."),
+                "size": list(x.shape),
+                "parts": parts,
+                "coalesced": coalesced,
+                **kept,
+            }
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"a tensor of layout {x.layout} can't lie in a store: save value.to_dense()")
+        bare = x.detach().resolve_conj().resolve_neg()
+        leaf = {
+            "k": "tensor",
+            "dtype": str(bare.dtype).removeprefix("torch."),
+            "size": list(bare.shape),
+            "stride": list(bare.stride()),
+            "r": None,
+            **kept,
+        }
+        if bare.is_quantized:
+            leaf["q"] = self._quantizer(torch, bare)
+        if bare.numel() > 0:
+            size = bare.element_size()
+
+            def compact() -> Any:
+                copy = bare.clone()
+                leaf["stride"] = list(copy.stride())
+                return copy.data_ptr(), copy.numel() * size, copy
+
+            low, high = _reach(bare.data_ptr(), bare.shape, [s * size for s in bare.stride()], size)
+            leaf["at"] = bare.data_ptr()
+            self._alive.append(bare)
+            group = bare.untyped_storage().data_ptr()
+            self._pieces.append(_Piece(leaf, low, high, high - low > bare.numel() * size, compact, group))
+        return leaf
+
+    def _quantizer(self, torch: Any, x: Any) -> dict[str, Any]:
+        if x.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            return {"scale": x.q_scale(), "zero": x.q_zero_point()}
+        if x.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+            scales, zeros = self.leaf(x.q_per_channel_scales()), self.leaf(x.q_per_channel_zero_points())
+            return {"scales": scales, "zeros": zeros, "axis": x.q_per_channel_axis()}
+        raise TypeError(f"a tensor quantised as {x.qscheme()} can't lie in a store: save value.dequantize()")
+
+    # -- the bytes
+
+    def place(self) -> None:
+        """Give every piece a region: where it lies already, or one copy; what overlaps, and tensors of one storage, share it."""
+        fresh: list[tuple[int, int, list[_Piece]]] = []  # address and length of what is copied
+        for low, high, pieces in _merge(self._pieces):
+            found = self.core.refer(low, high - low)
+            if found is not None:
+                ref, block, offset = found
+                self._region(self._block(block, ref), offset, high - low, low, pieces)
+            elif len(pieces) == 1 and pieces[0].gaps and pieces[0].compact is not None:
+                address, length, copy = pieces[0].compact()
+                self._alive.append(copy)
+                pieces[0].leaf["at"] = address
+                fresh.append((address, length, pieces))
+            else:
+                fresh.append((low, high - low, pieces))
+        small = [each for each in fresh if each[1] < _PACKED_BELOW]
+        self._copy(small)
+        for each in fresh:
+            if each[1] >= _PACKED_BELOW:
+                self._copy([each])
+
+    def _copy(self, what: list[tuple[int, int, list[_Piece]]]) -> None:
+        if not what:
+            return
+        places, end = [], 0
+        for address, length, _ in what:
+            end += -end % _LINE + address % _LINE  # as aligned as it was
+            places.append(end)
+            end += length
+        target = self.core.blank(end)
+        self.refs.append(target.base)
+        for (address, length, pieces), offset in zip(what, places, strict=True):
+            _C.copy_into(target, offset, address, length)
+            self._region(len(self.refs) - 1, offset, length, address, pieces)
+
+    def _block(self, block: int, ref: Any) -> int:
+        key = -1 - block  # beside the ids of objects
+        if key not in self._known:
+            self.refs.append(ref)
+            self._known[key] = len(self.refs) - 1
+        return self._known[key]
+
+    def _region(self, block: int, offset: int, length: int, low: int, pieces: list[_Piece]) -> None:
+        for piece in pieces:
+            piece.leaf["r"] = len(self.regions)
+            piece.leaf["o"] = piece.leaf.pop("at") - low
+        self.regions.append([block, offset, length])
+
+    def json(self, value: Any) -> bytes:
+        whole = {"regions": self.regions, "leaves": self.leaves, "value": value}
+        return json.dumps(whole, separators=(",", ":")).encode("ascii")
+
+
+def _merge(pieces: list[_Piece]) -> list[tuple[int, int, list[_Piece]]]:
+    groups: dict[Any, tuple[int, int, list[_Piece]]] = {}
+    for i, piece in enumerate(pieces):
+        name = ("storage", piece.group) if piece.group else i
+        low, high, members = groups.get(name, (piece.low, piece.high, []))
+        groups[name] = (min(low, piece.low), max(high, piece.high), [*members, piece])
+    merged: list[tuple[int, int, list[_Piece]]] = []
+    for low, high, members in sorted(groups.values(), key=lambda group: group[0]):
+        if merged and low < merged[-1][1]:
+            before = merged[-1]
+            merged[-1] = (before[0], max(before[1], high), before[2] + members)
+        else:
+            merged.append((low, high, members))
+    return merged
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: Any, writer: _Writer, buffers: list[int]) -> None:
+        super().__init__(file, 5, buffer_callback=self._out_of_band)
+        self.dispatch_table = copyreg.dispatch_table | {np.ma.MaskedArray: _reducers._reduce_masked}
+        self._writer, self._buffers = writer, buffers
+
+    def persistent_id(self, x: Any) -> int | None:
+        kind = type(x)
+        torch = sys.modules.get("torch")
+        if kind in _ARRAYS or (torch is not None and kind in (torch.Tensor, torch.nn.Parameter)):
+            return self._writer.leaf(x)
+        return None
+
+    def _out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
+        index = self._writer.leaf(buffer.raw())
+        if index is not None:
+            self._buffers.append(index)
+        return index is None
+
+
+def describe(core: _C.Store, value: Any) -> tuple[bytes, list[Any]]:
+    """The text of a value, and references to the blocks that it speaks of, its bytes in them."""
+    writer = _Writer(core)
+    try:
+        node = writer.node(value)
+    except (_NotPlainError, RecursionError):
+        writer = _Writer(core)
+        skeleton, buffers = io.BytesIO(), []  # type: ignore[var-annotated]
+        _Pickler(skeleton, writer, buffers).dump(value)
+        writer.place()
+        tree = writer.json(buffers)
+        return b"P" + len(tree).to_bytes(8, "little") + tree + skeleton.getbuffer(), writer.refs
+    writer.place()
+    return b"J" + writer.json(node), writer.refs
+
+
+# ---- loading
+
+
+class _Reader:
+    def __init__(
+        self, core: _C.Store, tree: Any, blocks: list[tuple[int, int]], arrays: str, tensors: str
+    ) -> None:
+        self.core, self.blocks = core, blocks
+        self.regions, self.leaves = tree["regions"], tree["leaves"]
+        self.arrays, self.tensors = arrays, tensors
+        self._opened: dict[tuple[int, str], Any] = {}
+        self._storages: dict[int, Any] = {}
+        self._built: dict[int, Any] = {}
+
+    def node(self, n: Any) -> Any:
+        if not isinstance(n, (dict, list)):
+            return n
+        if isinstance(n, list):
+            return [self.node(each) for each in n]
+        if "x" in n:
+            return self.leaf(n["x"])
+        if "d" in n:
+            return {self.node(key): self.node(value) for key, value in n["d"]}
+        if "t" in n:
+            return tuple(self.node(each) for each in n["t"])
+        if "b" in n:
+            return base64.b64decode(n["b"], validate=True)
+        if "i" in n:
+            return int(n["i"], 16)
+        if "c" in n:
+            return complex(*n["c"])
+        made = OrderedDict((self.node(key), self.node(value)) for key, value in n["o"])
+        if n["m"] is not None:
+            made._metadata = self.node(n["m"])  # type: ignore[attr-defined]
+        return made
+
+    def leaf(self, index: Any) -> Any:
+        index = _count(index)
+        if index not in self._built:
+            leaf = self.leaves[index]
+            self._built[index] = None  # one that is its own part fails
+            kinds = {"array": self._array, "tensor": self._tensor, "sparse": self._sparse}
+            self._built[index] = kinds[leaf["k"]](leaf)
+        return self._built[index]
+
+    def region(self, index: Any, mode: str) -> Any:
+        """The bytes of a region."""
+        block, offset, length = map(_count, self.regions[_count(index)])
+        key = (block, mode)
+        if key not in self._opened:
+            self._opened[key] = self.core.open(*self.blocks[block], MODES[mode])
+        whole = self._opened[key]
+        if offset + length > whole.size:
+            raise ValueError("a region is larger than its block")
+        return whole[offset : offset + length]
+
+    def _array(self, leaf: dict[str, Any]) -> Any:
+        dtype, shape = node_to_dtype(leaf["dtype"]), tuple(map(_count, leaf["shape"]))
+        face = leaf.get("as")
+        if leaf["r"] is None:
+            made = np.empty(shape, dtype)
+        else:
+            strides = tuple(map(int, leaf["strides"]))
+            region = self.region(leaf["r"], self.arrays)
+            made = np.ndarray(shape, dtype, region, _count(leaf["o"]), strides)
+        if made.size > 0 and leaf["r"] is None and dtype.itemsize > 0:
+            raise ValueError("an array without memory")
+        if face is None:
+            return made
+        if face in _FACES:
+            return made.view(_FACES[face])
+        if face == "scalar":
+            return made[()]
+        return {"bytes": bytes, "bytearray": bytearray, "memoryview": memoryview}[face](made)
+
+    def _kept(self, torch: Any, leaf: dict[str, Any], made: Any) -> Any:
+        if leaf["param"]:
+            return torch.nn.Parameter(made, requires_grad=bool(leaf["grad"]))
+        return made.requires_grad_() if leaf["grad"] else made
+
+    def _tensor(self, leaf: dict[str, Any]) -> Any:
+        import torch
+
+        dtype = _named(torch, leaf["dtype"], torch.dtype)
+        size, stride = list(map(_count, leaf["size"])), list(map(_count, leaf["stride"]))
+        if len(size) != len(stride):
+            raise ValueError("sizes and strides of a tensor differ in number")
+        made = self._empty(torch, leaf, dtype, size)
+        if leaf["r"] is None:
+            if 0 not in size:
+                raise ValueError("a tensor without memory")
+            return self._kept(torch, leaf, made)
+        offset, item = _count(leaf["o"]), made.element_size()
+        region = self.region(leaf["r"], self.tensors)
+        end = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) * item + item
+        if 0 in size or end > region.size:
+            raise ValueError("a tensor is larger than its region")
+        if offset % item != 0:
+            region, offset, key = region[offset:], 0, None
+        else:
+            key = leaf["r"]
+        storage = self._storages.get(key) if key is not None else None
+        if storage is None:
+            storage = torch.from_numpy(region).untyped_storage()
+            if key is not None:
+                self._storages[key] = storage
+        made.set_(storage, offset // item, size, stride)
+        return self._kept(torch, leaf, made)
+
+    def _empty(self, torch: Any, leaf: dict[str, Any], dtype: Any, size: list[int]) -> Any:
+        q = leaf.get("q")
+        if q is None:
+            return torch.empty(size if leaf["r"] is None else 0, dtype=dtype)
+        if "scale" in q:
+            return torch._empty_affine_quantized(
+                size, scale=float(q["scale"]), zero_point=int(q["zero"]), dtype=dtype
+            )
+        scales, zeros = self.leaf(q["scales"]), self.leaf(q["zeros"])
+        axis = _count(q["axis"])
+        if not scales.shape == zeros.shape == (size[axis],):
+            raise ValueError("scales of a quantised tensor do not fit it")
+        return torch._empty_per_channel_affine_quantized(
+            size, scales=scales, zero_points=zeros, axis=axis, dtype=dtype
+        )
+
+    def _sparse(self, leaf: dict[str, Any]) -> Any:
+        import torch
+
+        parts = [self.leaf(part) for part in leaf["parts"]]
+        size = tuple(map(_count, leaf["size"]))
+        # Indices that lead out of the tensor would be followed by every operation.
+        if leaf["layout"] == "sparse_coo":
+            made = torch.sparse_coo_tensor(
+                *parts, size, is_coalesced=bool(leaf["coalesced"]), check_invariants=True
+            )
+        else:
+            layout = _named(torch, leaf["layout"], torch.layout)
+            made = torch.sparse_compressed_tensor(*parts, size, layout=layout, check_invariants=True)
+        return self._kept(torch, leaf, made)
+
+
+def _count(n: Any) -> int:
+    if type(n) is not int or n < 0:
+        raise ValueError(f"not a count: {n!r}")
+    return n
+
+
+def _named(torch: Any, name: Any, kind: type) -> Any:
+    found = getattr(torch, name) if isinstance(name, str) and name.isidentifier() else None
+    if not isinstance(found, kind):
+        raise ValueError(f"torch has no {kind.__name__} {name!r}")
+    return found
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Any, reader: _Reader, buffers: list[int]) -> None:
+        super().__init__(file, buffers=[reader.leaf(index) for index in buffers])
+        self._reader = reader
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self._reader.leaf(pid)
+
+
+def rebuild(
+    core: _C.Store, key: str, text: bytes, blocks: list[tuple[int, int]], mode: str | None, allow_pickle: bool
+) -> Any:
+    """The value of a name, its bytes where they are.
+
+    Raises
+    ------
+    StaleHandleError
+        When a block has gone meanwhile: the name has been removed or replaced.
+    """
+    pickled = text[:1] == b"P"
+    if pickled and not allow_pickle:
+        raise ValueError(
+            f"{key!r} holds an object that only pickle can rebuild, and unpickling runs whatever the saver chose: if you trust "
+            "every process that can save into this store, load it with allow_pickle=True"
+        )
+    tensors = "c" if mode in (None, "r") else str(mode)  # torch has no read-only tensors
+    try:
+        if pickled:
+            end = 9 + int.from_bytes(text[1:9], "little")
+            tree, skeleton = json.loads(text[9:end]), text[end:]
+        elif text[:1] == b"J":
+            tree = json.loads(text[1:])
+        else:
+            raise ValueError("made by another version of torchshm")
+        reader = _Reader(core, tree, blocks, mode or ("c" if pickled else "r"), tensors)
+        if not pickled:
+            return reader.node(tree["value"])
+        unpickler = _Unpickler(io.BytesIO(skeleton), reader, tree["value"])
+    except (TorchshmError, MemoryError, ImportError):
+        raise
+    except Exception as error:
+        raise TorchshmError(f"the entry of {key!r} is damaged: {error}") from error
+    return unpickler.load()
+
+
+__all__ = ["MODES", "StaleHandleError", "describe", "rebuild"]

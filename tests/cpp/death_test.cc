@@ -207,7 +207,9 @@ TEST(Death, AtEveryPointLeavesNothingBehind) {
         return true;
       }));
     }
-    const auto stats = survivor->stats();
+    // Its forked child may outlive it by a moment, and nobody here is told of that one's end.
+    auto stats = survivor->stats();
+    for (int i = 0; i < 1000 && stats.leases.size() > 1; ++i, stats = survivor->stats()) ::usleep(10000);
     ASSERT_EQ(stats.leases.size(), 1U) << "killed at point " << at;
     ASSERT_LE(stats.blocks, 3U) << at;  // its unreceived messages may hold two
     for (int i = 0; i < 70000; i += 999) ASSERT_EQ(static_cast<int>(kept->data[i]), 7) << at;

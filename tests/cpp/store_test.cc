@@ -6,6 +6,7 @@
 
 #include "base/failpoint.h"
 #include "os/futex.h"
+#include "pool/checker.h"
 #include "processes.h"
 #include "store/catalogue.h"
 
@@ -122,6 +123,7 @@ TEST(Store, SavesFindsAndRemoves) {
   EXPECT_TRUE(save_filled(store, "a", 9, 5000, {.overwrite = true}));
   EXPECT_EQ(loaded(store, "a"), 9);
   EXPECT_EQ(unsound(store), "");
+  EXPECT_EQ(pool::check(store.member->arena(), {.at_rest = true}).first(), "");
   EXPECT_TRUE(store->remove("a"));
   EXPECT_FALSE(store->remove("a"));
   EXPECT_EQ(store->find("a").code(), Code::kMissing);

@@ -21,6 +21,8 @@ void arm(const Plan& next) {
 
 void disarm() { plan = Plan{}; }
 
+bool armed() { return plan.action != Action::kNone; }
+
 uint64_t reached() { return count.load(); }
 
 const char* last() { return latest.load(); }

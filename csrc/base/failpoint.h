@@ -23,6 +23,7 @@ struct Plan {
 // Counts from zero again. Not for use while other threads pass points.
 void arm(const Plan& plan);
 void disarm();
+bool armed();
 uint64_t reached();  // matching points passed since arm()
 const char* last();  // name of the point that acted or was passed last
 // 0, or the errno to fail with.

@@ -30,7 +30,7 @@ constexpr uint64_t kSmallMax = uint64_t{512} << 10;  // larger blocks are runs o
 
 constexpr uint32_t kMaxLeases = 1024;
 constexpr uint32_t kTickets = 1u << 22;  // one for every unreceived message, and one for every block of every name
-constexpr uint32_t kHints = 1024;  // a dict of a thousand arrays may be released at once
+constexpr uint32_t kHints = 1024;        // a dict of a thousand arrays may be released at once
 constexpr uint32_t kNobody = 0xfff;
 
 static_assert(kMaxLeases < kNobody);

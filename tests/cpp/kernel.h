@@ -106,6 +106,6 @@ inline bool permitted(const std::function<bool()>& step) { return succeeds(step)
 
 #define TORCHSHM_NEEDS_MOUNTS() \
   if (!tests::permitted(tests::private_mounts)) GTEST_SKIP() << "no mount namespaces for this user"
-#define TORCHSHM_NEEDS_SECCOMP()                                        \
+#define TORCHSHM_NEEDS_SECCOMP()                                                        \
   if (tests::under_valgrind()) GTEST_SKIP() << "valgrind's own calls would be refused"; \
   if (!tests::permitted([] { return tests::refuse(SYS_getppid, EPERM); })) GTEST_SKIP() << "no seccomp filters here"

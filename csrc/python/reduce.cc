@@ -14,7 +14,7 @@ namespace torchshm::python {
 namespace {
 
 // Copying below this is quicker than giving the GIL away and getting it back; above, the program may change the array meanwhile.
-constexpr npy_intp kCopyUnderGil = npy_intp{1} << 20;
+constexpr npy_intp kCopyUnderGil = npy_intp{2} << 20;
 
 // Larger ones travel inside the pickle only where min_bytes says so, and then as NumPy sends them. Arbitrary.
 constexpr npy_intp kCarriedMost = npy_intp{64} << 10;

@@ -78,7 +78,7 @@ def flip_count(control: Path) -> int:
         file.seek(40)
         (chunks,) = struct.unpack("<Q", file.read(8))
         tickets = (4460544 + 16 * chunks + 4095) // 4096 * 4096
-        blocks = tickets + 16 * 2**20
+        blocks = tickets + 16 * 2**22
         for block in range(512 * chunks):
             file.seek(blocks + 32 * block + 8)
             (word,) = struct.unpack("<Q", file.read(8))

@@ -541,6 +541,24 @@ TEST(Release, WhatTheSystemKeepsOfACopyIsNotSeenAgainUntilItIsForgotten) {
   EXPECT_EQ(clean->data[0], std::byte{0});
 }
 
+TEST(Release, ABlockOverTwoCopiesThatTheSystemKeepsIsNotSeenEither) {
+  auto member = fresh_pool(64 * kMib);
+  const uint32_t one = member->allocate(4 * kMib, true)->block, two = member->allocate(4 * kMib, true)->block;
+  for (const uint32_t block : {one, two}) member->view(block, Mode::kCopyOnWrite)->data[0] = std::byte{7};
+  const Failing failing("os.drop_private", EINVAL);
+  for (const uint32_t block : {one, two}) {
+    member->release(block, Mode::kCopyOnWrite);
+    member->release(block, Mode::kReadWrite);
+  }
+  auto both = member->allocate(8 * kMib, true);
+  ASSERT_EQ(both->block, std::min(one, two));
+  EXPECT_EQ(member->view(both->block, Mode::kCopyOnWrite).code(), Code::kUnsupported);
+  failpoint::disarm();
+  auto clean = member->view(both->block, Mode::kCopyOnWrite);
+  ASSERT_TRUE(clean.ok());
+  EXPECT_EQ(clean->data[4 * kMib], std::byte{0});
+}
+
 #endif
 
 TEST(Member, BesideAnotherIsALeaseOfTheSamePool) {

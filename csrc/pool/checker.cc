@@ -281,7 +281,6 @@ void Look::chunk(uint32_t index, Pair word) {
   if (v.committed > kPagesPerChunk) suspect(1, self() + ": more pages than a chunk's " + number(kPagesPerChunk));
   if (v.owner >= kMaxLeases && v.owner != kNobody) suspect(2, self() + ": the owner is no lease");
   const bool plain = v.head == 0 && v.generation == 0;
-  bool owned = false;  // only its owner, or who reaps that, will ever move it on
   bool orphan = false;
   switch (v.state) {
     case ChunkState::kHole:
@@ -291,28 +290,28 @@ void Look::chunk(uint32_t index, Pair word) {
       if (!plain || v.committed == 0) suspect(1, self() + ": an idle chunk has pages, and no head or generation");
       return;
     case ChunkState::kRun:
-      owned = orphan = true;
+      orphan = true;
       break;
     case ChunkState::kSmall:
       orphan = true;
       [[fallthrough]];
     case ChunkState::kBacking:
     case ChunkState::kTaking:
-      owned = true;
       if (!plain || v.committed != kPagesPerChunk)
         suspect(1, self() + ": a chunk of small blocks has all pages, and no head or generation");
       break;
     case ChunkState::kTrimming:
-      owned = orphan = true;  // nobody's: the system refused its pages, and the next trim asks again
+      orphan = true;  // nobody's: the system refused its pages, and the next trim asks again
       if (!plain) suspect(1, self() + ": expected no head or generation");
       break;
     default:
       suspect(1, self() + ": state " + number(static_cast<uint64_t>(v.state)) + ", expected 0 to 6");
       return;
   }
+  // Only its owner, or who reaps that, will ever move it on.
   const bool nobody = v.owner == kNobody;
-  if (owned && nobody && !orphan) suspect(2, self() + ": nobody will finish that");
-  if (owned && v.owner < kMaxLeases && !leases_[v.owner].present()) suspect(2, self() + ": the owner's lease is free");
+  if (nobody && !orphan) suspect(2, self() + ": nobody will finish that");
+  if (v.owner < kMaxLeases && !leases_[v.owner].present()) suspect(2, self() + ": the owner's lease is free");
   const bool moving = v.state == ChunkState::kBacking || v.state == ChunkState::kTaking ||
                       (v.state == ChunkState::kTrimming && !nobody);
   if (options_.at_rest && moving) suspect(6, self() + ": between two states at rest");

@@ -151,6 +151,10 @@ const Damage kDamages[] = {
      [](Scene& s) {
        return s.lease().intent = uint64_t{1} << 32 | ~0u, Texts{"lease 0 ", "0x1ffffffff"};
      }},
+    {"IntentWithoutAnOperation", 6, false,
+     [](Scene& s) {
+       return s.lease().intent = s.small + 1, Texts{"lease 0 ", "names no operation"};
+     }},
     {"IntentOfAFreeLease", 6, false,
      [](Scene& s) {
        return s.lease(7).intent = uint64_t{1} << 32 | s.small, Texts{"lease 7 ", "intent"};
@@ -288,6 +292,11 @@ const Damage kDamages[] = {
        s.chunk(s.large_chunk() + 1, [](ChunkValue& v) { v.generation = 77; });
        return Texts{named("chunk", s.large_chunk() + 1), named("block", s.large), "generation 77"};
      }},
+    {"RunOfNobodyOfAnotherGeneration", 9, false,
+     [](Scene& s) {
+       s.chunk(s.large_chunk() + 1, [](ChunkValue& v) { v.generation = 77, v.owner = kNobody; });
+       return Texts{named("chunk", s.large_chunk() + 1), "expected a live block of that generation"};
+     }},
     {"MoreThanTheLimit", 1, true, [](Scene& s) { return s.header().limit = 1 << 20, Texts{"limit of 1048576"}; }},
     // Blocks: words.
     {"LiveWithoutACount", 3, false,
@@ -327,6 +336,11 @@ const Damage kDamages[] = {
        s.block(s.small, [](BlockValue& v) { --v.count; });
        return Texts{named("block", s.small), "no more than the count"};
      }},
+    {"CountTooLowForManyHolders", 3, false,
+     [](Scene& s) {
+       for (uint32_t slot = 1; slot < 6; ++slot) s.hold(slot, s.small);
+       return Texts{named("block", s.small), "6 ledger bits of leases 0, 1, 2, 3, ... and 1 tickets"};
+     }},
     {"LostHold", 3, false,
      [](Scene& s) {
        return s.drop(0, s.large), Texts{named("block", s.large), "0 ledger bits and 0 tickets"};
@@ -336,6 +350,16 @@ const Damage kDamages[] = {
      [](Scene& s) {
        s.block(s.second, [](BlockValue& v) { v.granules = 2; });
        return Texts{named("block", s.second), "4 to 512"};
+     }},
+    {"LargerThanASmallBlock", 1, false,
+     [](Scene& s) {
+       s.block(s.second, [](BlockValue& v) { v.granules = 600; });
+       return Texts{named("block", s.second), "4 to 512"};
+     }},
+    {"LargeWithAnOffset", 1, false,
+     [](Scene& s) {
+       s.block(s.large, [](BlockValue& v) { v.first = 1; });
+       return Texts{named("block", s.large), "starts with its chunk"};
      }},
     {"OverTheEndOfTheChunk", 1, false,
      [](Scene& s) {
@@ -422,6 +446,16 @@ const Damage kDamages[] = {
        s.out([&](TicketValue& v) { v.sender |= 0xfff; });
        return Texts{named("ticket", s.ticket), "sender"};
      }},
+    {"TicketOfSlotNone", 2, false,
+     [](Scene& s) {
+       s.out([&](TicketValue& v) { v.sender = 1 << 12; });
+       return Texts{named("ticket", s.ticket), "sender"};
+     }},
+    {"TicketOfNoIncarnation", 2, false,
+     [](Scene& s) {
+       s.out([&](TicketValue& v) { v.sender = 1; });
+       return Texts{named("ticket", s.ticket), "sender"};
+     }},
     {"TicketOfAFutureSender", 2, false,
      [](Scene& s) {
        s.out([&](TicketValue& v) { v.sender = TicketValue::sender_of(0, 50); });
@@ -449,6 +483,11 @@ const Damage kDamages[] = {
      [](Scene& s) {
        s.arena().data()[s.hole * kChunk + 5000] = std::byte{1};
        return Texts{named("chunk", s.hole), "has memory"};
+     }},
+    {"MemoryFarBehind", 1, true,
+     [](Scene& s) {
+       s.arena().data()[(s.hole + 20) * kChunk + 5000] = std::byte{1};
+       return Texts{named("chunk", s.hole + 20), "has memory"};
      }},
 };
 
@@ -553,6 +592,74 @@ TEST(Checker, FindsNothingInASoundPoolAtRest) {
   member->release(large->block, Mode::kReadWrite);
   (void)member->trim(0);
   EXPECT_EQ(pool::check(member->arena(), kAtRest).first(), "");
+}
+
+TEST(Checker, FindsNothingWhereAHoldIsKeptForAName) {
+  Scene scene;
+  auto handle = scene.member->issue(scene.large);
+  ASSERT_TRUE(handle.ok());
+  ASSERT_TRUE(scene.member->keep(*handle));
+  EXPECT_EQ(pool::check(scene.arena(), kAtRest).first(), "");
+  scene.member->release(scene.large, Mode::kReadWrite);  // held by the name alone
+  EXPECT_EQ(pool::check(scene.arena(), kAtRest).first(), "");
+}
+
+TEST(Checker, FindsNothingAfterMoreJoinersThanASenderCanTell) {
+  Scene scene;
+  scene.header().next_incarnation = 5000;
+  EXPECT_EQ(pool::check(scene.arena(), kAtRest).first(), "");
+}
+
+TEST(Checker, FindsNothingWhereAnIntentStillReleasesARunOfTheDead) {
+  Scene scene;
+  scene.chunk(scene.idle, [&](ChunkValue& v) {
+    v.state = ChunkState::kRun, v.owner = kNobody, v.head = scene.idle, v.generation = 1;
+  });
+  EXPECT_FALSE(pool::check(scene.arena()).ok());
+  scene.lease(1).intent = uint64_t{5} << 32 | scene.idle * kPagesPerChunk;
+  EXPECT_EQ(pool::check(scene.arena()).first(), "");
+}
+
+// The two files of a pool as plain files, as somebody copies them away to look at them later.
+os::Fd copy_of(int file, const std::byte* bytes, uint64_t size) {
+  os::Fd copy(::open("/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
+  EXPECT_EQ(::ftruncate(copy.get(), static_cast<off_t>(size)), 0);
+  for (os::Range r = os::next_data(file, 0, size); bytes != nullptr && r.begin < r.end;
+       r = os::next_data(file, r.end, size)) {
+    EXPECT_EQ(::pwrite(copy.get(), bytes + r.begin, r.end - r.begin, static_cast<off_t>(r.begin)),
+              static_cast<ssize_t>(r.end - r.begin));
+  }
+  return copy;
+}
+
+TEST(Checker, OfACopyAsksNeitherForItsPagesNorForItsProcesses) {
+  Scene scene;
+  const Arena& arena = scene.arena();
+  const auto* control = reinterpret_cast<const std::byte*>(&scene.header());
+  const uint64_t control_size = pool::Offsets::of(arena.chunks()).total, data_size = uint64_t{arena.chunks()} * kChunk;
+  auto copies =
+      Arena::inspect(copy_of(arena.data_fd(), nullptr, data_size), copy_of(arena.control_fd(), control, control_size));
+  ASSERT_TRUE(copies.ok()) << copies.status().what();
+  EXPECT_TRUE(copies->is_copy());
+  EXPECT_EQ(pool::check(*copies, kAtRest).first(), "");
+  auto half = Arena::inspect(copy_of(arena.data_fd(), nullptr, data_size), os::duplicate(arena.control_fd()).take());
+  ASSERT_TRUE(half.ok()) << half.status().what();
+  EXPECT_TRUE(half->is_copy());
+}
+
+TEST(Checker, IsToldWhyThereIsNothingToLookAt) {
+  Scene scene;
+  const Arena& arena = scene.arena();
+  const auto duplicate = [](int fd) { return os::duplicate(fd).take(); };
+  EXPECT_EQ(Arena::inspect(duplicate(arena.data_fd()), os::Fd()).code(), Code::kSystem);
+  EXPECT_EQ(Arena::inspect(os::Fd(), duplicate(arena.control_fd())).code(), Code::kSystem);
+  EXPECT_EQ(Arena::inspect(duplicate(arena.data_fd()), copy_of(-1, nullptr, 100)).code(), Code::kInvalid);
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+  os::Fd data = duplicate(arena.data_fd()), control = duplicate(arena.control_fd());
+  failpoint::arm({failpoint::Action::kFail, 1, true, ENOMEM, "os.map_file"});
+  EXPECT_FALSE(Arena::inspect(std::move(data), std::move(control)).ok());
+  failpoint::disarm();
+#endif
 }
 
 TEST(Checker, NeedsNoMembershipAndWritesNothing) {

@@ -181,6 +181,28 @@ TEST(Join, LeavesADeadLeaseAloneWhoseBlockALivingOneIsAtWorkOn) {
   EXPECT_EQ(newcomer->stats().blocks, 0U);
 }
 
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+
+TEST(Join, FailsWhereTheNextDeadLeaseCanNotBeTakenOver) {
+  const auto gone = last_of_many({5000});
+  pool::Arena& arena = gone->arena();
+  uint32_t block = 0;
+  while (!BlockValue::of(arena.block(block).value.load()).live) ++block;
+  for (const uint32_t slot : {0U, 1U}) {
+    arena.lease(slot).intent_generation.store(BlockValue::of(arena.block(block).value.load()).generation);
+    arena.lease(slot).intent.store(uint64_t{5} << 32 | block);
+  }
+  auto sleeper = Membership::succeed(arena, 1);
+  ASSERT_TRUE(sleeper.ok());
+  os::Fd data = os::duplicate(arena.data_fd()).take(), control = os::duplicate(arena.control_fd()).take();
+  // To join, to succeed slot 0, which can't be settled, and then slot 2.
+  failpoint::arm({failpoint::Action::kFail, 3, false, EMFILE, "os.reopen"});
+  EXPECT_EQ(Member::attach(std::move(data), std::move(control)).status().error(), EMFILE);
+  failpoint::disarm();
+}
+
+#endif
+
 TEST(Join, FailsWhenAllLeasesLive) {
   // One open file description for each of them; where that many are not allowed, fewer slots are made to look free.
   auto first = fresh_pool();

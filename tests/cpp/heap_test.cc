@@ -134,6 +134,16 @@ TEST_F(HeapTest, LosesAChunkWithAllThatIsCachedOfIt) {
   EXPECT_EQ(heap.empty_chunks(), 0U);
 }
 
+TEST_F(HeapTest, ADamagedDescriptorFreesNothingTwice) {
+  heap.add(0, false);
+  const auto large = make(65), damaged = make(5);
+  ASSERT_EQ(damaged.first, 1U);
+  EXPECT_TRUE(free({damaged.block, 0}, 1));  // it names the last granule of the other now
+  EXPECT_TRUE(free(large, 65));
+  EXPECT_FALSE(heap.remove_empty(0).has_value());  // its own space is not used again
+  EXPECT_EQ(make(65).block, large.block);
+}
+
 TEST_F(HeapTest, ACancelledPlaceIsFreeAgain) {
   heap.add(0, false);
   const auto place = heap.place(2048 - 4, false);

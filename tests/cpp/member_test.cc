@@ -96,7 +96,7 @@ TEST(Member, IsRefusedWithTheReason) {
 TEST(Member, IsRefusedWhenAnyMappingOrLockOfItsOwnFails) {
   auto member = fresh_pool();
   for (const char* call : {"os.mmap", "os.reopen", "os.lock"}) {
-    for (uint64_t at = 1; at <= 9; ++at) {
+    for (uint64_t at = 1; at <= 10; ++at) {
       os::Fd data = os::duplicate(member->arena().data_fd()).take(),
              control = os::duplicate(member->arena().control_fd()).take();
       const Failing failing(call, ENOLCK, at);
@@ -267,6 +267,10 @@ TEST(Allocate, ACorruptDescriptorIsAnErrorAndNoPointer) {
     for (uint32_t i = 0; i < member->arena().pages(); ++i) member->arena().block(i).granules.store(0);
   });
   EXPECT_EQ(member->allocate(3 * kMib, false).code(), Code::kCorrupt);
+  const Between again("allocate.told", [&] {
+    for (uint32_t i = 0; i < member->arena().pages(); ++i) member->arena().block(i).granules.store(0);
+  });
+  EXPECT_EQ(member->allocate(3 * kMib, false, true).code(), Code::kCorrupt);
 #endif
 }
 
@@ -517,7 +521,98 @@ TEST(Release, OfTheLastCopyForgetsWhatWasWrittenWhereThatIsPossible) {
   member->release(large->block, Mode::kCopyOnWrite);
 }
 
+TEST(Release, WhatTheSystemKeepsOfACopyIsNotSeenAgainUntilItIsForgotten) {
+  auto member = fresh_pool();
+  std::vector<uint32_t> blocks;
+  for (int i = 0; i < 3; ++i) blocks.push_back(member->allocate(4 * kPage, true)->block);
+  const auto see = [&](int i) { return member->view(blocks[static_cast<size_t>(i)], Mode::kCopyOnWrite); };
+  for (int i = 0; i < 3; ++i) see(i)->data[0] = std::byte{7};
+  const auto handle = member->issue(blocks[1]);
+  ASSERT_TRUE(handle.ok());
+  {
+    const Failing failing("os.drop_private", EINVAL);
+    member->release(blocks[1], Mode::kCopyOnWrite);
+    EXPECT_EQ(see(1).code(), Code::kUnsupported);
+    EXPECT_EQ(member->redeem(*handle, Mode::kCopyOnWrite).code(), Code::kUnsupported);
+    EXPECT_TRUE(see(0).ok() && see(2).ok());  // others are none the worse
+  }
+  auto clean = see(1);
+  ASSERT_TRUE(clean.ok());
+  EXPECT_EQ(clean->data[0], std::byte{0});
+}
+
+TEST(Release, ABlockOverTwoCopiesThatTheSystemKeepsIsNotSeenEither) {
+  auto member = fresh_pool(64 * kMib);
+  const uint32_t one = member->allocate(4 * kMib, true)->block, two = member->allocate(4 * kMib, true)->block;
+  for (const uint32_t block : {one, two}) member->view(block, Mode::kCopyOnWrite)->data[0] = std::byte{7};
+  const Failing failing("os.drop_private", EINVAL);
+  for (const uint32_t block : {one, two}) {
+    member->release(block, Mode::kCopyOnWrite);
+    member->release(block, Mode::kReadWrite);
+  }
+  auto both = member->allocate(8 * kMib, true);
+  ASSERT_EQ(both->block, std::min(one, two));
+  EXPECT_EQ(member->view(both->block, Mode::kCopyOnWrite).code(), Code::kUnsupported);
+  failpoint::disarm();
+  auto clean = member->view(both->block, Mode::kCopyOnWrite);
+  ASSERT_TRUE(clean.ok());
+  EXPECT_EQ(clean->data[4 * kMib], std::byte{0});
+}
+
 #endif
+
+TEST(Member, BesideAnotherIsALeaseOfTheSamePool) {
+  auto member = fresh_pool();
+  auto second = Member::beside(*member);
+  ASSERT_TRUE(second.ok()) << second.status().what();
+  EXPECT_NE((*second)->identity(), member->identity());
+  auto block = member->allocate(5000, false);
+  EXPECT_EQ((*second)->redeem(*member->issue(block->block), Mode::kReadWrite)->data, block->data);
+  const auto signatures = pool::signatures(member->arena());
+  ASSERT_EQ(signatures.size(), 2U);
+  EXPECT_EQ(signatures[1].pid, static_cast<uint32_t>(::getpid()));
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+  const Failing failing("os.duplicate", EMFILE);
+  EXPECT_EQ(Member::beside(*member).status().error(), EMFILE);
+#endif
+}
+
+TEST(Member, IsGoneWhenItsProcessIsOrItsLeaseHasAnother) {
+  auto member = fresh_pool();
+  auto other = join(*member);
+  const uint64_t identity = other->identity();
+  EXPECT_FALSE(member->gone(identity));
+  EXPECT_TRUE(member->gone(identity + (1 << 12)));  // an incarnation that never was
+  EXPECT_TRUE(member->gone(kMaxLeases));            // no such lease
+  other->membership().abandon(member->arena());
+  EXPECT_TRUE(member->gone(identity));
+  EXPECT_EQ(pool::signatures(member->arena()).size(), 2U);
+  (void)member->reap();
+  EXPECT_EQ(pool::signatures(member->arena()).size(), 1U);
+  EXPECT_TRUE(member->gone(identity));
+}
+
+TEST(Keep, AHandleThatNamesNothingIsNeitherKeptNorGivenUp) {
+  auto member = fresh_pool();
+  auto block = member->allocate(5000, false);
+  auto handle = member->issue(block->block), second = member->issue(block->block);
+  ASSERT_TRUE(handle.ok() && second.ok());
+  pool::Handle no_ticket = *handle, no_block = *handle;
+  no_ticket.ticket = pool::kTickets;
+  no_block.block = member->arena().pages();
+  member->give_up(no_ticket);
+  member->give_up(no_block);
+  EXPECT_EQ(member->stats().tickets, 2U);
+  member->give_up(*second);
+  EXPECT_EQ(member->stats().tickets, 1U);
+  EXPECT_FALSE(member->keep(*second));
+  EXPECT_FALSE(member->keep(no_block));
+  EXPECT_TRUE(member->keep(*handle));
+  member->release(block->block, Mode::kReadWrite);
+  EXPECT_EQ(member->stats().blocks, 1U);
+  member->give_up(*handle);
+  EXPECT_EQ(member->stats().blocks, 0U);
+}
 
 // ---- fork
 
@@ -733,14 +828,56 @@ TEST(RawFork, AHandleOfABlockThatWasLostIsReceivedAnew) {
 TEST(RawFork, WithoutALeaseTheChildReadsAndNoMore) {
   Member* member = pool::adopt(fresh_pool());
   auto block = member->allocate(5000, false);
+  auto handle = member->issue(block->block);
+  ASSERT_TRUE(handle.ok());
   std::memset(block->data, 5, 5000);
   take_all_slots(member->arena());
   EXPECT_TRUE(ends_well(raw_fork([&] {
     if (member->allocate(5000, false).code() != Code::kNoSlot || block->data[4999] != std::byte{5}) return false;
+    if (member->keep(*handle)) return false;
+    member->give_up(*handle);
+    if (member->stats().tickets != 1) return false;
     member->release(block->block, Mode::kReadWrite);
     return ends_well(raw_fork([&] { return member->allocate(5000, false).code() == Code::kNoSlot; }));
   })));
   give_slots_back(member->arena());
+}
+
+TEST(RawFork, TheChildHoldsNothingThatTheParentMadeLater) {
+  auto member = fresh_pool();
+  auto first = member->allocate(5000, false);
+  int there[2];
+  ASSERT_EQ(::pipe(there), 0);
+  const pid_t pid = raw_fork([&] {
+    char byte = 0;
+    if (::read(there[0], &byte, 1) != 1) return false;
+    const auto mine = member->stats();
+    return mine.leases.size() == 2 && mine.leases[0].held_blocks == 2 && mine.leases[1].held_blocks == 1;
+  });
+  ASSERT_TRUE(member->allocate(5000, false).ok());
+  ASSERT_EQ(::write(there[1], "x", 1), 1);
+  EXPECT_TRUE(ends_well(pid));
+  EXPECT_TRUE(first.ok());
+  for (const int fd : there) ::close(fd);
+}
+
+TEST(RawFork, WhereLostArraysLookAHandleOfAnotherBlockIsStale) {
+  auto member = fresh_pool();
+  auto block = member->allocate(3 * kMib, false);
+  int there[2];
+  ASSERT_EQ(::pipe(there), 0);
+  const pid_t pid = raw_fork([&] {
+    pool::Handle later;
+    if (::read(there[0], &later, sizeof later) != sizeof later || later.block != block->block) return false;
+    return member->redeem(later, Mode::kReadWrite).code() == Code::kStale;
+  });
+  member->release(block->block, Mode::kReadWrite);
+  auto later = member->allocate(3 * kMib, false);
+  auto handle = member->issue(later->block);
+  ASSERT_TRUE(handle.ok());
+  ASSERT_EQ(::write(there[1], &*handle, sizeof(pool::Handle)), static_cast<ssize_t>(sizeof(pool::Handle)));
+  EXPECT_TRUE(ends_well(pid));
+  for (const int fd : there) ::close(fd);
 }
 
 TEST(RawFork, IsNotNoticedByKernelsThatDoNotTell) {

@@ -154,6 +154,40 @@ TEST_F(MembershipTest, AJoinerThatFindsItsSlotGoneOrBeingTakenBackTakesAnother) 
   EXPECT_EQ(Membership::join(arena)->slot(), 1U);
 }
 
+TEST_F(MembershipTest, ADeadLeaseIsSucceededByOneAloneAndAsItWas) {
+  Parts a(arena);
+  const os::Fd other = os::reopen(arena.control_fd()).take();
+  const auto dies = [&] {
+    auto dead = Membership::join(arena);
+    ASSERT_TRUE(dead.ok());
+    dead->abandon(arena);
+  };
+  dies();
+  EXPECT_EQ(Membership::succeed(arena, 0)->slot(), 1U);
+  {  // another locks it first
+    const Between between("os.lock", [&] { ASSERT_TRUE(*os::try_lock(other.get(), 1)); });
+    EXPECT_EQ(Membership::succeed(arena, 0).code(), Code::kNoSlot);
+    ASSERT_TRUE(os::unlock(other.get(), 1));
+  }
+  {  // somebody takes it back, or has done so
+    const Between between("succeed.locked", [&] { lease(a.slot).reaping.store(2); });
+    EXPECT_EQ(Membership::succeed(arena, 0).code(), Code::kNoSlot);
+    lease(a.slot).reaping.store(0);
+  }
+  {
+    const Between between("succeed.locked", [&] { lease(1).word.store(kLeaseFree); });
+    EXPECT_EQ(Membership::succeed(arena, 0).code(), Code::kNoSlot);
+  }
+  EXPECT_FALSE(os::locked_by_other(arena.control_fd(), 1));
+  dies();
+  for (const char* call : {"os.reopen", "os.lock"}) {
+    const tests::Failing failing(call, ENOLCK);
+    EXPECT_EQ(Membership::succeed(arena, 0).code(), Code::kSystem) << call;
+  }
+  const tests::Failing failing("os.reopen", EMFILE);
+  EXPECT_EQ(Membership::join(arena).code(), Code::kSystem);
+}
+
 TEST_F(MembershipTest, OfTwoReapersOneFinishesWhateverTheOtherHasDone) {
   Parts a(arena), b(arena);
   for (const char* point : {"reap.announced", "reap.ledger_done", "reap.chunks_done"}) {

@@ -108,7 +108,34 @@ TEST(Memfd, FromElsewhereMustBeOneAndSealed) {
   EXPECT_EQ(os::check_memfd(open.get()).code(), Code::kInvalid);
 }
 
+TEST(Memfd, IsOpenedByItsPath) {
+  const Fd fd = memfd();
+  auto opened = os::open_memfd("/proc/self/fd/" + std::to_string(fd.get()));
+  ASSERT_TRUE(opened.ok()) << opened.status().what();
+  EXPECT_EQ(*os::file_id(opened->get()), *os::file_id(fd.get()));
+  EXPECT_NE(*os::file_id(opened->get()), *os::file_id(memfd().get()));
+  EXPECT_NE((os::FileId{1, 5}), (os::FileId{2, 5}));  // the inode of another device
+  EXPECT_EQ(os::open_memfd("/proc/self/fd/none").status().error(), ENOENT);
+}
+
+TEST(Memfd, RangesWithDataAreAllOfTheFileWhereTheKernelDoesNotTell) {
+  const Fd fd = memfd();
+  const char byte = 1;
+  ASSERT_EQ(::pwrite(fd.get(), &byte, 1, 40960), 1);
+  const auto is = [](os::Range range, uint64_t begin, uint64_t end) {
+    return range.begin == begin && range.end == end;
+  };
+  EXPECT_TRUE(is(os::next_data(fd.get(), 0, kSize), 40960, 45056));
+  EXPECT_TRUE(is(os::next_data(fd.get(), 45056, kSize), kSize, kSize));
+  EXPECT_TRUE(is(os::next_data(fd.get(), kSize, kSize), kSize, kSize));
+  EXPECT_TRUE(is(os::next_data(-1, 4096, kSize), 4096, kSize));
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds(
+      [&] { return refuse(SYS_lseek, EINVAL, 2, SEEK_HOLE) && is(os::next_data(fd.get(), 0, kSize), 40960, kSize); }));
+}
+
 TEST(Memfd, OperationsOnAClosedDescriptorAreErrors) {
+  EXPECT_EQ(os::file_size(-1).code(), Code::kSystem);
   EXPECT_EQ(os::reopen(1 << 20).code(), Code::kSystem);
   EXPECT_EQ(os::duplicate(-1).code(), Code::kSystem);
   EXPECT_EQ(os::file_id(-1).code(), Code::kSystem);
@@ -195,6 +222,9 @@ TEST(Os, EveryCallThatIsMadeToFailIsAnError) {
   for (const char* name : {"os.get_seals", "os.fstat"}) {
     EXPECT_EQ(failing(name, [&] { return os::check_memfd(fd.get()).code(); }), Code::kSystem) << name;
   }
+  EXPECT_EQ(failing("os.open_memfd", [] { return os::open_memfd("/proc/self/fd/0").code(); }), Code::kSystem);
+  EXPECT_EQ(failing("os.seek_data", [&] { return os::next_data(fd.get(), 0, 9).end == 9 ? Code::kOk : Code::kSystem; }),
+            Code::kOk);
   EXPECT_EQ(failing("os.duplicate", [&] { return os::duplicate(fd.get()).code(); }), Code::kSystem);
   EXPECT_EQ(failing("os.unlock", [&] { return os::unlock(fd.get(), 0).code(); }), Code::kSystem);
   EXPECT_EQ(failing("os.map_file", [&] { return Mapping::map(Mapping::Kind::kShared, fd.get(), kSize).code(); }),
@@ -400,6 +430,7 @@ TEST(ForkDetector, IsAbsentWhereTheKernelHasNone) {
   EXPECT_TRUE(
       succeeds([] { return refuse(SYS_madvise, EINVAL, 2, MADV_WIPEONFORK) && os::fork_detector() == nullptr; }));
   EXPECT_TRUE(succeeds([] { return refuse(SYS_mmap, ENOMEM, 1, 4096) && os::fork_detector() == nullptr; }));
+  os::drop_fork_detector(nullptr);
 }
 
 // ---- how much memory there is

@@ -2,6 +2,8 @@
 #include "base/status.h"
 
 #include <cerrno>
+#include <exception>
+#include <thread>
 
 #include "base/failpoint.h"
 #include "os/fd.h"
@@ -98,6 +100,38 @@ TEST_F(Failpoint, CountsOnlyWhenNothingIsToHappen) {
   failpoint::arm({});
   EXPECT_EQ(failpoint::pass("a", true), 0);
   EXPECT_EQ(failpoint::reached(), 1U);
+}
+
+TEST_F(Failpoint, TellsTheWatcherWhoMayCallItOff) {
+  static int told = 0;
+  failpoint::Plan plan;
+  plan.action = failpoint::Action::kFail;
+  plan.error = EIO;
+  plan.watch = [](const char*, bool acts) {
+    ++told;
+    if (acts) failpoint::disarm();
+  };
+  failpoint::arm(plan);
+  EXPECT_EQ(failpoint::pass("can not fail", false), 0);
+  EXPECT_EQ(told, 1);
+  EXPECT_EQ(failpoint::pass("can fail", true), 0);
+  EXPECT_EQ(told, 2);
+}
+
+TEST_F(Failpoint, LeavesAThreadByAnExceptionAtTheChosenPoint) {
+  EXPECT_TRUE(tests::succeeds([] {
+    std::set_terminate([] { ::_exit(0); });
+    std::thread other([] {  // where nobody catches it
+      failpoint::die_after(1);
+      (void)failpoint::pass("first", false);
+    });
+    other.join();
+    return false;
+  }));
+  failpoint::die_after(2);
+  EXPECT_EQ(failpoint::pass("first", false), 0);
+  failpoint::die_after(0);
+  EXPECT_EQ(failpoint::pass("second", false), 0);
 }
 
 TEST_F(Failpoint, StopsAndKillsTheProcessThatPasses) {

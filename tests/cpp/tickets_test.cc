@@ -52,6 +52,22 @@ TEST_F(TicketsTest, OfAnotherMessageOrBlockAreNotUsedUp) {
   EXPECT_TRUE(a.tickets.redeem(*id, block, generation));
 }
 
+TEST_F(TicketsTest, AreKeptForANameByTheirMessageAlone) {
+  const uint32_t block = a.small();
+  const auto id = a.tickets.issue(block, a.generation(block));
+  ASSERT_TRUE(id.has_value());
+  EXPECT_FALSE(b.tickets.keep({id->index, id->nonce + 1}, block));
+  EXPECT_FALSE(b.tickets.keep(*id, block + 1));
+  EXPECT_TRUE(b.tickets.keep(*id, block));
+  EXPECT_EQ(ticket(id->index).sender, TicketValue::kName);
+  a.die();
+  EXPECT_EQ(b.reaper.reap_all(), 1U);
+  EXPECT_EQ(b.tickets.take_back(0, true, 1), 0U);  // not its sender's any more
+  EXPECT_EQ(b.count(block), 1U);
+  EXPECT_TRUE(b.tickets.redeem(*id, block, b.generation(block)));
+  EXPECT_FALSE(b.tickets.keep(*id, block));
+}
+
 TEST_F(TicketsTest, AreNotIssuedForABlockThatIsGone) {
   const uint32_t block = a.small();
   const uint64_t generation = a.generation(block);

@@ -28,7 +28,7 @@ BUILD = ROOT / "build/coverage"
 OUT = ROOT / "build/torture"
 REASONS = Path(__file__).with_name("uncovered.toml")
 ROOMS = ("base", "os", "pool")
-FLOOR = 95.0  # percent of the branches
+FLOOR = 95.0  # percent of the branches, of each room and of all
 
 console = Console()
 
@@ -70,7 +70,8 @@ def build_and_run(jobs: int, seconds: int, full: bool) -> list[str]:
     failed = []
     suites = ["ctest", "--test-dir", str(BUILD), "--parallel", str(jobs), "--output-on-failure"]
     if not full:
-        suites += ["--exclude-regex", "^torture[.]"]  # other campaigns, which take their time and other paths
+        # Other campaigns, and the deaths of a store's members, which take their time and other paths.
+        suites += ["--exclude-regex", "^torture[.]|^Store[.]DeathAtEveryPoint"]
     if subprocess.run(suites, cwd=ROOT, env=environment, check=False).returncode != 0:
         failed.append("the C++ suites failed")
     return failed
@@ -84,6 +85,10 @@ def measure() -> tuple[dict[str, list[int]], list[Line]]:
     filters = [part for room in ROOMS for part in ("--filter", f"csrc/{room}/")]
     run(
         *("gcovr", "--root", ROOT, *filters, "--exclude-throw-branches", "--exclude-unreachable-branches"),
+        # Thousands of millions of calls: the checker reads the words of all pages.
+        *("--gcov-suspicious-hits-threshold", "0"),
+        # What the service has of the headers is built with exceptions; it is in another room.
+        *("--exclude-directories", ".*/service"),
         *("--html-details", pages / "index.html", "--json", raw, BUILD),
     )
     totals = {room: [0, 0] for room in ROOMS}
@@ -162,10 +167,10 @@ def main(
     figures["branches"] = totals["all"][1]
     figures["not taken"] = totals["all"][1] - totals["all"][0]
     figures["reasons"] = len(listed)
-    if figures["branches of all, %"] < FLOOR:
-        violations.append(
-            f"{figures['branches of all, %']} % of the branches are taken, fewer than {FLOOR:.0f} %"
-        )
+    for room in totals:
+        percent = figures[f"branches of {room}, %"]
+        if percent < FLOOR:
+            violations.append(f"{percent} % of the branches of {room} are taken, fewer than {FLOOR:.0f} %")
 
     for line in lines:
         console.print(

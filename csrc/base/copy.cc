@@ -31,30 +31,37 @@ __attribute__((target("avx512f"))) void stream_lines(std::byte* to, const std::b
 
 void plain(std::byte* to, const std::byte* from, size_t lines) { std::memcpy(to, from, lines * kLine); }
 
-using Stream = void (*)(std::byte*, const std::byte*, size_t);
+constexpr void (*kAll[])(std::byte*, const std::byte*, size_t) = {plain, stream_halves, stream_lines};
 
-Stream best() {
-  static constexpr Stream all[] = {plain, stream_halves, stream_lines};
+int best() {
+  __builtin_cpu_init();
   const bool halves = __builtin_cpu_supports("avx2") != 0, lines = __builtin_cpu_supports("avx512f") != 0;
-  return all[static_cast<int>(halves) + static_cast<int>(halves & lines)];
+  return static_cast<int>(halves) + static_cast<int>(halves & lines);
 }
+
+const int kBest = best();
 
 }  // namespace
 
-void copy_bytes(void* to, const void* from, size_t bytes) {
-  static const Stream stream_copy = best();
-  if (bytes < kStreamFrom) {
-    std::memcpy(to, from, bytes);
-    return;
-  }
+int best_copy() { return kBest; }
+
+void copy_bytes_by(int way, void* to, const void* from, size_t bytes) {
   auto* target = static_cast<std::byte*>(to);
   const auto* source = static_cast<const std::byte*>(from);
   const size_t head = (kLine - reinterpret_cast<uintptr_t>(target) % kLine) % kLine;
   std::memcpy(target, source, head);
   const size_t lines = (bytes - head) / kLine;
-  stream_copy(target + head, source + head, lines);
+  kAll[way](target + head, source + head, lines);
   const size_t done = head + lines * kLine;
   std::memcpy(target + done, source + done, bytes - done);
+}
+
+void copy_bytes(void* to, const void* from, size_t bytes) {
+  if (bytes < kStreamFrom) {
+    std::memcpy(to, from, bytes);
+  } else {
+    copy_bytes_by(kBest, to, from, bytes);
+  }
 }
 
 }  // namespace torchshm

@@ -15,4 +15,9 @@ namespace torchshm {
 // REQUIRES: the ranges do not overlap.
 void copy_bytes(void* to, const void* from, size_t bytes);
 
+// The ways to copy what is large: 0, memcpy; 1, with AVX2; 2, with AVX-512. This processor has those up to best_copy().
+int best_copy();
+// REQUIRES: bytes >= 64, way <= best_copy()
+void copy_bytes_by(int way, void* to, const void* from, size_t bytes);
+
 }  // namespace torchshm

@@ -29,5 +29,21 @@ TEST(Copy, IsExactAndStaysInItsBounds) {
   }
 }
 
+TEST(Copy, EveryWayOfThisProcessorIsExact) {
+  constexpr size_t kBytes = 100000;
+  std::vector<uint8_t> source(kBytes + 64), target(kBytes + 256);
+  for (size_t i = 0; i < source.size(); ++i) source[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
+  for (int way = 0; way <= best_copy(); ++way) {
+    for (const size_t shift : {size_t{0}, size_t{1}, size_t{63}}) {
+      std::fill(target.begin(), target.end(), uint8_t{0xee});
+      copy_bytes_by(way, target.data() + shift, source.data() + 5, kBytes);
+      ASSERT_TRUE(std::equal(source.begin() + 5, source.begin() + 5 + kBytes,
+                             target.begin() + static_cast<std::ptrdiff_t>(shift)))
+          << way << " " << shift;
+      ASSERT_EQ(target[shift + kBytes], 0xee) << way;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace torchshm

@@ -1,0 +1,49 @@
+"""The protocol's state machine in its smallest configuration, whole and broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import model
+import pytest
+
+HERE = Path(__file__).parent
+needs_rumur = pytest.mark.skipif(shutil.which("rumur") is None, reason="rumur is not installed")
+
+
+@needs_rumur
+def test_protocol_holds_in_every_reachable_state_and_no_precaution_is_idle(tmp_path):
+    result = tmp_path / "model.json"
+    done = subprocess.run(
+        [sys.executable, HERE / "model.py", "--json", result], capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    found = json.loads(result.read_text())
+    assert found["violations"] == []
+    assert found["figures"]["states"] > 100_000
+    assert found["figures"]["breakages noticed"] == 4
+
+
+@needs_rumur
+def test_violation_is_reported(monkeypatch, tmp_path):
+    broken = model.Configuration("broken", {**model.PAIR, "LOOK_AGAIN": False}, short=True)
+    idle = model.Breakage("nothing", "LOOK_AGAIN", {"NP": 1, "DEATHS": 1})
+    monkeypatch.setattr(model, "CONFIGURATIONS", [broken])
+    monkeypatch.setattr(model, "BREAKAGES", [idle])
+    result = tmp_path / "model.json"
+    with pytest.raises(model.typer.Exit) as ended:
+        model.main(full=True, limit=60.0, memory=2.0, threads=1, only=None, trace=None, json_path=result)
+    assert ended.value.exit_code == 1
+    assert json.loads(result.read_text())["violations"] == [
+        'broken: invariant "no reaper at a slot that is in use" failed',
+        "not noticed: nothing",
+    ]
+
+
+def test_constant_that_the_model_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="0 constants LOOKS"):
+        model.written({"LOOKS": 1})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,8 @@ import model
 import pytest
 
 HERE = Path(__file__).parent
-needs_rumur = pytest.mark.skipif(shutil.which("rumur") is None, reason="rumur is not installed")
 
 
-@needs_rumur
 def test_protocol_holds_in_every_reachable_state_and_no_precaution_is_idle(tmp_path):
     result = tmp_path / "model.json"
     done = subprocess.run(
@@ -28,7 +25,6 @@ def test_protocol_holds_in_every_reachable_state_and_no_precaution_is_idle(tmp_p
     assert found["figures"]["breakages noticed"] == 4
 
 
-@needs_rumur
 def test_violation_is_reported(monkeypatch, tmp_path):
     broken = model.Configuration("broken", {**model.PAIR, "LOOK_AGAIN": False}, short=True)
     idle = model.Breakage("nothing", "LOOK_AGAIN", {"NP": 1, "DEATHS": 1})

@@ -120,7 +120,8 @@ def load_later(key, timeout):
 def test_ctrl_c_ends_a_waiting_load(store, tmp_path):
     script = tmp_path / "wait.py"
     script.write_text(
-        "import sys, torchshm\n"
+        "import signal, sys, torchshm\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background\n"
         "store = torchshm.connect('session')\n"
         "print('waiting', flush=True)\n"
         "try:\n"
@@ -140,7 +141,8 @@ def test_ctrl_c_ends_a_waiting_load(store, tmp_path):
 def test_ctrl_c_ends_a_waiting_connect(runtime, tmp_path):
     script = tmp_path / "wait.py"
     script.write_text(
-        "import torchshm\n"
+        "import signal, sys, torchshm\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background\n"
         "print('waiting', flush=True)\n"
         "try:\n"
         "    torchshm.connect('nobody', timeout=-1)\n"

@@ -189,7 +189,8 @@ def test_children_end_well_with_live_arrays(tmp_path, method):
 
 def test_interrupt_ends_a_program_as_ever(tmp_path):
     end = (
-        "\nimport signal\nthreading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\ntime.sleep(60)"
+        "\nimport signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+        "\nthreading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\ntime.sleep(60)"
     )
     done = run_script(program("daemon thread that sends and receives", end), tmp_path)
     assert done.returncode in (130, -2)

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.array_utils import byte_bounds
 
 import torchshm
 from torchshm import _C
@@ -79,7 +80,6 @@ class Item:
         self.kind = (
             "own" if plain else chance.choice(["own", "own", "c", "c", "r", "r+", "sliced", "pooled", "deep"])
         )
-        self.written = False
         if chance.random() < 0.01 and not plain:
             self.kind = "frame"
         self.column = chance.randrange(3)
@@ -88,6 +88,11 @@ class Item:
         except torchshm.PoolFullError:
             self.kind = "own"
             self.x = self.make(chance)
+        here.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        here.add(self)
 
     def make(self, chance: random.Random) -> Any:
         x: Any = pattern(self.number, self.size, self.dtype)
@@ -165,20 +170,21 @@ class Item:
             return False
         number = chance.getrandbits(63)
         if self.kind == "c":
-            written_views.append(weakref.ref(self.x))
+            written.append(byte_bounds(self.x))
         self.x[...] = pattern(number, self.size, self.dtype)
-        self.number, self.written = number, self.written or self.kind == "c"
+        self.number = number
         return True
 
 
-written_views: list[weakref.ref[np.ndarray]] = []
-"""The "c" arrays that this process has written to. A queue's thread may keep one that its holder has dropped."""
+here: weakref.WeakSet[Item] = weakref.WeakSet()
+"""All items of this process: those that it holds, those that a queue's thread still has, those that it inherited."""
+
+written: list[tuple[int, int]] = []
+"""Where this process has written to "c" arrays. They show that to every later view, until nothing here looks there any more."""
 
 
-def shares_a_written_view(item: Item) -> bool:
-    written_views[:] = [view for view in written_views if view() is not None]
-    alive = [view() for view in written_views]
-    return any(np.may_share_memory(part, view) for part in item.parts() for view in alive if view is not None)
+def overlaps(item: Item, low: int, high: int) -> bool:
+    return any(low < end and start < high for start, end in map(byte_bounds, item.parts()))
 
 
 def shares(a: Item, b: Item) -> bool:
@@ -190,8 +196,10 @@ def admit(received: list[Item], kept: list[Item], tally: Counter[str], when: str
 
     A "c" array that comes a second time is the same memory within a process; where that was written to, its message is no news.
     """
+    before = [item for item in here if all(item is not new for new in received)]
+    written[:] = [bounds for bounds in written if any(overlaps(item, *bounds) for item in before)]
     for item in received:
-        if shares_a_written_view(item):
+        if any(overlaps(item, *bounds) for bounds in written):
             tally["came back to a written view"] += 1
             continue
         tally["bytes verified"] += item.check(when)

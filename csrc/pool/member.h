@@ -15,15 +15,10 @@
 #include "base/status.h"
 #include "pool/arena.h"
 #include "pool/handle.h"
-#include "pool/heap.h"
 #include "pool/holds.h"
-#include "pool/janitor.h"
 #include "pool/ledger.h"
 #include "pool/membership.h"
-#include "pool/reaper.h"
-#include "pool/space.h"
 #include "pool/stats.h"
-#include "pool/tickets.h"
 
 namespace torchshm::pool {
 

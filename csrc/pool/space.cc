@@ -208,8 +208,10 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
   if (bytes == 0 || pages > arena_.pages()) return full("larger than the address space that the pool was made with");
   if (bytes > arena_.header().limit.load(std::memory_order_relaxed)) return full("larger than the pool's limit");
   const auto n = static_cast<uint32_t>((pages + kPagesPerChunk - 1) / kPagesPerChunk);
-  std::vector<Taken> taken(n);
-  std::vector<uint32_t> need(n, kPagesPerChunk);
+  std::vector<Taken>& taken = taken_;
+  std::vector<uint32_t>& need = need_;
+  taken.assign(n, {});
+  need.assign(n, kPagesPerChunk);
   need.back() = static_cast<uint32_t>(pages - uint64_t{n - 1} * kPagesPerChunk);
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     const auto head = find_run(n);
@@ -253,7 +255,7 @@ std::pair<uint32_t, uint64_t> Space::take_run(uint32_t head, const std::vector<u
       // Now that the head is ours the generation is what it is; it was read a moment before that.
       ChunkValue exact = taken[0].word;
       exact.generation = (BlockValue::of(first.value.load()).generation + 1) & BlockValue::kGenerationMask;
-      if (!replace(head, taken[0].word, exact))
+      if (exact.generation != wanted.generation && !replace(head, taken[0].word, exact))
         return {0, 0};  // an old releaser took it for the run that was here before
       taken[0].word = exact;
     }

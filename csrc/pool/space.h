@@ -82,6 +82,8 @@ class Space {
   std::function<void()> before_growth_;
   std::vector<uint16_t> mapped_;  // pages of each chunk that this process has in its page tables
   std::vector<uint32_t> recent_;  // heads of runs that this lease had lately
+  std::vector<Taken> taken_;      // of the claim under way; members, so that a claim allocates nothing
+  std::vector<uint32_t> need_;    // pages of each of its chunks
   uint64_t headroom_seen_ = 0;
   uint64_t headroom_ = 0;  // what was left when last looked
 };

@@ -1,5 +1,6 @@
 #include "python/reduce.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "base/copy.h"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.timeout(900)  # it builds the targets
-@pytest.mark.skipif(shutil.which("clang++-14") is None, reason="needs clang-14 and libclang-rt-14-dev")
 def test_arbitrary_bytes_are_an_error_and_never_a_crash():
     run = subprocess.run(
         [sys.executable, str(ROOT / "tests/fuzz/run.py"), "--seconds", "20"],

@@ -1,9 +1,8 @@
 """Every long test, one after the other, and what they found: ``make torture``.
 
 Each campaign is a program of its own that leaves ``build/torture/<name>*.json``:
-``{"name", "seed", "full", "seconds", "figures": {label: number or text}, "violations": [text]}``. A campaign that consists of existing
-tools (ctest, pytest, valgrind) gets that file from here, out of what the tool printed. From these files, and nothing else, this program
-writes ``tests/torture/RESULTS.md``.
+``{"name", "seed", "full", "seconds", "figures": {label: number or text}, "violations": [text]}``. From these files, and nothing else,
+this program writes ``tests/torture/RESULTS.md``.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,10 +46,8 @@ class Campaign:
     full: Command
     budget: bool = False  # takes --seconds or --minutes: as long as it is given
     seeds: int = 1  # the budget is shared by so many runs
-    own_json: bool = True  # false: the result is read from what it prints
     writes: str = ""  # it takes no --json and writes this file
     needs: tuple[str, ...] = ()  # CMake presets that are built before
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def program(name: str) -> str:
@@ -60,16 +57,6 @@ def program(name: str) -> str:
 def script(path: str) -> Command:
     return [PYTHON, str(ROOT / path)]
 
-
-def pytest(*arguments: str) -> Command:
-    return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-
-
-# The sanitizers' runtime comes first in a process that did not link it; what Python never frees is no leak of ours.
-UNDER_ASAN = {
-    "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
-    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-}
 
 CAMPAIGNS = [
     Campaign(
@@ -106,40 +93,18 @@ CAMPAIGNS = [
         [*script("tests/torture/faults.py"), "--full"],
     ),
     Campaign(
-        "sanitize-address",
-        "the C++ suites under AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer",
+        "sanitizers",
+        "the C++ suites, and the Python suites of _C, under ASan, LSan and UBSan and under TSan",
         None,
-        ["ctest", "--preset", "asan-ubsan", "--parallel", JOBS],
-        own_json=False,
-        needs=("asan-ubsan",),
-    ),
-    Campaign(
-        "sanitize-thread",
-        "the C++ suites under ThreadSanitizer",
-        None,
-        ["ctest", "--preset", "tsan", "--parallel", JOBS],
-        own_json=False,
-        needs=("tsan",),
-    ),
-    Campaign(
-        "sanitize-python",
-        "the Python suites over a module built with AddressSanitizer and UndefinedBehaviorSanitizer",
-        None,
-        pytest("tests/python", "--timeout=600"),
-        own_json=False,
-        needs=("asan-python",),
-        environment={
-            **UNDER_ASAN,
-            "PYTHONPATH": f"{ROOT}/build/asan-python/python:{ROOT}",
-            "TORCHSHM_PRELOAD_ASAN": "1",
-        },
+        [*script("tests/torture/sanitizers.py"), "--full"],
+        writes="sanitizers.json",
     ),
     Campaign(
         "valgrind",
         "the C++ suites under valgrind's memcheck",
         None,
-        script("tests/torture/under_valgrind.py"),
-        needs=("dev",),
+        [*script("tests/torture/sanitizers.py"), "--full", "--only", "valgrind", "--jobs", JOBS],
+        writes="valgrind.json",
     ),
     Campaign(
         "fuzz",
@@ -223,69 +188,23 @@ def prepare(preset: str, log: Path) -> str:
     return ""
 
 
-def preload() -> str:
-    """The sanitizers' runtime, and libstdc++ beside it: it has to be there when the runtime looks for its `throw`."""
-    libraries = ["libasan.so", "libubsan.so", "libstdc++.so"]
-    found = [
-        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
-        for name in libraries
-    ]
-    return " ".join(path.strip() for path in found)
-
-
-def from_output(text: str, code: int) -> tuple[dict[str, Any], list[str]]:
-    """Figures and violations out of what ctest or pytest printed."""
-    figures: dict[str, Any] = {}
-    if tests := re.search(r"(\d+)% tests passed, (\d+) tests failed out of (\d+)", text):
-        figures = {"tests": int(tests[3]), "failed": int(tests[2])}
-    for number, what in re.findall(
-        r"(\d+) (passed|failed|errors?|skipped|xfailed)\b", text.rsplit("\n", 4)[-2] if text else ""
-    ):
-        figures[what] = int(number)
-    violations = [
-        line.strip() for line in re.findall(r"^\s*\d+ - .*\(.*\)$|^(?:FAILED|ERROR) .*$", text, re.MULTILINE)
-    ]
-    violations += re.findall(
-        r"^.*(?:ERROR: \w+Sanitizer|WARNING: ThreadSanitizer|runtime error:).*$", text, re.MULTILINE
-    )
-    if code != 0 and not violations:
-        violations = [f"exit status {code}: {text[-500:]}"]
-    return figures, list(dict.fromkeys(violations))
-
-
 def run_one(campaign: Campaign, path: Path, command: Command, full: bool) -> list[str]:
     """Run one command; returns why there is no result. What it found wrong is in its result."""
     logs = OUT / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{path.stem}.log"
     path.unlink(missing_ok=True)
-    if campaign.own_json and not campaign.writes:
+    if not campaign.writes:
         command = [*command, "--json", str(path)]
     started = Path(command[1] if command[0] == PYTHON and command[1].startswith("/") else command[0])
     if started.is_absolute() and not started.exists():
         return [f"there is no {started.relative_to(ROOT)}"]
-    environment = {
-        "PYTHONPATH": f"{DEV}/python:{ROOT}",
-        "TORCHSHM_TORTURE": "full" if full else "short",
-        **campaign.environment,
-    }
-    if environment.pop("TORCHSHM_PRELOAD_ASAN", ""):
-        environment["LD_PRELOAD"] = preload()
-    began = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": f"{DEV}/python:{ROOT}"}
     with log.open("w") as out:
         code = subprocess.run(
-            command, cwd=ROOT, stdout=out, stderr=out, env={**os.environ, **environment}, check=False
+            command, cwd=ROOT, stdout=out, stderr=out, env=environment, check=False
         ).returncode
     text = log.read_text(errors="replace")
-    if not campaign.own_json:
-        figures, violations = from_output(text, code)
-        result = {
-            "name": campaign.name,
-            "seed": None,
-            "full": full,
-            "seconds": round(time.monotonic() - began, 1),
-        }
-        path.write_text(json.dumps({**result, "figures": figures, "violations": violations}, indent=1) + "\n")
     if not path.exists():
         return [f"no result, exit status {code}: {text[-400:].strip()}"]
     if code != 0 and not read(path)["violations"]:

@@ -10,8 +10,10 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -48,12 +50,28 @@ PYTHON_SUITES = (
 PYTHON_THREADS = ("threads",)
 
 # Valgrind takes seconds to start and slows all down by 20 or more: not the enumerations and soaks, which are about other
-# things; what they enumerate is run once all the same. A million blocks take hours.
-NOT_IN_VALGRIND = ("Death.AtEveryPoint*", "Failure.*", "Soak.*", "Pool.HoldsAMillion*", "Points*")
+# things; what they enumerate is run once all the same. A million blocks take hours, and there is no room for 300 members.
+NOT_IN_VALGRIND = (
+    *("Death.AtEveryPoint*", "Failure.*", "Soak.*", "Points*"),
+    *("Pool.HoldsAMillion*", "Pool.TakesManyLeases"),
+)
+# Leaks are LeakSanitizer's: a member is meant to live as long as its process, and processes that are killed free nothing.
 VALGRIND = (
-    *("valgrind", "--quiet", "--trace-children=yes", "--error-exitcode=99", "--leak-check=full"),
-    *("--errors-for-leak-kinds=definite", "--show-leak-kinds=definite", "--num-callers=24"),
+    *(
+        "valgrind",
+        "--quiet",
+        "--trace-children=yes",
+        "--error-exitcode=99",
+        "--leak-check=no",
+        "--num-callers=24",
+    ),
     f"--suppressions={Path(__file__).with_name('valgrind.supp')}",
+)
+SLOW = 900.0  # seconds for one test
+
+MEMCHECK = re.compile(
+    r"^==\d+== ((?:Invalid|Conditional jump|Use of uninit|Syscall param|Source and destination|Mismatched).*)",
+    re.MULTILINE,
 )
 
 console = Console()
@@ -69,8 +87,10 @@ class Kind(str, Enum):
     valgrind = "valgrind"
 
 
-def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, **environment}
+def run(
+    *command: str | Path, timeout: float | None = None, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **(environment or {})}
     return subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
@@ -79,6 +99,7 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         check=False,
+        timeout=timeout,
     )
 
 
@@ -92,11 +113,7 @@ def build(preset: str, jobs: int, *targets: str) -> None:
 
 def reports(output: str) -> Iterator[str]:
     """The first lines of what the tools have found."""
-    for pattern in (
-        r"^SUMMARY: .*",
-        r"^.*runtime error: .*",
-        r"^==\d+== .*(?:definitely lost|Invalid|uninitialised).*",
-    ):
+    for pattern in (r"^SUMMARY: .*", r"^.*runtime error: .*"):
         yield from sorted(set(re.findall(pattern, output, re.MULTILINE)))
 
 
@@ -104,7 +121,13 @@ def cpp(preset: str, jobs: int, **options: str) -> tuple[int, list[str]]:
     """Tests that were run, and what was wrong."""
     build(preset, jobs)
     done = run(
-        "ctest", "--test-dir", f"build/{preset}", "--parallel", str(jobs), "--output-on-failure", **options
+        "ctest",
+        "--test-dir",
+        f"build/{preset}",
+        "--parallel",
+        str(jobs),
+        "--output-on-failure",
+        environment=options,
     )
     log = OUT / f"{preset}.log"
     log.write_text(done.stdout)
@@ -140,9 +163,11 @@ def python(
             "--maxfail=5",
         ),
         *(ROOT / f"tests/python/test_{suite}.py" for suite in suites),
-        LD_PRELOAD=runtime(library),
-        PYTHONPATH=f"{ROOT}/build/{preset}/python:{ROOT}",
-        **options,
+        environment={
+            "LD_PRELOAD": runtime(library),
+            "PYTHONPATH": f"{ROOT}/build/{preset}/python:{ROOT}",
+            **options,
+        },
     )
     log.write_text(done.stdout)
     passed = re.search(r"(\d+) passed", done.stdout)
@@ -151,6 +176,29 @@ def python(
     if done.returncode != 0 and not wrong:
         wrong.append(f"{preset}: pytest ended with {done.returncode}, see {log.relative_to(ROOT)}")
     return int(passed.group(1)) if passed else 0, wrong
+
+
+def watched(program: Path, test: str) -> tuple[str, list[str]]:
+    """What one test printed under valgrind, and what was wrong in it or in a process that it forked."""
+    with tempfile.TemporaryDirectory() as folder:
+        command: list[str | Path] = [
+            *VALGRIND,
+            f"--log-file={folder}/%p.log",
+            program,
+            f"--gtest_filter={test}",
+            "--gtest_brief=1",
+        ]
+        try:
+            done = run(*command, timeout=SLOW, environment={"TORCHSHM_THREAD_STEPS": "300"})
+            output, wrong = done.stdout, [] if done.returncode == 0 else [f"valgrind: {test}"]
+        except subprocess.TimeoutExpired:
+            output, wrong = "", [f"valgrind: {test}: not done in {SLOW:.0f} s"]
+        for log in sorted(Path(folder).glob("*.log")):
+            # What valgrind says of itself (a system call that it does not know) is no finding.
+            text = log.read_text(errors="replace")
+            wrong += [f"valgrind: {test}: {found}" for found in MEMCHECK.findall(text)]
+            output += text
+        return output, wrong
 
 
 def memcheck(jobs: int) -> tuple[int, list[str]]:
@@ -162,19 +210,16 @@ def memcheck(jobs: int) -> tuple[int, list[str]]:
     suite, tests = "", []
     for line in listed:
         if line.startswith("  "):
-            tests.append(suite + line.strip())
-        elif line.endswith("."):
-            suite = line
-    wrong, log = [], []
-    for test in tests:  # a process each: pools that were adopted stay with their process
-        done = run(
-            *VALGRIND, program, f"--gtest_filter={test}", "--gtest_brief=1", TORCHSHM_THREAD_STEPS="300"
-        )
-        log.append(f"--- {test}\n{done.stdout}")
-        if done.returncode != 0 or "definitely lost" in done.stdout:
-            wrong += [f"valgrind: {test}", *(f"valgrind: {text}" for text in reports(done.stdout))]
-    (OUT / "valgrind.log").write_text("\n".join(log))
-    return len(tests), wrong
+            tests.append(suite + line.split("#")[0].strip())
+        elif line.split("#")[0].rstrip().endswith("."):
+            suite = line.split("#")[0].rstrip()
+    # A process each: pools that were adopted stay with their process.
+    with ThreadPoolExecutor(jobs) as workers:
+        done = list(workers.map(lambda test: watched(program, test), tests))
+    (OUT / "valgrind.log").write_text(
+        "\n".join(f"--- {test}\n{output}" for test, (output, _) in zip(tests, done, strict=True))
+    )
+    return len(tests), [text for _, wrong in done for text in wrong]
 
 
 def write(name: str, seconds: float, full: bool, figures: dict[str, int], violations: list[str]) -> None:
@@ -209,6 +254,7 @@ def main(
     table = Table("under", "tests", "found", "seconds")
     figures: dict[str, int] = {}
     violations: list[str] = []
+    found = 0
     start = time.monotonic()
     for kind in only or [Kind.address, Kind.thread, Kind.address_python, Kind.thread_python]:
         began = time.monotonic()
@@ -230,6 +276,7 @@ def main(
             tests, wrong = memcheck(jobs)
         if tests == 0:
             wrong.append(f"{kind.value}: no test was run")
+        found += len(wrong)
         table.add_row(kind.value, str(tests), str(len(wrong)), f"{time.monotonic() - began:.0f}")
         if kind is Kind.valgrind:
             write("valgrind", time.monotonic() - began, full, {"tests": tests}, wrong)
@@ -241,7 +288,7 @@ def main(
     if figures:
         write("sanitizers", time.monotonic() - start, full, figures, violations)
     console.print(table)
-    sys.exit(1 if violations else 0)
+    sys.exit(1 if found else 0)
 
 
 if __name__ == "__main__":

@@ -79,31 +79,3 @@ def test_short_results_are_no_full_ones(run, tmp_path):
     assert json.loads((tmp_path / "step.json").read_text())["full"] is False
     assert campaign.results(run.entry("step"), full=True) == []
     assert "| step |" not in campaign.report(True, {})
-
-
-@pytest.mark.parametrize(
-    ("text", "code", "figures", "violations"),
-    [
-        ("100% tests passed, 0 tests failed out of 71\n", 0, {"tests": 71, "failed": 0}, []),
-        (
-            "99% tests passed, 1 tests failed out of 71\n\nThe following tests FAILED:\n\t  4 - Pool.Works (Failed)\n",
-            8,
-            {"tests": 71, "failed": 1},
-            ["4 - Pool.Works (Failed)"],
-        ),
-        (
-            "FAILED tests/a.py::b - no\n1 failed, 70 passed in 3s\n",
-            1,
-            {"failed": 1, "passed": 70},
-            ["FAILED tests/a.py::b - no"],
-        ),
-        (
-            "==1==ERROR: AddressSanitizer: overflow\n1 passed in 3s\n",
-            0,
-            {"passed": 1},
-            ["==1==ERROR: AddressSanitizer: overflow"],
-        ),
-    ],
-)
-def test_result_is_read_from_what_a_tool_prints(text, code, figures, violations):
-    assert campaign.from_output(text, code) == (figures, violations)

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 HERE = Path(__file__).parent
 
 
-@pytest.mark.skipif(
-    os.environ.get("TORCHSHM_TORTURE") == "full", reason="the campaign runs the long form by itself"
-)
 def test_soak_finds_every_byte_right_and_everything_comes_back(tmp_path):
     result = tmp_path / "soak.json"
     done = subprocess.run(

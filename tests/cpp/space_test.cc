@@ -347,7 +347,17 @@ TEST_F(SpaceTest, AClaimThatAlwaysLosesGivesUp) {
 }
 
 TEST_F(SpaceTest, ARunWhoseHeadAnOldReleaserFreedIsClaimedAgain) {
-  const Between between("claim.told", [&] { set(0, ChunkState::kIdle, a.slot, kPagesPerChunk); });
+  const uint32_t before = a.run(2 * kMib);
+  a.ledger.drop(before);
+  // Another run lived and ended there between the look at its generation and the taking of its chunk, and gives its space back only now.
+  const Between between("claim.told", [&] {
+    BlockValue value = a.ledger.value(before);
+    ++value.generation;
+    tests::set_block(arena, before, value);
+    ASSERT_EQ(chunk(before / kPagesPerChunk).generation, value.generation);
+    a.space.release_run(before, value.generation);
+    ASSERT_EQ(chunk(before / kPagesPerChunk).state, ChunkState::kIdle);
+  });
   const uint32_t block = a.run(2 * kMib);
   EXPECT_EQ(chunk(block / kPagesPerChunk).state, ChunkState::kRun);
   EXPECT_EQ(chunk(block / kPagesPerChunk).generation, a.generation(block));

@@ -1,7 +1,7 @@
 """Plants each mistake of ``faults/*.patch`` in a copy of the sources and shows which layer of the tests catches it.
 
 A patch begins with one line that says what the mistake is, and is against ``csrc``. Layers are tried from the cheapest to the dearest
-until one notices; ``--full`` tries all of them on all mistakes. A mistake that no layer catches, a patch that does not apply any
+until one notices; ``--every-layer`` tries all of them on all mistakes. A mistake that no layer catches, a patch that does not apply any
 more and a layer that fails without any mistake are errors.
 """
 
@@ -149,12 +149,19 @@ def with_cmake(
 
 
 def main(
-    full: Annotated[bool, typer.Option(help="Every layer on every mistake.")] = False,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="Said in the result: all mistakes, through all layers until one notices."
+        ),
+    ] = False,
+    every_layer: Annotated[bool, typer.Option("--every-layer", help="Every layer on every mistake.")] = False,
     check: Annotated[bool, typer.Option(help="Only whether the patches apply.")] = False,
     only: Annotated[str, typer.Option(help="Only mistakes whose name contains this.")] = "",
     layers: Annotated[str, typer.Option(help="Only these layers, with commas between.")] = "",
     jobs: Annotated[int, typer.Option(help="Compilers at a time.")] = 2,
-    output: Annotated[Path, typer.Option(help="Where the results go.")] = ROOT / "build/torture/faults.json",
+    output: Annotated[Path, typer.Option("--json", help="Where the results go.")] = ROOT
+    / "build/torture/faults.json",
 ) -> None:
     console = Console(width=150)
     begun = time.monotonic()
@@ -189,8 +196,8 @@ def main(
             if words:
                 violations.append(f"{name} {words} without any fault")
         for fault in planted:
-            if full or not any(said[fault.name].values()):
-                said[fault.name] |= with_cmake(built, fault, work, jobs, not full)
+            if every_layer or not any(said[fault.name].values()):
+                said[fault.name] |= with_cmake(built, fault, work, jobs, not every_layer)
                 console.print(f"{fault.name}: {said[fault.name]}")
 
     table = Table(
@@ -209,7 +216,12 @@ def main(
         "caught": sum(any(w.values()) for w in said.values()),
     }
     figures |= {name: ", ".join(x for x, words in found.items() if words) for name, found in said.items()}
-    report = {"name": "faults", "seed": None, "full": full, "seconds": time.monotonic() - begun}
+    report = {
+        "name": "faults",
+        "seed": None,
+        "full": full and not (only or layers),
+        "seconds": time.monotonic() - begun,
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report | {"figures": figures, "violations": violations}, indent=1) + "\n")
     sys.exit(1 if violations else 0)

@@ -13,166 +13,132 @@
 namespace torchshm::model {
 namespace {
 
+// The first process dies in what it does as kA, and its thread goes on as the reaper; the others live.
+class OneDies : public Scenario {
+ protected:
+  explicit OneDies(uint32_t living = 3, uint32_t reaper = kC, bool with_chunks = false)
+      : Scenario(living), reaper_(reaper), with_chunks_(with_chunks) {}
+  virtual void dies() = 0;
+  virtual void lives(unsigned thread) = 0;
+
+  void receive_and_drop(uint32_t slot, bool must_work) {
+    Process p(pool, slot);
+    if (receive(p, must_work)) drop(p, 0);
+  }
+  void drop_in(uint32_t slot) {
+    Process p(pool, slot);
+    drop(p, 0);
+  }
+  void send_and_drop(uint32_t slot) {
+    Process p(pool, slot);
+    send(p, 0);
+    drop(p, 0);
+  }
+  void drop_and_allocate(uint32_t slot) {
+    Process p(pool, slot);
+    drop(p, 0);
+    (void)allocate(p, 0);
+  }
+  void allocate_and_drop(uint32_t slot) {
+    Process p(pool, slot, true);
+    if (allocate(p, 0)) drop(p, 0);
+  }
+  void take_and_allocate(uint32_t slot, uint32_t block) {
+    Process p(pool, slot, true);
+    pool::take_if_empty(pool, slot, 0);
+    if (p.space.claim(0)) (void)allocate(p, block);
+  }
+  void take_ticket_back(uint32_t slot) { (void)Process(pool, slot).tickets.take_back(0, false, ~uint64_t{0}); }
+
+ private:
+  void process(unsigned thread) final {
+    if (thread != 0) return lives(thread);
+    if (mortal(kA, [&] { dies(); })) (void)Process(pool, reaper_, with_chunks_).reaper.reap(kA);
+  }
+  uint32_t reaper_;
+  bool with_chunks_;
+};
+
 // The sender dies, the receiver does not: one message is redeemed.
-struct Send : Scenario {
+struct Send : OneDies {
   void arrange() override {
     live_at_first(0, 1);
     holds_at_first(kA, 0);
   }
-  void process(unsigned i) override {
-    if (i == 1) {
-      Process b(pool, kB);
-      if (receive(b, true)) drop(b, 0);
-      return;
-    }
-    const bool killed = mortal(kA, [&] {
-      Process a(pool, kA);
-      send(a, 0);
-      drop(a, 0);
-    });
-    if (killed) (void)Process(pool, kC).reaper.reap(kA);
-  }
+  void dies() override { send_and_drop(kA); }
+  void lives(unsigned) override { receive_and_drop(kB, true); }
 };
 
 // The receiver dies; the sender drops its own hold meanwhile, and uses the block again when it is free.
-struct Receive : Scenario {
+struct Receive : OneDies {
   void arrange() override {
     live_at_first(0, 2);
     holds_at_first(kB, 0);
     ticket_at_first(0, kB, 0);
     chunk_of(kB);
   }
-  void process(unsigned i) override {
-    if (i == 1) {
-      Process b(pool, kB);
-      drop(b, 0);
-      (void)allocate(b, 0);
-      return;
-    }
-    const bool killed = mortal(kA, [&] {
-      Process a(pool, kA);
-      if (receive(a, true)) drop(a, 0);
-    });
-    if (killed) (void)Process(pool, kC).reaper.reap(kA);
-  }
+  void dies() override { receive_and_drop(kA, true); }
+  void lives(unsigned) override { drop_and_allocate(kB); }
 };
 
 // The receiver dies while another process issues a second ticket: the recount must not miss what it did.
-struct Issue : Scenario {
+struct Issue : OneDies {
   void arrange() override {
     live_at_first(0, 2);
     holds_at_first(kA, 0);
     holds_at_first(kB, 0);
   }
-  void process(unsigned i) override {
-    if (i == 1) {
-      Process b(pool, kB);
-      send(b, 0);
-      drop(b, 0);
-      return;
-    }
-    if (mortal(kA, [&] {
-          Process a(pool, kA);
-          drop(a, 0);
-        }))
-      (void)Process(pool, kC).reaper.reap(kA);
-  }
+  void dies() override { drop_in(kA); }
+  void lives(unsigned) override { send_and_drop(kB); }
 };
 
 // Two processes unpickle one message; one of them dies.
-struct Twice : Scenario {
+struct Twice : OneDies {
   void arrange() override {
     live_at_first(0, 1);
     ticket_at_first(0, kC, 0);
   }
-  void process(unsigned i) override {
-    if (i == 1) {
-      Process b(pool, kB);
-      if (receive(b, false)) drop(b, 0);
-      return;
-    }
-    if (mortal(kA, [&] {
-          Process a(pool, kA);
-          if (receive(a, false)) drop(a, 0);
-        }))
-      (void)Process(pool, kC).reaper.reap(kA);
-  }
+  void dies() override { receive_and_drop(kA, false); }
+  void lives(unsigned) override { receive_and_drop(kB, false); }
 };
 
 // A chunk that looks empty is taken away from a process that allocates in it, and dies.
-struct Allocate : Scenario {
+struct Allocate : OneDies {
+  Allocate() : OneDies(3, kC, true) {}
   void arrange() override { chunk_of(kA); }
-  void process(unsigned i) override {
-    if (i == 1) {
-      Process b(pool, kB, true);
-      pool::take_if_empty(pool, kB, 0);
-      if (b.space.claim(0)) (void)allocate(b, 0);
-      return;
-    }
-    if (mortal(kA, [&] {
-          Process a(pool, kA, true);
-          (void)allocate(a, 0);
-        }))
-      (void)Process(pool, kC, true).reaper.reap(kA);
+  void dies() override {
+    Process a(pool, kA, true);
+    (void)allocate(a, 0);
   }
+  void lives(unsigned) override { take_and_allocate(kB, 0); }
 };
 
 // The same, and it is the taker that dies; its reaper ends the taking.
-struct Take : Scenario {
+struct Take : OneDies {
+  Take() : OneDies(3, kC, true) {}
   void arrange() override { chunk_of(kB); }
-  void process(unsigned i) override {
-    if (i == 1) {
-      Process b(pool, kB, true);
-      if (allocate(b, 0)) drop(b, 0);
-      return;
-    }
-    if (mortal(kA, [&] {
-          Process a(pool, kA, true);
-          pool::take_if_empty(pool, kA, 0);
-          if (a.space.claim(0)) (void)allocate(a, 1);
-        }))
-      (void)Process(pool, kC, true).reaper.reap(kA);
-  }
+  void dies() override { take_and_allocate(kA, 1); }
+  void lives(unsigned) override { allocate_and_drop(kB); }
 };
 
 // A full pool takes a ticket back while it is being redeemed, by one who dies.
-struct Retake : Scenario {
+struct Retake : OneDies {
   void arrange() override {
     live_at_first(0, 1);
     ticket_at_first(0, kC, 0);
   }
-  void process(unsigned i) override {
-    if (i == 1) {
-      Process b(pool, kB);
-      (void)b.tickets.take_back(0, false, ~uint64_t{0});
-      return;
-    }
-    if (mortal(kA, [&] {
-          Process a(pool, kA);
-          if (receive(a, false)) drop(a, 0);
-        }))
-      (void)Process(pool, kC).reaper.reap(kA);
-  }
+  void dies() override { receive_and_drop(kA, false); }
+  void lives(unsigned) override { take_ticket_back(kB); }
 };
 
 // The taker back dies, too.
-struct RetakeDies : Scenario {
+struct RetakeDies : OneDies {
   void arrange() override {
     live_at_first(0, 1);
     ticket_at_first(0, kC, 0);
   }
-  void process(unsigned i) override {
-    if (i == 1) {
-      Process b(pool, kB);
-      if (receive(b, false)) drop(b, 0);
-      return;
-    }
-    if (mortal(kA, [&] {
-          Process a(pool, kA);
-          (void)a.tickets.take_back(0, false, ~uint64_t{0});
-        }))
-      (void)Process(pool, kC).reaper.reap(kA);
-  }
+  void dies() override { take_ticket_back(kA); }
+  void lives(unsigned) override { receive_and_drop(kB, false); }
 };
 
 // Somebody has died in the middle of something; two reap it at once, and one of them dies of it and is reaped as well.
@@ -201,8 +167,28 @@ struct Reapers : Scenario {
   }
 };
 
-// A slot is given out again while a slow reaper may still be at it.
-struct Reuse : Scenario {
+// The slot of a dead process is given out again, and its new owner receives the message that the dead one had sent.
+class SlotAgain : public Scenario {
+ protected:
+  using Scenario::Scenario;
+  void dead_with_a_ticket() {
+    live_at_first(0, 2);
+    holds_at_first(kA, 0);
+    ticket_at_first(0, kA, 0);
+    pool.lease(kA).lock.store(0, std::memory_order_relaxed);
+    holding[kA] = kNothing;
+    died[kA] = true;
+  }
+  void reap_and_join(uint32_t reaper) {
+    (void)Process(pool, reaper).reaper.reap(kA);
+    if (!join(kA)) return;
+    Process j(pool, kA);
+    (void)receive(j, false);
+  }
+};
+
+// While a slow reaper may still be at it.
+struct Reuse : SlotAgain {
   void arrange() override {
     live_at_first(0, 2);
     holds_at_first(kA, 0);
@@ -217,10 +203,7 @@ struct Reuse : Scenario {
       (void)Process(pool, kB).reaper.reap(kA);
       return;
     }
-    (void)Process(pool, kC).reaper.reap(kA);
-    if (!join(kA)) return;
-    Process j(pool, kA);
-    (void)receive(j, false);
+    reap_and_join(kC);
   }
 };
 
@@ -251,56 +234,29 @@ struct Nested : Scenario {
 };
 
 // A message is unpickled twice while its sender drops the block; the first receiver dies.
-struct Three : Scenario {
-  Three() : Scenario(4) {}
+struct Three : OneDies {
+  Three() : OneDies(4, kD) {}
   void arrange() override {
     live_at_first(0, 2);
     holds_at_first(kC, 0);
     ticket_at_first(0, kC, 0);
     chunk_of(kC);
   }
-  void process(unsigned i) override {
-    if (i == 2) {
-      Process c(pool, kC);
-      drop(c, 0);
-      (void)allocate(c, 0);
-      return;
-    }
-    if (i == 1) {
-      Process b(pool, kB);
-      if (receive(b, false)) drop(b, 0);
-      return;
-    }
-    if (mortal(kA, [&] {
-          Process a(pool, kA);
-          if (receive(a, false)) drop(a, 0);
-        }))
-      (void)Process(pool, kD).reaper.reap(kA);
+  void dies() override { receive_and_drop(kA, false); }
+  void lives(unsigned thread) override {
+    if (thread == 1) return receive_and_drop(kB, false);
+    drop_and_allocate(kC);
   }
 };
 
 // The owner allocates, another takes the chunk and dies, a third finds it empty as well.
-struct ThreeTake : Scenario {
-  ThreeTake() : Scenario(4) {}
+struct ThreeTake : OneDies {
+  ThreeTake() : OneDies(4, kD, true) {}
   void arrange() override { chunk_of(kB); }
-  void process(unsigned i) override {
-    if (i == 2) {
-      Process c(pool, kC, true);
-      pool::take_if_empty(pool, kC, 0);
-      if (c.space.claim(0)) (void)allocate(c, 0);
-      return;
-    }
-    if (i == 1) {
-      Process b(pool, kB, true);
-      if (allocate(b, 0)) drop(b, 0);
-      return;
-    }
-    if (mortal(kA, [&] {
-          Process a(pool, kA, true);
-          pool::take_if_empty(pool, kA, 0);
-          if (a.space.claim(0)) (void)allocate(a, 1);
-        }))
-      (void)Process(pool, kD, true).reaper.reap(kA);
+  void dies() override { take_and_allocate(kA, 1); }
+  void lives(unsigned thread) override {
+    if (thread == 1) return allocate_and_drop(kB);
+    take_and_allocate(kC, 0);
   }
 };
 
@@ -332,48 +288,28 @@ struct ThreeReap : Scenario {
 };
 
 // The same, and the slow reaper dies; who takes it back ends its announcement, which a joiner looks at after that one's own.
-struct ReuseDies : Scenario {
-  ReuseDies() : Scenario(4) {}
-  void arrange() override {
-    live_at_first(0, 2);
-    holds_at_first(kA, 0);
-    ticket_at_first(0, kA, 0);
-    pool.lease(kA).lock.store(0, std::memory_order_relaxed);
-    holding[kA] = kNothing;
-    died[kA] = true;
-  }
+struct ReuseDies : SlotAgain {
+  ReuseDies() : SlotAgain(4) {}
+  void arrange() override { dead_with_a_ticket(); }
   void process(unsigned i) override {
     if (i == 0) {
       if (mortal(kD, [&] { (void)Process(pool, kD).reaper.reap(kA); })) (void)Process(pool, kB).reaper.reap(kD);
       return;
     }
-    (void)Process(pool, kC).reaper.reap(kA);
-    if (!join(kA)) return;
-    Process j(pool, kA);
-    (void)receive(j, false);
+    reap_and_join(kC);
   }
 };
 
 // The slow reaper has only just joined, in a slot that was never used before: a joiner must look at it as well.
-struct Late : Scenario {
-  Late() : Scenario(2) {}
-  void arrange() override {
-    live_at_first(0, 2);
-    holds_at_first(kA, 0);
-    ticket_at_first(0, kA, 0);
-    pool.lease(kA).lock.store(0, std::memory_order_relaxed);
-    holding[kA] = kNothing;
-    died[kA] = true;
-  }
+struct Late : SlotAgain {
+  Late() : SlotAgain(2) {}
+  void arrange() override { dead_with_a_ticket(); }
   void process(unsigned i) override {
     if (i == 0) {
       if (join(kC)) (void)Process(pool, kC).reaper.reap(kA);
       return;
     }
-    (void)Process(pool, kB).reaper.reap(kA);
-    if (!join(kA)) return;
-    Process j(pool, kA);
-    (void)receive(j, false);
+    reap_and_join(kB);
   }
 };
 

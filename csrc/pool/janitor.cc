@@ -1,5 +1,6 @@
 #include "pool/janitor.h"
 
+#include <chrono>
 #include <csignal>
 #include <exception>
 
@@ -27,6 +28,12 @@ void Janitor::look() {
   wake_.notify_one();
 }
 
+void Janitor::settle() {
+  std::unique_lock lock(mutex_);
+  if (!thread_.joinable()) return;
+  done_.wait_for(lock, std::chrono::seconds(1), [this] { return !wanted_ && !at_work_; });
+}
+
 Janitor::~Janitor() {
   if (!thread_.joinable()) return;
   {
@@ -44,10 +51,16 @@ void Janitor::run() {
       wake_.wait(lock, [this] { return wanted_ || ending_; });
       if (ending_) return;
       wanted_ = false;
+      at_work_ = true;
     }
     (void)space_.trim(header_.warm.load(std::memory_order_relaxed));
     header_.idle_estimate.store(space_.idle(), std::memory_order_relaxed);
     TORCHSHM_POINT("janitor.estimated");
+    {
+      const std::lock_guard lock(mutex_);
+      at_work_ = false;
+    }
+    done_.notify_all();
   }
 }
 

@@ -19,15 +19,18 @@ class Janitor {
   ~Janitor();
   // Called on the hot path: a load and a comparison unless there is something to do.
   void look();
+  // Waits until the thread has nothing to do, for a second at most: what it is giving back is neither there nor gone meanwhile. It belongs to
+  // this process, so it runs while the caller does.
+  void settle();
 
  private:
   void run();
   Space& space_;
   Header& header_;
   std::mutex mutex_;
-  std::condition_variable wake_;
+  std::condition_variable wake_, done_;
   std::thread thread_;
-  bool wanted_ = false, ending_ = false;
+  bool wanted_ = false, at_work_ = false, ending_ = false;
 };
 
 }  // namespace torchshm::pool

@@ -184,6 +184,7 @@ bool Member::make_room_step(int step, uint64_t bytes) {
     default:
       // Bounded, whatever the other does: a paused one costs this much once, and the chunk counts as used.
       // So do pages that others have announced and may not get: claims at the limit refuse one another, and one must come first.
+      if (step == 3) work_->janitor.settle();
       if (work_->space.unsettled())
         std::this_thread::sleep_for(std::chrono::microseconds((500 + membership_.slot() * 37 % 500) << (step - 3)));
       break;

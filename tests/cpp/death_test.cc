@@ -16,6 +16,27 @@ using pool::Mode;
 using tests::fresh_pool;
 using tests::join;
 
+// A member with one block that has closed all its descriptors and sleeps.
+pid_t start_without_descriptors(Member& member) {
+  int ends[2];
+  EXPECT_EQ(::pipe(ends), 0);
+  const pid_t pid = tests::start([&] {
+    auto worker = join(member);
+    (void)worker->allocate(5000, false);
+    for (int fd = 3; fd < 256; ++fd) {
+      if (fd != ends[1]) ::close(fd);
+    }
+    (void)!::write(ends[1], "x", 1);
+    ::pause();
+    return true;
+  });
+  char byte = 0;
+  EXPECT_EQ(::read(ends[0], &byte, 1), 1);
+  ::close(ends[0]);
+  ::close(ends[1]);
+  return pid;
+}
+
 TEST(Death, WhatOnlyTheDeadUsedComesBack) {
   auto member = fresh_pool();
   const pid_t pid = tests::start([&] {
@@ -50,44 +71,16 @@ TEST(Death, ASleepingProcessIsNotDead) {
 
 TEST(Death, AProcessThatClosedAllDescriptorsIsNotDead) {
   auto member = fresh_pool();
-  int ends[2];
-  ASSERT_EQ(::pipe(ends), 0);
-  const pid_t pid = tests::start([&] {
-    auto worker = join(*member);
-    (void)worker->allocate(5000, false);
-    for (int fd = 3; fd < 256; ++fd) {
-      if (fd != ends[1]) ::close(fd);
-    }
-    (void)!::write(ends[1], "x", 1);
-    ::pause();
-    return true;
-  });
-  char byte = 0;
-  ASSERT_EQ(::read(ends[0], &byte, 1), 1);
+  const pid_t pid = start_without_descriptors(*member);
   EXPECT_EQ(member->stats().blocks, 1U);
   ::kill(pid, SIGKILL);
   (void)tests::wait_for(pid);
   EXPECT_EQ(member->stats().blocks, 0U);
-  ::close(ends[0]);
-  ::close(ends[1]);
 }
 
 TEST(Death, IsNotConcludedByAReaperWithoutDescriptorsToLookWith) {
   auto member = fresh_pool();
-  int ends[2];
-  ASSERT_EQ(::pipe(ends), 0);
-  const pid_t pid = tests::start([&] {
-    auto worker = join(*member);
-    (void)worker->allocate(5000, false);
-    for (int fd = 3; fd < 256; ++fd) {
-      if (fd != ends[1]) ::close(fd);
-    }
-    (void)!::write(ends[1], "x", 1);
-    ::pause();
-    return true;
-  });
-  char byte = 0;
-  ASSERT_EQ(::read(ends[0], &byte, 1), 1);
+  const pid_t pid = start_without_descriptors(*member);
   rlimit before{};
   ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
   const rlimit none{0, before.rlim_max};
@@ -98,8 +91,6 @@ TEST(Death, IsNotConcludedByAReaperWithoutDescriptorsToLookWith) {
   ::kill(pid, SIGKILL);
   (void)tests::wait_for(pid);
   EXPECT_EQ(member->stats().blocks, 0U);
-  ::close(ends[0]);
-  ::close(ends[1]);
 }
 
 TEST(Fork, TheChildKeepsWhatItInheritedWhenTheParentDropsIt) {

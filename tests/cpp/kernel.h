@@ -18,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <filesystem>
 #include <string>
 
 #include "processes.h"
@@ -55,6 +56,23 @@ inline bool write_file(const std::string& path, const std::string& content) {
   const bool whole = ::write(fd, content.data(), content.size()) == static_cast<ssize_t>(content.size());
   return ::close(fd) == 0 && whole;
 }
+
+// A directory of this test's own, gone with the object.
+class TemporaryDirectory {
+ public:
+  TemporaryDirectory() {
+    char path[] = "/tmp/torchshm-test-XXXXXX";
+    if (::mkdtemp(path) == nullptr) ADD_FAILURE() << "no directory below /tmp";
+    path_ = path;
+  }
+  ~TemporaryDirectory() { std::filesystem::remove_all(path_); }
+  TemporaryDirectory(const TemporaryDirectory&) = delete;
+  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
 
 // An existing file reads as `content` here. REQUIRES: private_mounts().
 inline bool show(const std::string& path, const std::string& content) {

@@ -927,6 +927,23 @@ TEST(Janitor, GivesBackWhatIsWarmBeyondTheWatermark) {
   EXPECT_LE(member.stats().warm, 8 * kMib);
 }
 
+TEST(Janitor, IsWaitedForWhenItsPagesAreAllThereIs) {
+  auto made = Member::create(1, {64 * kMib, kMib});
+  ASSERT_TRUE(made.ok());
+  Member& member = **made;
+  auto before = member.allocate(64 * kMib, false);
+  ASSERT_TRUE(before.ok());
+  std::atomic<bool> at_it = false;
+  const Between between("trim.claimed", [&] {
+    at_it = true;
+    ::usleep(200000);
+  });
+  member.release(before->block, Mode::kReadWrite);
+  while (!at_it) ::usleep(1000);
+  auto block = member.allocate(64 * kMib, false);
+  EXPECT_TRUE(block.ok()) << block.status().what();
+}
+
 TEST(Janitor, WithoutThreadsTheChunksStayWarm) {
   TORCHSHM_NEEDS_SECCOMP();
   EXPECT_TRUE(succeeds([] {

@@ -8,7 +8,7 @@
 #include <random>
 
 #include "base/failpoint.h"
-#include "processes.h"
+#include "kernel.h"
 #include "service/address.h"
 #include "service/client.h"
 #include "service/server.h"
@@ -26,13 +26,7 @@ constexpr uint64_t kSecond = 1'000'000'000;
 
 class Service : public testing::Test {
  protected:
-  void SetUp() override {
-    char path[] = "/tmp/torchshm-test-XXXXXX";
-    ASSERT_NE(::mkdtemp(path), nullptr);
-    directory_ = path;
-    ::setenv("XDG_RUNTIME_DIR", path, 1);
-  }
-  void TearDown() override { std::filesystem::remove_all(directory_); }
+  void SetUp() override { ::setenv("XDG_RUNTIME_DIR", directory_.c_str(), 1); }
 
   static ServerOptions options(const std::string& name = "store") {
     ServerOptions options;
@@ -66,7 +60,8 @@ class Service : public testing::Test {
     return byte;
   }
 
-  std::string directory_;
+  const tests::TemporaryDirectory temporary_;
+  const std::string directory_ = temporary_.path();
 };
 
 TEST_F(Service, GivesWhatOneSavesToAnother) {

@@ -29,22 +29,18 @@ constexpr uint64_t kMinute = 60'000'000'000;
 class Socket : public testing::Test {
  protected:
   void SetUp() override {
-    char path[] = "/tmp/torchshm-test-XXXXXX";
-    ASSERT_NE(::mkdtemp(path), nullptr);
-    directory_ = path;
-    socket_ = directory_ + "/socket";
     int ends[2];
     ASSERT_EQ(::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends), 0);
     here_ = Fd(ends[0]);
     there_ = Fd(ends[1]);
   }
-  void TearDown() override { std::filesystem::remove_all(directory_); }
 
   bool names(const Status& status, const char* call, int error) const {
     return status.code() == Code::kSystem && status.error() == error && status.what().find(call) != std::string::npos;
   }
 
-  std::string directory_, socket_;
+  const tests::TemporaryDirectory temporary_;
+  const std::string directory_ = temporary_.path(), socket_ = directory_ + "/socket";
   Fd here_, there_;
 };
 

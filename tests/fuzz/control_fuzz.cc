@@ -8,14 +8,11 @@
 #include <algorithm>
 
 #include "input.h"
+#include "no_sleep.h"
 #include "sandbox.h"
 #if __has_include("pool/checker.h")
 #include "pool/checker.h"
 #endif
-
-// Claims at the limit wait for chunks that others are giving back: not here.
-extern "C" int nanosleep(const timespec*, timespec*) { return 0; }
-extern "C" int clock_nanosleep(clockid_t, int, const timespec*, timespec*) { return 0; }
 
 namespace torchshm::fuzz {
 namespace {

@@ -17,11 +17,8 @@
 #include <thread>
 
 #include "input.h"
+#include "no_sleep.h"
 #include "sandbox.h"
-
-// Claims at the limit wait for chunks that others are giving back: not here.
-extern "C" int nanosleep(const timespec*, timespec*) { return 0; }
-extern "C" int clock_nanosleep(clockid_t, int, const timespec*, timespec*) { return 0; }
 
 namespace torchshm::fuzz {
 namespace {

@@ -8,7 +8,7 @@
 #include "os/memfd.h"
 #include "pool/handle.h"
 #include "pool/member.h"
-#include "require.h"
+#include "small_pool.h"
 #if __has_include("pool/checker.h")
 #include "pool/checker.h"
 #endif
@@ -23,13 +23,9 @@ using pool::Mode;
 class Target {
  public:
   Target() {
-    pool::Limits limits;
-    limits.limit = uint64_t{16} << 20;
-    auto made = Member::create(1, limits);
-    REQUIRE(made.ok());
-    sender_ = made.take();
-    made = Member::attach(os::duplicate(sender_->arena().data_fd()).take(),
-                          os::duplicate(sender_->arena().control_fd()).take());
+    sender_ = small_pool();
+    auto made = Member::attach(os::duplicate(sender_->arena().data_fd()).take(),
+                               os::duplicate(sender_->arena().control_fd()).take());
     REQUIRE(made.ok());
     receiver_ = made.take();
     for (const uint64_t bytes : {uint64_t{100}, uint64_t{5000}, uint64_t{65536}, uint64_t{500000}, uint64_t{1} << 20,

@@ -10,7 +10,7 @@
 
 #include "input.h"
 #include "os/memfd.h"
-#include "require.h"
+#include "small_pool.h"
 
 namespace torchshm::fuzz {
 namespace {
@@ -51,11 +51,7 @@ bool inside(const ArrayWire& wire, uint64_t length) {
 class Target {
  public:
   Target() {
-    pool::Limits limits;
-    limits.limit = uint64_t{16} << 20;
-    auto made = Member::create(1, limits);
-    REQUIRE(made.ok());
-    member_ = made.take();
+    member_ = small_pool();
     key_ = member_->arena().header().secret;
     for (int i = 0; i < 12; ++i) {
       ArrayWire wire;

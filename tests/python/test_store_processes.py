@@ -117,43 +117,36 @@ def load_later(key, timeout):
     return float(there().load(key, timeout=timeout).sum())
 
 
-def test_ctrl_c_ends_a_waiting_load(store, tmp_path):
+WAITING = """
+import signal, sys, torchshm
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+{before}
+print("waiting", flush=True)
+try:
+    {waits}
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "waits"),
+    [
+        ("store = torchshm.connect('session')", "store.load('never', timeout=-1)"),
+        ("", "torchshm.connect('nobody', timeout=-1)"),
+    ],
+    ids=["load", "connect"],
+)
+def test_ctrl_c_ends_the_waiting(store, tmp_path, before, waits):
     script = tmp_path / "wait.py"
-    script.write_text(
-        "import signal, sys, torchshm\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background\n"
-        "store = torchshm.connect('session')\n"
-        "print('waiting', flush=True)\n"
-        "try:\n"
-        "    store.load('never', timeout=-1)\n"
-        "except KeyboardInterrupt:\n"
-        "    print('interrupted', flush=True)\n"
-        "    sys.exit(7)\n"
-    )
+    script.write_text(WAITING.format(before=before, waits=waits))
     process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "waiting\n"
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=PATIENCE)
     assert out == "interrupted\n" and process.returncode == 7
-
-
-def test_ctrl_c_ends_a_waiting_connect(runtime, tmp_path):
-    script = tmp_path / "wait.py"
-    script.write_text(
-        "import signal, sys, torchshm\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background\n"
-        "print('waiting', flush=True)\n"
-        "try:\n"
-        "    torchshm.connect('nobody', timeout=-1)\n"
-        "except KeyboardInterrupt:\n"
-        "    print('interrupted', flush=True)\n"
-    )
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "waiting\n"
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=PATIENCE)[0] == "interrupted\n"
 
 
 def make_slowly(key, mark):

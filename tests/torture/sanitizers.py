@@ -117,6 +117,20 @@ def reports(output: str) -> Iterator[str]:
         yield from sorted(set(re.findall(pattern, output, re.MULTILINE)))
 
 
+def outcome(
+    preset: str, done: subprocess.CompletedProcess[str], passed: str, failed: str
+) -> tuple[int, list[str]]:
+    """Tests that were run, and what was wrong, out of what ctest or pytest printed; `passed`, `failed`: patterns."""
+    log = OUT / f"{preset}.log"
+    log.write_text(done.stdout)
+    count = re.search(passed, done.stdout)
+    wrong = [f"{preset}: {name}" for name in re.findall(failed, done.stdout, re.MULTILINE)]
+    wrong += [f"{preset}: {text}" for text in reports(done.stdout)]
+    if done.returncode != 0 and not wrong:
+        wrong.append(f"{preset}: ended with {done.returncode}, see {log.relative_to(ROOT)}")
+    return int(count.group(1)) if count else 0, wrong
+
+
 def cpp(preset: str, jobs: int, **options: str) -> tuple[int, list[str]]:
     """Tests that were run, and what was wrong."""
     build(preset, jobs)
@@ -129,14 +143,12 @@ def cpp(preset: str, jobs: int, **options: str) -> tuple[int, list[str]]:
         "--output-on-failure",
         environment=options,
     )
-    log = OUT / f"{preset}.log"
-    log.write_text(done.stdout)
-    passed = re.search(r"tests? (?:passed|failed).* out of (\d+)", done.stdout)
-    failed = re.findall(r"^\s*\d+ - (\S+) \((?!Skipped)", done.stdout, re.MULTILINE)
-    wrong = [f"{preset}: {name}" for name in failed] + [f"{preset}: {text}" for text in reports(done.stdout)]
-    if done.returncode != 0 and not wrong:
-        wrong.append(f"{preset}: ctest ended with {done.returncode}, see {log.relative_to(ROOT)}")
-    return int(passed.group(1)) if passed else 0, wrong
+    return outcome(
+        preset,
+        done,
+        r"tests? (?:passed|failed).* out of (\d+)",
+        r"^\s*\d+ - (\S+) \((?!Skipped)",
+    )
 
 
 def runtime(name: str) -> str:
@@ -149,7 +161,6 @@ def python(
     preset: str, library: str, suites: tuple[str, ...], jobs: int, **options: str
 ) -> tuple[int, list[str]]:
     build(preset, jobs, "_C")
-    log = OUT / f"{preset}.log"
     done = run(
         *(
             sys.executable,
@@ -169,13 +180,7 @@ def python(
             **options,
         },
     )
-    log.write_text(done.stdout)
-    passed = re.search(r"(\d+) passed", done.stdout)
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    wrong = [f"{preset}: {name}" for name in failed] + [f"{preset}: {text}" for text in reports(done.stdout)]
-    if done.returncode != 0 and not wrong:
-        wrong.append(f"{preset}: pytest ended with {done.returncode}, see {log.relative_to(ROOT)}")
-    return int(passed.group(1)) if passed else 0, wrong
+    return outcome(preset, done, r"(\d+) passed", r"^(?:FAILED|ERROR) (\S+)")
 
 
 def watched(program: Path, test: str) -> tuple[str, list[str]]:

@@ -1,5 +1,6 @@
 #include "os/process.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
@@ -8,6 +9,7 @@
 #include <array>
 #include <cerrno>
 #include <cstdlib>
+#include <memory>
 #include <sstream>
 
 #include "base/failpoint.h"
@@ -50,6 +52,20 @@ uint64_t start_time(const std::string& stat) {
 
 std::string of_process(uint32_t pid, const char* file) { return "/proc/" + std::to_string(pid) + "/" + file; }
 
+// Whether one of these mappings is of that memory file.
+bool mentions(const std::string& text, uint64_t inode) {
+  std::istringstream maps(text);
+  std::string line;
+  while (std::getline(maps, line)) {
+    if (line.find("memfd:torchshm") == std::string::npos) continue;
+    std::istringstream fields(line);
+    std::string range, permissions, offset, device;
+    uint64_t found = 0;
+    if (fields >> range >> permissions >> offset >> device >> found && found == inode) return true;
+  }
+  return false;
+}
+
 // 0 when unknown.
 uint64_t pid_namespace() {
   struct stat st {};
@@ -86,15 +102,19 @@ bool maps_file(const ProcessId& process, uint64_t inode) {
     if (start_time(text) != process.started) return false;
     text.clear();
   }
-  if (const int error = read_text(of_process(process.pid, "maps"), text)) return !says_gone(error);
-  std::istringstream maps(text);
-  std::string line;
-  while (std::getline(maps, line)) {
-    if (line.find("memfd:torchshm") == std::string::npos) continue;
-    std::istringstream fields(line);
-    std::string range, permissions, offset, device;
-    uint64_t found = 0;
-    if (fields >> range >> permissions >> offset >> device >> found && found == inode) return true;
+  int error = read_text(of_process(process.pid, "maps"), text);
+  if (error == 0 && !text.empty()) return mentions(text, inode);
+  if (error != 0 && !says_gone(error)) return true;
+  // Its first thread has ended, and perhaps all: what is mapped is to be seen through the others.
+  const std::string tasks = of_process(process.pid, "task");
+  const std::unique_ptr<DIR, int (*)(DIR*)> folder(::opendir(tasks.c_str()), &::closedir);
+  if (folder == nullptr) return !says_gone(errno);
+  while (const dirent* task = ::readdir(folder.get())) {
+    if (task->d_name[0] == '.') continue;
+    text.clear();
+    error = read_text(tasks + "/" + task->d_name + "/maps", text);
+    if (error != 0 && !says_gone(error)) return true;
+    if (mentions(text, inode)) return true;
   }
   return false;
 }

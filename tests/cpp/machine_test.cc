@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <fstream>
+#include <thread>
 #include <vector>
 
 #include "base/failpoint.h"
@@ -125,6 +126,31 @@ TEST(Process, ThatIsGoneMapsNothing) {
   other.pid = static_cast<uint32_t>(child);
   other.started = 0;
   EXPECT_TRUE(os::maps_file(other, os::file_id(fd.get())->inode));
+  ::kill(child, SIGKILL);
+  (void)tests::wait_for(child);
+  EXPECT_FALSE(os::maps_file(other, os::file_id(fd.get())->inode));
+}
+
+TEST(Process, WhoseFirstThreadHasEndedStillMapsWhatItMaps) {
+  const Fd fd = memfd();
+  const Mapping shared = map(Mapping::Kind::kShared, fd);
+  os::ProcessId other = os::self();
+  const pid_t child = tests::start([] {
+    std::thread([] { ::pause(); }).detach();
+    ::syscall(SYS_exit, 0);  // of this thread alone
+    return false;
+  });
+  other.pid = static_cast<uint32_t>(child);
+  other.started = 0;
+  const auto state = [&] {
+    std::ifstream stat("/proc/" + std::to_string(child) + "/stat");
+    const std::string text((std::istreambuf_iterator<char>(stat)), {});
+    return text[text.rfind(')') + 2];
+  };
+  for (int i = 0; i < 1000 && state() != 'Z'; ++i) ::usleep(1000);
+  ASSERT_EQ(state(), 'Z');
+  EXPECT_TRUE(os::maps_file(other, os::file_id(fd.get())->inode));
+  EXPECT_FALSE(os::maps_file(other, os::file_id(fd.get())->inode + 1));
   ::kill(child, SIGKILL);
   (void)tests::wait_for(child);
   EXPECT_FALSE(os::maps_file(other, os::file_id(fd.get())->inode));

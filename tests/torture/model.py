@@ -1,8 +1,8 @@
-"""Checks ``csrc/pool/ledger.m``, the protocol as a state machine, in several configurations; and that it sees when the protocol is broken.
+"""Checks the protocols as state machines, in several configurations, and that it sees when a protocol is broken.
 
-Each configuration and each breakage is the one model with some of its constants set otherwise. rumur translates it to C, gcc compiles
-that, and the program goes through all reachable states. A violated invariant or liveness property, a configuration that does not end
-within its time, and a breakage that nobody notices are errors.
+``csrc/pool/ledger.m`` is the pool's, ``csrc/store/catalogue.m`` the store's. Each configuration and each breakage is a model with some of
+its constants set otherwise. rumur translates it to C, gcc compiles that, and the program goes through all reachable states. A violated
+invariant or liveness property, a configuration that does not end within its time, and a breakage that nobody notices are errors.
 """
 
 import json
@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "csrc/pool/ledger.m"
+LEDGER = ROOT / "csrc/pool/ledger.m"
+CATALOGUE = ROOT / "csrc/store/catalogue.m"
 
 Constants = dict[str, int | bool]
 
@@ -31,6 +32,7 @@ class Configuration:
     name: str
     constants: Constants
     short: bool = False
+    model: Path = LEDGER
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,15 @@ class Breakage:
     switch: str
     constants: Constants
     short: bool = False
+    model: Path = LEDGER
 
 
 PAIR: Constants = {"NP": 2, "NC": 1, "NM": 1, "MAXG": 2}
 # Three leases: two reapers of one death, or a reaper and who gets the slot next.
 REAPERS: Constants = {"NP": 3, "NC": 1, "NM": 1, "MAXG": 1, "MESSAGES": False, "FORK": False}
+
+# One name: the slots in which it may be, and the values that are made for it.
+NAME: Constants = {"NP": 2, "NS": 2, "NC": 2}
 
 CONFIGURATIONS = [
     Configuration("2 processes, 1 message, fork", PAIR, short=True),
@@ -56,6 +62,9 @@ CONFIGURATIONS = [
     Configuration("3 processes, no message", REAPERS),
     Configuration("3 processes, 1 message, 1 death", {**REAPERS, "MESSAGES": True, "DEATHS": 1}),
     Configuration("3 processes, fork, 2 deaths", {**REAPERS, "FORK": True, "DEATHS": 2}),
+    Configuration("store: 2 processes, 2 values", NAME, short=True, model=CATALOGUE),
+    Configuration("store: 2 processes, 3 values", {**NAME, "NC": 3}, model=CATALOGUE),
+    Configuration("store: 3 processes, 2 values, 1 death", {**NAME, "NP": 3, "DEATHS": 1}, model=CATALOGUE),
 ]
 
 BREAKAGES = [
@@ -69,17 +78,35 @@ BREAKAGES = [
     Breakage("the count before the intent", "INTENT_FIRST", PAIR),
     Breakage("tickets without a nonce", "NONCE", PAIR),
     Breakage("nobody joins in place of the dead", "SUCCEED", PAIR),
+    Breakage("store: claims of rivals are left alone", "RIVALS", NAME, short=True, model=CATALOGUE),
+    Breakage("store: no look for the name after the claim", "LOOK_AGAIN", NAME, model=CATALOGUE),
+    Breakage("store: a cell not marked before its name goes", "MARK_FIRST", NAME, model=CATALOGUE),
+    Breakage("store: a sweeper that lets a name stand moves nothing", "MOVE", NAME, model=CATALOGUE),
+    Breakage("store: a ticket kept before it is noted", "NOTE_FIRST", NAME, model=CATALOGUE),
+    Breakage(
+        "store: a mark left behind by who found the number moved",
+        "AGAIN_IN_PLACE",
+        NAME,
+        short=True,
+        model=CATALOGUE,
+    ),
+    Breakage("store: a cell let go in its next life", "SAME_LIFE", NAME, model=CATALOGUE),
 ]
 
 
-def written(constants: Constants) -> str:
+def written(model: Path, constants: Constants) -> str:
     """The model with these constants."""
-    text = MODEL.read_text()
+    text = model.read_text()
     for name, value in constants.items():
         text, found = re.subn(rf"\b{name}: \w+;", f"{name}: {str(value).lower()};", text)
         if found != 1:
-            raise ValueError(f"{MODEL.name} has {found} constants {name}")
+            raise ValueError(f"{model.name} has {found} constants {name}")
     return text
+
+
+def without(breakage: Breakage) -> Constants:
+    rules: Constants = {"STRICT": False} if breakage.model == LEDGER else {}
+    return {breakage.switch: False, **rules}
 
 
 @dataclass(frozen=True)
@@ -91,7 +118,7 @@ class Found:
 
 
 def translated(text: str, work: Path, threads: int, optimise: str) -> Path:
-    source, code, program = work / "ledger.m", work / "ledger.c", work / "ledger"
+    source, code, program = work / "model.m", work / "model.c", work / "model"
     source.write_text(text)
     # Symmetry: leases, tickets and messages are interchangeable.
     options = ["--deadlock-detection", "off", "--scalarset-schedules", "off", "--threads", str(threads)]
@@ -144,21 +171,23 @@ def main(
     trace: Annotated[Path | None, typer.Option(help="leave what the last one printed here")] = None,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
-    """Model checking of the pool's protocol."""
+    """Model checking of the pool's protocol and of the store's."""
     console = Console()
     table = Table("what", "states", "seconds", "verdict")
     figures: dict[str, Any] = {}
     violations: list[str] = []
     began = time.monotonic()
+    everything: list[Configuration | Breakage] = [*CONFIGURATIONS, *BREAKAGES]
     chosen = [
         one
-        for one in [*CONFIGURATIONS, *BREAKAGES]
-        if (full or one.short) and (only is None or only in (getattr(one, "name", "") or one.what))
+        for one in everything
+        if (full or one.short)
+        and (only is None or only in (one.name if isinstance(one, Configuration) else one.what))
     ]
     states = caught = 0
     for one in chosen:
         if isinstance(one, Configuration):
-            found = explored(written(one.constants), limit, memory, threads, "-O3", trace)
+            found = explored(written(one.model, one.constants), limit, memory, threads, "-O3", trace)
             wrong = found.violation or (
                 "" if found.finished else f"not finished in {limit:g} s, {memory:g} GiB"
             )
@@ -169,7 +198,7 @@ def main(
             states += found.states
         else:
             found = explored(
-                written({**one.constants, one.switch: False, "STRICT": False}),
+                written(one.model, one.constants | without(one)),
                 limit,
                 memory,
                 threads,

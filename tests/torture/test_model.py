@@ -1,4 +1,4 @@
-"""The protocol's state machine in its smallest configuration, whole and broken."""
+"""The protocols' state machines in their smallest configurations, whole and broken."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import pytest
 HERE = Path(__file__).parent
 
 
+@pytest.mark.timeout(420)  # of a busy machine
 def test_protocol_holds_in_every_reachable_state_and_no_precaution_is_idle(tmp_path):
     result = tmp_path / "model.json"
     done = subprocess.run(
-        [sys.executable, HERE / "model.py", "--json", result], capture_output=True, text=True, timeout=110
+        [sys.executable, HERE / "model.py", "--json", result], capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     found = json.loads(result.read_text())
     assert found["violations"] == []
     assert found["figures"]["states"] > 100_000
-    assert found["figures"]["breakages noticed"] == 4
+    assert found["figures"]["breakages noticed"] == 6
 
 
 def test_violation_is_reported(monkeypatch, tmp_path):
@@ -42,4 +43,4 @@ def test_violation_is_reported(monkeypatch, tmp_path):
 
 def test_constant_that_the_model_does_not_have_is_refused():
     with pytest.raises(ValueError, match="0 constants LOOKS"):
-        model.written({"LOOKS": 1})
+        model.written(model.CATALOGUE, {"LOOKS": 1})

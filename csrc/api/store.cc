@@ -113,7 +113,7 @@ class Opener {
 
   // The bytes that the leaf touches, at its first element.
   Result<Memory> open(const api::Leaf& leaf) {
-    if (!leaf.region) return Memory{nullptr, 0, true, nullptr};
+    if (!leaf.region) return Memory{nullptr, 0, mode_ != Mode::kRead, nullptr};
     Memory& whole = opened_[leaf.region->block];
     if (whole.owner == nullptr) {
       auto block = open_block(member_, entry_.blocks[leaf.region->block], mode_);

@@ -165,9 +165,12 @@ Result<Value> parse_wire(const store::Entry& entry, pool::Member& member) {
 }
 
 std::string list(const std::vector<int64_t>& numbers, int64_t divisor) {
-  std::string made = "[";
-  for (size_t i = 0; i < numbers.size(); ++i) made += (i == 0 ? "" : ",") + std::to_string(numbers[i] / divisor);
-  return made += ']';
+  std::string made;
+  for (const int64_t number : numbers) {
+    made += made.empty() ? '[' : ',';
+    made += std::to_string(number / divisor);
+  }
+  return made.empty() ? "[]" : made += ']';
 }
 
 }  // namespace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.metadata
 import json
 import os
 import select
@@ -314,6 +315,15 @@ def test_a_holder_keeps_its_memory_after_the_name_is_gone(store, cpp):
 # ---- names
 
 
+def test_a_forked_child_has_the_store_and_what_was_loaded(store, cpp):
+    store["x"] = np.arange(1000.0)
+    cpp("hold", "x", "r")
+    del store["x"]
+    assert cpp("fork", "x", "child") == "0"
+    assert store["child"][3] == 3
+    cpp("drop", "x")
+
+
 def test_names_and_errors(store, cpp):
     assert cpp("load", "x", "r") == f"! KeyError: torchshm: the store {store.name} has no name 'x'"
     assert cpp("info", "x").startswith("! KeyError")
@@ -433,8 +443,6 @@ def test_the_example_runs_as_it_says(store, programs):
     done = subprocess.run([anomaly, store.name, "t2m"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(store["t2m_anomaly"], field - field.mean(dtype=float), atol=1e-3)
-    done = subprocess.run([anomaly, "nowhere", "t2m"], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 1 and "torchshmd --name nowhere" in done.stderr
 
 
 # ---- serving
@@ -552,6 +560,11 @@ def test_wrong_usage_of_the_daemon_says_what_is_right(prefix, arguments, why):
         [prefix / "bin" / "torchshmd", *arguments], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 2 and why in done.stderr and "Usage: torchshmd" in done.stderr
+
+
+def test_the_package_has_the_version_of_the_wheel(prefix):
+    text = (prefix / "lib" / "cmake" / "torchshm" / "torchshmConfigVersion.cmake").read_text()
+    assert f'set(PACKAGE_VERSION "{importlib.metadata.version("torchshm")}")' in text
 
 
 def test_the_daemon_says_why_a_store_can_t_be_served(prefix, runtime):

@@ -1,6 +1,9 @@
 // What a C++ program does with a store, for tests/python/test_cpp_api.py. Commands and their arguments are read from standard input.
 #include "commands.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <array>
 #include <complex>
 #include <cstring>
@@ -259,6 +262,23 @@ int main() {
        [](auto& from) {
          held.erase(word(from));
          return std::string("done");
+       }},
+      {"fork",  // a child saves a copy of what is held, and says nothing
+       [](auto& from) {
+         const std::string key = word(from), name = word(from);
+         const pid_t pid = ::fork();
+         if (pid == 0) {
+           const Array& seen = held.at(key);
+           std::vector<double> own(seen.template data_as<const double>(),
+                                   seen.template data_as<const double>() + seen.size());
+           store->save(name, torchshm::array(own));
+           held.clear();
+           store.reset();
+           ::_exit(0);
+         }
+         int status = -1;
+         ::waitpid(pid, &status, 0);
+         return std::to_string(status);
        }},
       // ---- names
       {"contains", [](auto& from) { return std::string(store->contains(word(from)) ? "yes" : "no"); }},

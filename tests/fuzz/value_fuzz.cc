@@ -41,7 +41,6 @@ class Target {
     wire.item_size = 8;
     wire.ndim = 2;
     wire.shape[0] = wire.shape[1] = 32;
-    wire.order = pool::ArrayWire::Order::kFortran;
     char text[1 + pool::kWireMost] = {'A'};
     true_.assign(text, 1 + pool::encode(wire, text + 1, server_->member().arena().header().secret));
     REQUIRE(one(true_) == 3);

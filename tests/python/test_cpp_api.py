@@ -418,6 +418,14 @@ def test_tensors_go_from_libtorch_to_python_and_back(store, libtorch):
     assert libtorch("hold", "array", "r").startswith("! TypeError")
 
 
+def test_torch_s_own_dlpack_goes_in_and_out(store, libtorch):
+    said = libtorch("into_dlpack", "t")
+    value = np.arange(6).reshape(2, 3).T
+    for key in ("t", "t_versioned"):
+        np.testing.assert_array_equal(store[key], value)
+    assert libtorch("from_dlpack", "t") == f"{said} | {said}"
+
+
 def test_a_libtorch_tensor_is_the_memory_of_the_store(store, libtorch):
     store["x"] = torch.zeros(1000)
     shared = store.load("x", mode="r+")

@@ -248,7 +248,7 @@ enum class Mode : uint8_t {
 
 using Nanoseconds = std::chrono::nanoseconds;
 /// As long as it takes.
-constexpr Nanoseconds kForever = Nanoseconds::max();
+inline constexpr Nanoseconds kForever = Nanoseconds::max();
 
 struct StartOptions {
   uint64_t limit = 0;             ///< most bytes that the store takes; 0: half of what the machine or the cgroup allows

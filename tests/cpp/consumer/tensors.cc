@@ -1,4 +1,5 @@
 // What a libtorch program does with a store, for tests/python/test_cpp_api.py.
+#include <ATen/DLConvertor.h>
 #include <ATen/Functions.h>
 #include <torchshm/torch.h>
 
@@ -83,6 +84,22 @@ int main() {
          const uint64_t before = store->info().live_bytes;
          torchshm::save(*store, key, held[key]);
          return std::to_string(store->info().live_bytes - before);
+       }},
+      // ---- through DLPack, whose structs are torch's own here
+      {"into_dlpack",
+       [](auto& from) {
+         const std::string key = word(from);
+         const at::Tensor t = at::arange(6, at::kLong).reshape({2, 3}).t();
+         store->save(key, torchshm::from_dlpack(at::toDLPack(t)));
+         store->save(key + "_versioned", torchshm::from_dlpack(at::toDLPackVersioned(t)));
+         return told(t);
+       }},
+      {"from_dlpack",
+       [](auto& from) {
+         const std::string key = word(from);
+         const torchshm::LoadOptions private_copy{torchshm::Mode::kCopyOnWrite, {}};
+         return told(at::fromDLPack(torchshm::to_dlpack(store->load(key, private_copy)))) + " | " +
+                told(at::fromDLPackVersioned(torchshm::to_dlpack_versioned(store->load(key, private_copy))));
        }},
       {"save_sparse",
        [](auto&) {

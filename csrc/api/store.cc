@@ -224,7 +224,10 @@ struct Store::Impl {
     check_key(key);
     const store::SaveOptions how{options.overwrite, count_of(options.ttl, "ttl"), false};
     const api::TypeRow* row = api::row_of(given.dtype);
-    if (row == nullptr) (void)name_of(given.dtype);  // throws
+    if (row == nullptr) {
+      (void)name_of(given.dtype);  // throws
+      return;
+    }
     const bool tensor = given.kind == Array::Kind::kTensor;
     if (tensor ? !row->torch_has : !row->numpy_has) {
       throw TypeError(std::string("torchshm: ") + (tensor ? "torch" : "NumPy") + " has no dtype " + row->name +

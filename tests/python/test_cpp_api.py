@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -22,6 +23,9 @@ import torchshm
 from torchshm import _C
 
 ROOT = Path(__file__).resolve().parents[2]
+
+# `make test-python` has built the library before; without that the first test here does.
+pytestmark = pytest.mark.timeout(900)
 
 
 def build(*arguments, **options):
@@ -59,7 +63,7 @@ def programs(prefix):
             "cmake",
             *("-S", ROOT / source, "-B", tree, "-G", "Ninja"),
             f"-DCMAKE_PREFIX_PATH={places}",
-            "-DCMAKE_CXX_COMPILER_LAUNCHER=" + ("ccache" if Path("/usr/bin/ccache").exists() else ""),
+            f"-DCMAKE_CXX_COMPILER_LAUNCHER={shutil.which('ccache') or ''}",
         )
         build("cmake", "--build", tree, "--parallel", "2")
     return built
@@ -322,6 +326,12 @@ def test_a_forked_child_has_the_store_and_what_was_loaded(store, cpp):
     assert cpp("fork", "x", "child") == "0"
     assert store["child"][3] == 3
     cpp("drop", "x")
+
+
+def test_threads_use_one_store(store, cpp):
+    store["x"] = np.arange(1000.0)
+    assert cpp("threads", "x") == "2000"
+    assert [store[f"thread{t}"] for t in range(4)] == [499, 1499, 2499, 3499]
 
 
 def test_names_and_errors(store, cpp):

@@ -5,9 +5,11 @@
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <complex>
 #include <cstring>
 #include <optional>
+#include <thread>
 #include <vector>
 
 // Any header with DLPack's structs will do; here are the two that are used, as the specification has them.
@@ -262,6 +264,25 @@ int main() {
        [](auto& from) {
          held.erase(word(from));
          return std::string("done");
+       }},
+      {"threads",  // each loads what all have, and saves and replaces names of its own
+       [](auto& from) {
+         const std::string key = word(from);
+         std::vector<std::thread> threads;
+         std::atomic<int> right{0};
+         for (int t = 0; t < 4; ++t) {
+           threads.emplace_back([&, t] {
+             const std::string own = "thread" + std::to_string(t);
+             for (int i = 0; i < 500; ++i) {
+               double value = t * 1000 + i;
+               store->save(own, torchshm::array(&value, {}), {true});
+               const Array all = store->load(key), mine = store->load(own);
+               right += all.template data_as<const double>()[9] == 9 && *mine.template data_as<const double>() == value;
+             }
+           });
+         }
+         for (std::thread& each : threads) each.join();
+         return std::to_string(right);
        }},
       {"fork",  // a child saves a copy of what is held, and says nothing
        [](auto& from) {

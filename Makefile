@@ -42,7 +42,7 @@ lint: $(INSTALLED) ## ruff, mypy, clang-format; changes nothing
 	ruff check .
 	ruff format --check .
 	mypy
-	find csrc tests benchmarks -name '*.h' -o -name '*.cc' | xargs -r clang-format --dry-run --Werror
+	find csrc docs tests benchmarks -name '*.h' -o -name '*.cc' | xargs -r clang-format --dry-run --Werror
 
 .PHONY: torture
 torture: build/dev/build.ninja ## The long tests, hours of them; writes tests/torture/RESULTS.md. ARGS='--only soak --minutes 5'
@@ -60,7 +60,7 @@ test-cpp: build/dev/build.ninja ## The C++ tests alone
 
 .PHONY: test-python
 test-python: build build/dev/build.ninja ## The Python tests alone
-	cmake --build --preset dev --parallel $(JOBS) --target _C
+	cmake --build --preset dev --parallel $(JOBS) --target _C torchshm_store torchshmd
 	PYTHONPATH=$(CURDIR)/build/dev/python $(BIN)/pytest $(ARGS)
 
 .PHONY: sanitize
@@ -85,7 +85,7 @@ tidy: clang-tidy build/tidy/build.ninja ## clang-tidy over the core and the C++ 
 format: $(INSTALLED) ## Formats all sources in place
 	ruff check --fix .
 	ruff format .
-	find csrc tests benchmarks -name '*.h' -o -name '*.cc' | xargs -r clang-format -i
+	find csrc docs tests benchmarks -name '*.h' -o -name '*.cc' | xargs -r clang-format -i
 
 .PHONY: clean
 clean: ## Removes what was built; .venv stays

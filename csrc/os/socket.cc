@@ -235,7 +235,10 @@ std::vector<uint64_t> Poller::wait(int milliseconds) {
   std::array<epoll_event, 64> events{};
   const int n = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), milliseconds);
   std::vector<uint64_t> tokens;
-  for (int i = 0; i < n; ++i) tokens.push_back(events[static_cast<size_t>(i)].data.u64);
+  for (int i = 0; i < n; ++i) {
+    const uint64_t token = events[static_cast<size_t>(i)].data.u64;  // the struct is packed: no reference into it
+    tokens.push_back(token);
+  }
   return tokens;
 }
 

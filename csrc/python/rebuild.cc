@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "os/mapping.h"
-#include "python/array_wire.h"
+#include "pool/array_wire.h"
 #include "python/block_ref.h"
 #include "python/errors.h"
 #include "python/family.h"
@@ -108,7 +108,7 @@ PyObject* rebuild(PyTypeObject*, PyObject* arguments, PyObject* keywords) {
     return nullptr;
   }
   PyObject* bytes_object = PyTuple_GET_ITEM(arguments, 0);
-  auto decoded = decode(PyBytes_AS_STRING(bytes_object), static_cast<size_t>(PyBytes_GET_SIZE(bytes_object)));
+  auto decoded = pool::decode(PyBytes_AS_STRING(bytes_object), static_cast<size_t>(PyBytes_GET_SIZE(bytes_object)));
   if (!decoded) return raise(decoded.status());
   ArrayWire& wire = *decoded;
   PyTypeObject* subtype = &PyArray_Type;
@@ -122,8 +122,9 @@ PyObject* rebuild(PyTypeObject*, PyObject* arguments, PyObject* keywords) {
   }
   pool::Member* owner = wire.carries ? nullptr : member_of(wire.handle.pool_id);
   if (owner == nullptr && !wire.carries) return nullptr;
-  if (owner != nullptr && !intact(PyBytes_AS_STRING(bytes_object), static_cast<size_t>(PyBytes_GET_SIZE(bytes_object)),
-                                  owner->arena().header().secret)) {
+  if (owner != nullptr &&
+      !pool::intact(PyBytes_AS_STRING(bytes_object), static_cast<size_t>(PyBytes_GET_SIZE(bytes_object)),
+                    owner->arena().header().secret)) {
     return raise(Status(Code::kInvalid, "it is damaged"));
   }
   PyArray_Descr* dtype = dtype_of(wire, n > 1 ? PyTuple_GET_ITEM(arguments, 1) : nullptr);
@@ -158,7 +159,7 @@ PyTypeObject type = make_type();
 
 PyObject* open_array(ArrayWire& wire, PyTypeObject* subtype, PyArray_Descr* dtype, pool::Member* owner,
                      Status& status) {
-  auto opened = open(*owner, wire);
+  auto opened = pool::open(*owner, wire);
   if (!opened) {
     Py_DECREF(dtype);
     status = std::move(opened.status());
@@ -194,7 +195,7 @@ PyObject* empty(PyObject*, PyObject* arguments) {
   ArrayWire wire;
   PyObject* made = nullptr;
   int64_t bytes = PyDataType_ELSIZE(dtype);
-  bool fits = shape.len <= kMostDims;
+  bool fits = shape.len <= pool::kMostDims;
   for (int i = 0; fits && i < shape.len; ++i) {
     fits = shape.ptr[i] >= 0 && !__builtin_mul_overflow(bytes, static_cast<int64_t>(shape.ptr[i]), &bytes);
   }

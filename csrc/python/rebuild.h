@@ -1,11 +1,13 @@
 // The other end of reduce.h: torchshm._C.array(wire[, dtype[, subtype]]) makes the ndarray that a wire describes, over the block itself.
 #pragma once
 
+#include "pool/array_wire.h"
 #include "pool/member.h"
-#include "python/array_wire.h"
 #include "python/numpy_api.h"
 
 namespace torchshm::python {
+
+using pool::ArrayWire;
 
 // A type and not a function, since pickle writes types by name at once and asks a builtin function for its __reduce_ex__ first. Calling it
 // gives a numpy.ndarray.

@@ -5,7 +5,7 @@
 
 #include "base/copy.h"
 #include "os/mapping.h"
-#include "python/array_wire.h"
+#include "pool/array_wire.h"
 #include "python/errors.h"
 #include "python/family.h"
 #include "python/numpy_api.h"
@@ -58,14 +58,14 @@ void describe(PyArrayObject* array, ArrayWire& wire) {
 // Objects live in one process only, and new-style dtypes may keep data elsewhere.
 bool can_be_pooled(PyArrayObject* array) {
   PyArray_Descr* dtype = PyArray_DESCR(array);
-  return PyDataType_ISLEGACY(dtype) && !PyDataType_REFCHK(dtype) && PyArray_NDIM(array) <= kMostDims;
+  return PyDataType_ISLEGACY(dtype) && !PyDataType_REFCHK(dtype) && PyArray_NDIM(array) <= pool::kMostDims;
 }
 
 // The reduce value: (torchshm._C.array, (wire[, dtype[, type]])). `carried` bytes go behind the wire.
 PyObject* message(PyObject* array, const ArrayWire& wire, npy_intp carried = 0) {
   if (scope().sharing && !wire.carries) scope().issued.push_back(wire.handle);
-  char buffer[kWireMost];
-  const size_t length = encode(wire, buffer, wire.carries ? 0 : member()->arena().header().secret);
+  char buffer[pool::kWireMost];
+  const size_t length = pool::encode(wire, buffer, wire.carries ? 0 : member()->arena().header().secret);
   PyObject* bytes = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(length) + carried);
   if (bytes == nullptr) return nullptr;
   std::memcpy(PyBytes_AS_STRING(bytes), buffer, length);
@@ -103,7 +103,7 @@ std::optional<Status> by_reference(const Source& source, ArrayWire& wire) {
   const auto found = source.member->find(first);
   // What came in a message is the program's own, as it is after stock pickling: a later write here must not reach the next receiver.
   if (!found || found->exclusive) return std::nullopt;
-  const auto touched = reach(PyArray_NDIM(array), PyArray_DIMS(array), PyArray_STRIDES(array), wire.item_size);
+  const auto touched = pool::reach(PyArray_NDIM(array), PyArray_DIMS(array), PyArray_STRIDES(array), wire.item_size);
   if (!touched || static_cast<int64_t>(found->offset) + touched->low < 0 ||
       static_cast<int64_t>(found->offset) + touched->high > static_cast<int64_t>(found->length)) {
     return std::nullopt;

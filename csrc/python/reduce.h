@@ -2,11 +2,13 @@
 // large enough, and else as NumPy always did.
 #pragma once
 
+#include "pool/array_wire.h"
 #include "pool/member.h"
-#include "python/array_wire.h"
 #include "python/numpy_api.h"
 
 namespace torchshm::python {
+
+using pool::ArrayWire;
 
 // METH_O. A message never fails because of this: whatever the pool can't do, NumPy's own pickling does.
 PyObject* reduce_ndarray(PyObject* module, PyObject* array);

@@ -10,7 +10,7 @@
 #include "base/copy.h"
 #include "os/futex.h"
 #include "os/mapping.h"
-#include "python/array_wire.h"
+#include "pool/array_wire.h"
 #include "python/block_ref.h"
 #include "python/errors.h"
 #include "python/numpy_memory.h"
@@ -150,8 +150,8 @@ class Store {
       case Put::kDone:
         break;
     }
-    char text[1 + kWireMost] = {kArray};
-    const size_t length = 1 + encode(wire, text + 1, member_->arena().header().secret);
+    char text[1 + pool::kWireMost] = {kArray};
+    const size_t length = 1 + pool::encode(wire, text + 1, member_->arena().header().secret);
     // The name takes its own ticket from a hold.
     auto view = member_->redeem(wire.handle, Mode::kReadWrite);
     if (!view) fail(view.status());
@@ -173,11 +173,11 @@ class Store {
       }
       const std::string& text = entry->text;
       if (text.empty() || text[0] != kArray) return as_text(*entry);
-      auto wire = decode(text.data() + 1, text.size() - 1);
+      auto wire = pool::decode(text.data() + 1, text.size() - 1);
       if (!wire) fail_damaged(key, wire.status());
       const uint64_t secret = member_->arena().header().secret;
       if (wire->carries || wire->dtype_apart || wire->handle.pool_id != member_->pool_id() ||
-          !intact(text.data() + 1, text.size() - 1, secret)) {
+          !pool::intact(text.data() + 1, text.size() - 1, secret)) {
         fail_damaged(key, Status(Code::kInvalid, "it is no array of this store"));
       }
       wire->mode = wanted;

@@ -43,8 +43,9 @@ class Target:
 
 TARGETS = [
     Target("handle", "32 bytes as a handle, against a live pool", 0.25, ["-max_len=66"]),
-    Target("wire", "the bytes of an array in a message", 0.25, ["-max_len=400"]),
-    Target("control", "the whole control file", 0.35, ["-max_len=400", "-len_control=0"]),
+    Target("wire", "the bytes of an array in a message", 0.2, ["-max_len=400"]),
+    Target("value", "what a name in a store stands for, as C++ reads it", 0.1, ["-max_len=1000"]),
+    Target("control", "the whole control file", 0.3, ["-max_len=400", "-len_control=0"]),
     Target("flips", "words of the control file that change under members at work", 0.05),
     Target("loads", "forged messages through loads()", 0.1),
 ]

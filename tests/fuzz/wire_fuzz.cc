@@ -3,7 +3,7 @@
 //
 // An input is a selector and a wire. The selector says whether the bytes are laid over (xor) a true wire, and whether the sum is made
 // right afterwards, as only a member of the pool could.
-#include "python/array_wire.h"
+#include "pool/array_wire.h"
 
 #include <memory>
 #include <vector>
@@ -15,9 +15,9 @@
 namespace torchshm::fuzz {
 namespace {
 
+using pool::ArrayWire;
 using pool::Member;
 using pool::Mode;
-using python::ArrayWire;
 
 constexpr size_t kSumAt = 56, kFixed = 64;
 
@@ -81,10 +81,10 @@ class Target {
         REQUIRE(handle.ok());
         wire.handle = *handle;
       }
-      std::vector<unsigned char> bytes_of(python::kWireMost + static_cast<size_t>(wire.carries ? bytes : 0));
-      bytes_of.resize(python::encode(wire, reinterpret_cast<char*>(bytes_of.data()), wire.carries ? 0 : key_) +
+      std::vector<unsigned char> bytes_of(pool::kWireMost + static_cast<size_t>(wire.carries ? bytes : 0));
+      bytes_of.resize(pool::encode(wire, reinterpret_cast<char*>(bytes_of.data()), wire.carries ? 0 : key_) +
                       static_cast<size_t>(wire.carries ? bytes : 0));
-      REQUIRE(wire.carries || python::intact(reinterpret_cast<char*>(bytes_of.data()), bytes_of.size(), key_));
+      REQUIRE(wire.carries || pool::intact(reinterpret_cast<char*>(bytes_of.data()), bytes_of.size(), key_));
       wires_.push_back(std::move(bytes_of));
       REQUIRE(one(wires_.back()));  // else the mutations of it would end at the first check
     }
@@ -122,13 +122,13 @@ class Target {
     // A copy of its own size: AddressSanitizer sees a read beyond.
     const std::unique_ptr<char[]> copy(new char[bytes.size()]);
     if (!bytes.empty()) std::memcpy(copy.get(), bytes.data(), bytes.size());
-    auto decoded = python::decode(copy.get(), bytes.size());
+    auto decoded = pool::decode(copy.get(), bytes.size());
     if (!decoded) {
       REQUIRE(decoded.code() == Code::kInvalid && !decoded.status().what().empty());
       return false;
     }
     const ArrayWire& wire = *decoded;
-    REQUIRE(wire.ndim >= 0 && wire.ndim <= python::kMostDims && wire.item_size > 0);
+    REQUIRE(wire.ndim >= 0 && wire.ndim <= pool::kMostDims && wire.item_size > 0);
     for (int i = 0; i < wire.ndim; ++i) REQUIRE(wire.shape[i] >= 1);
     if (wire.carries) {
       __int128 total = wire.item_size;
@@ -137,8 +137,8 @@ class Target {
     }
     again(wire);
     if (wire.carries) return true;
-    if (!python::intact(copy.get(), bytes.size(), key_)) return false;
-    auto opened = python::open(*member_, wire);
+    if (!pool::intact(copy.get(), bytes.size(), key_)) return false;
+    auto opened = pool::open(*member_, wire);
     if (!opened) {
       REQUIRE(!opened.status().what().empty());
       const Code code = opened.code();
@@ -157,11 +157,11 @@ class Target {
 
   // What was decoded is encoded to the same: no two wires mean one thing.
   void again(const ArrayWire& wire) {
-    char buffer[python::kWireMost];
-    const size_t length = python::encode(wire, buffer, 7);
-    REQUIRE(length <= sizeof buffer && python::intact(buffer, length, 7));
+    char buffer[pool::kWireMost];
+    const size_t length = pool::encode(wire, buffer, 7);
+    REQUIRE(length <= sizeof buffer && pool::intact(buffer, length, 7));
     if (wire.carries) return;
-    auto decoded = python::decode(buffer, length);
+    auto decoded = pool::decode(buffer, length);
     REQUIRE(decoded.ok());
     REQUIRE(decoded->handle.block == wire.handle.block && decoded->handle.nonce == wire.handle.nonce);
     REQUIRE(decoded->mode == wire.mode && decoded->order == wire.order && decoded->writeable == wire.writeable);

@@ -9,7 +9,7 @@ from torchshm import _C
 
 MAGIC = 0x4D48535F48435254
 SECRET_AT = 24  # in csrc/pool/layout.h's Header
-FIXED = 64  # bytes of csrc/python/array_wire.cc's Fixed, the sum in the last eight
+FIXED = 64  # bytes of csrc/pool/array_wire.cc's Fixed, the sum in the last eight
 ORDER_C, ORDER_FORTRAN, ORDER_STRIDED = 0, 1, 2
 _MASK = (1 << 64) - 1
 

@@ -8,9 +8,9 @@ import torchshm
 from torchshm import _C
 
 ROOT = Path(__file__).resolve().parents[2]
-ORDER = ["base", "os", "pool", "store", "service", "python", "torch", "cuda"]
+ORDER = ["base", "os", "pool", "store", "service", "api", "daemon", "python", "torch", "cuda"]
 # Rooms side by side: neither sees the other.
-APART = {("torch", "python"), ("cuda", "python")}
+APART = {("torch", "python"), ("cuda", "python"), ("python", "api"), ("python", "daemon")}
 
 
 def sources():
@@ -19,7 +19,9 @@ def sources():
 
 def test_rooms_include_downwards_only():
     found = sources()
-    assert {"base", "os", "pool", "store", "service", "python"} <= {path.parent.name for path in found}
+    assert {"base", "os", "pool", "store", "service", "api", "daemon", "python"} <= {
+        path.parent.name for path in found
+    }
     for path in found:
         room = path.parent.name
         for included in re.findall(r'#include "(\w+)/', path.read_text()):
@@ -37,8 +39,17 @@ def test_only_os_talks_to_the_kernel():
 
 def test_the_core_knows_neither_python_nor_torch():
     for path in sources():
-        if path.parent.name in {"base", "os", "pool", "store", "service"}:
-            assert not re.search(r"#include [<\"](Python|pybind11|numpy|torch|ATen)", path.read_text()), path
+        if path.parent.name in {"base", "os", "pool", "store", "service", "api", "daemon"}:
+            assert not re.search(r"#include [<\"](Python|pybind11|numpy|torch/|ATen)", path.read_text()), path
+
+
+def test_what_is_installed_includes_nothing_of_the_rooms():
+    headers = list((ROOT / "csrc" / "include" / "torchshm").glob("*.h"))
+    assert {path.name for path in headers} == {"store.h", "torch.h"}
+    for path in [*headers, ROOT / "csrc" / "daemon" / "torchshmd.cc"]:
+        included = re.findall(r'#include "(.*)"', path.read_text())
+        assert set(included) <= {"torchshm/store.h"}, path
+    assert not re.search(r"#include <(ATen|torch|c10)", (headers[0].parent / "store.h").read_text())
 
 
 def test_stub_declares_exactly_what_is_compiled():

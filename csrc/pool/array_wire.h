@@ -13,13 +13,13 @@
 #include "pool/handle.h"
 #include "pool/member.h"
 
-namespace torchshm::python {
+namespace torchshm::pool {
 
 constexpr int kMostDims = 64;
 
 struct ArrayWire {
-  pool::Handle handle;
-  pool::Mode mode = pool::Mode::kReadWrite;
+  Handle handle;
+  Mode mode = Mode::kReadWrite;
   bool writeable = true;
   bool swapped = false;      // byte order; of a dtype that type_num and item_size describe
   bool dtype_apart = false;  // the dtype is pickled beside the wire
@@ -52,10 +52,10 @@ std::optional<Reach> reach(int ndim, const int64_t* shape, const int64_t* stride
 
 // The wire's block, held once more, with all that the array touches inside it. kInvalid where it is not; the rest as Member::redeem().
 struct Opened {
-  pool::Member::View view;
-  pool::Mode mode;  // that it is held in: kReadWrite where the wire's own mode has no address space here
+  Member::View view;
+  Mode mode;  // that it is held in: kReadWrite where the wire's own mode has no address space here
 };
 // REQUIRES: decoded, and intact() for a member of that pool.
-Result<Opened> open(pool::Member& owner, const ArrayWire& wire);
+Result<Opened> open(Member& owner, const ArrayWire& wire);
 
-}  // namespace torchshm::python
+}  // namespace torchshm::pool

@@ -1,13 +1,13 @@
-#include "python/array_wire.h"
+#include "pool/array_wire.h"
 
 #include <cstddef>
 #include <cstring>
 
-namespace torchshm::python {
+namespace torchshm::pool {
 namespace {
 
 struct Fixed {
-  pool::Handle handle;
+  Handle handle;
   uint8_t version;
   uint8_t mode;
   uint8_t flags;
@@ -91,13 +91,13 @@ Result<ArrayWire> decode(const char* from, size_t length) {
   if (length < sizeof fixed) return invalid("it is cut short");
   std::memcpy(&fixed, from, sizeof fixed);
   if (fixed.version != kWireVersion) return invalid("made by another version of torchshm");
-  if (fixed.mode > static_cast<uint8_t>(pool::Mode::kCopyOnWrite)) return invalid("unknown mode");
+  if (fixed.mode > static_cast<uint8_t>(Mode::kCopyOnWrite)) return invalid("unknown mode");
   if (fixed.ndim > kMostDims) return invalid("too many dimensions");
   const int order = fixed.flags >> kOrderShift & kOrderMask;
   if (order > static_cast<int>(ArrayWire::Order::kStrided)) return invalid("unknown memory order");
   ArrayWire wire;
   wire.handle = fixed.handle;
-  wire.mode = static_cast<pool::Mode>(fixed.mode);
+  wire.mode = static_cast<Mode>(fixed.mode);
   wire.writeable = (fixed.flags & kWriteable) != 0;
   wire.swapped = (fixed.flags & kSwapped) != 0;
   wire.dtype_apart = (fixed.flags & kDtypeApart) != 0;
@@ -143,12 +143,12 @@ std::optional<Reach> reach(int ndim, const int64_t* shape, const int64_t* stride
   return r;
 }
 
-Result<Opened> open(pool::Member& owner, const ArrayWire& wire) {
+Result<Opened> open(Member& owner, const ArrayWire& wire) {
   const auto touched = reach(wire.ndim, wire.shape.data(), wire.strides.data(), wire.item_size);
-  pool::Mode mode = wire.mode;
+  Mode mode = wire.mode;
   auto view = owner.redeem(wire.handle, mode, wire.exclusive);
   if (view.code() == Code::kUnsupported) {
-    mode = pool::Mode::kReadWrite;
+    mode = Mode::kReadWrite;
     view = owner.redeem(wire.handle, mode);
   }
   if (!view) return std::move(view.status());
@@ -160,4 +160,4 @@ Result<Opened> open(pool::Member& owner, const ArrayWire& wire) {
   return Opened{*view, mode};
 }
 
-}  // namespace torchshm::python
+}  // namespace torchshm::pool

@@ -10,6 +10,9 @@ from benchmarks import (
     message,
     pooled_dumps,
     small_devshm,
+    store_connect,
+    store_load,
+    store_save,
     xarray_fields,
 )
 from benchmarks.benchmark import Benchmark
@@ -22,6 +25,9 @@ _MODULES = (
     xarray_fields,
     descriptors,
     small_devshm,
+    store_load,
+    store_save,
+    store_connect,
     alloc,
 )
 

@@ -23,7 +23,7 @@ class Remote:
         context = multiprocessing.get_context("spawn")
         self._link, theirs = context.Pipe()
         # Not a daemon: the arms start workers of their own.
-        self._process = context.Process(target=_serve, args=(theirs, target, args))
+        self._process = context.Process(target=serve, args=(theirs, target, args))
         self._process.start()
         theirs.close()
         self._ready = False
@@ -67,7 +67,7 @@ class Remote:
         return value
 
 
-def _serve(link: Connection, target: type, args: tuple[Any, ...]) -> None:
+def serve(link: Connection, target: type, args: tuple[Any, ...]) -> None:
     """Answers calls until the caller closes the link or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the caller, and with it this link
     try:

@@ -11,7 +11,9 @@ from benchmarks import (
     pooled_dumps,
     small_devshm,
     store_connect,
+    store_crowd,
     store_load,
+    store_module,
     store_save,
     xarray_fields,
 )
@@ -28,6 +30,8 @@ _MODULES = (
     store_load,
     store_save,
     store_connect,
+    store_crowd,
+    store_module,
     alloc,
 )
 

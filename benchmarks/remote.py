@@ -28,6 +28,11 @@ class Remote:
         theirs.close()
         self._ready = False
 
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
     def call(self, method: str, *args: Any, timeout: float = 180.0) -> Any:
         """Calls ``target(*args).method(*args)`` there.
 

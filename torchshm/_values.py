@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import copyreg
+import functools
 import io
 import json
 import pickle
@@ -420,7 +421,7 @@ class _Reader:
         self.regions, self.leaves = tree["regions"], tree["leaves"]
         self.arrays, self.tensors = arrays, tensors
         self._opened: dict[tuple[int, str], Any] = {}
-        self._storages: dict[int, Any] = {}
+        self._backing: dict[int, Any] = {}  # tensors whose storage is the whole region
         self._built: dict[int, Any] = {}
 
     def node(self, n: Any) -> Any:
@@ -450,8 +451,7 @@ class _Reader:
         if index not in self._built:
             leaf = self.leaves[index]
             self._built[index] = None  # one that is its own part fails
-            kinds = {"array": self._array, "tensor": self._tensor, "sparse": self._sparse}
-            self._built[index] = kinds[leaf["k"]](leaf)
+            self._built[index] = _KINDS[leaf["k"]](self, leaf)
         return self._built[index]
 
     def region(self, index: Any, mode: str) -> Any:
@@ -493,29 +493,36 @@ class _Reader:
         import torch
 
         dtype = _named(torch, leaf["dtype"], torch.dtype)
-        size, stride = list(map(_count, leaf["size"])), list(map(_count, leaf["stride"]))
+        size, stride = _counts(leaf["size"]), _counts(leaf["stride"])
         if len(size) != len(stride):
             raise ValueError("sizes and strides of a tensor differ in number")
-        made = self._empty(torch, leaf, dtype, size)
         if leaf["r"] is None:
             if 0 not in size:
                 raise ValueError("a tensor without memory")
-            return self._kept(torch, leaf, made)
-        offset, item = _count(leaf["o"]), made.element_size()
+            return self._kept(torch, leaf, self._empty(torch, leaf, dtype, size))
+        offset, item = _count(leaf["o"]), dtype.itemsize
         region = self.region(leaf["r"], self.tensors)
-        end = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) * item + item
+        end = offset + item
+        for n, s in zip(size, stride, strict=True):
+            end += (n - 1) * s * item
         if 0 in size or end > region.size:
             raise ValueError("a tensor is larger than its region")
-        if offset % item != 0:
-            region, offset, key = region[offset:], 0, None
-        else:
-            key = leaf["r"]
-        storage = self._storages.get(key) if key is not None else None
-        if storage is None:
-            storage = torch.from_numpy(region).untyped_storage()
+        key = leaf["r"] if offset % item == 0 else None
+        backing = self._backing.get(key) if key is not None else None
+        numpy_dtype = _numpy_dtypes(torch).get(dtype)
+        if backing is None and offset == 0 and end == region.size and numpy_dtype is not None:
+            # The usual one, a tensor that is all of its region: set_() takes three times as long.
+            shaped = np.ndarray(size, numpy_dtype, region, 0, [s * item for s in stride])
+            self._backing[leaf["r"]] = made = torch.from_numpy(shaped)
+            return self._kept(torch, leaf, made)
+        if key is None:
+            region, offset = region[offset:], 0
+        if backing is None:
+            backing = torch.from_numpy(region)
             if key is not None:
-                self._storages[key] = storage
-        made.set_(storage, offset // item, size, stride)
+                self._backing[key] = backing
+        made = self._empty(torch, leaf, dtype, size)
+        made.set_(backing.untyped_storage(), offset // item, size, stride)
         return self._kept(torch, leaf, made)
 
     def _empty(self, torch: Any, leaf: dict[str, Any], dtype: Any, size: list[int]) -> Any:
@@ -550,10 +557,33 @@ class _Reader:
         return self._kept(torch, leaf, made)
 
 
+_KINDS: dict[str, Callable[[_Reader, dict[str, Any]], Any]] = {
+    "array": _Reader._array,
+    "tensor": _Reader._tensor,
+    "sparse": _Reader._sparse,
+}
+
+
+@functools.cache
+def _numpy_dtypes(torch: Any) -> dict[Any, np.dtype[Any]]:
+    """Those of torch's plain dtypes that NumPy has too."""
+    names = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+    return {getattr(torch, name): np.dtype(name) for name in (*names, "complex64", "complex128")}
+
+
 def _count(n: Any) -> int:
     if type(n) is not int or n < 0:
         raise ValueError(f"not a count: {n!r}")
     return n
+
+
+def _counts(ns: Any) -> list[int]:
+    if type(ns) is not list:
+        raise ValueError(f"not counts: {ns!r}")
+    for n in ns:
+        if type(n) is not int or n < 0:
+            raise ValueError(f"not a count: {n!r}")
+    return ns
 
 
 def _named(torch: Any, name: Any, kind: type) -> Any:

@@ -233,6 +233,20 @@ def test_what_shared_memory_shares_it_and_is_stored_once(store):
     assert back["tail"].untyped_storage().data_ptr() == back["head"].untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_of_one_storage_share_it_in_whatever_order_they_come(store, dtype):
+    whole = torch.arange(12).to(dtype)
+    saved = [whole[:4], whole, whole.view(3, 4).t(), whole[5:].expand(2, 7)]
+    for order in (saved, saved[::-1]):
+        store.save("views", order, overwrite=True)
+        back = store.load("views")
+        for loaded, was in zip(back, order, strict=True):
+            assert torch.equal(loaded, was)
+            assert (loaded.stride(), loaded.storage_offset()) == (was.stride(), was.storage_offset())
+            assert loaded.untyped_storage().data_ptr() == back[0].untyped_storage().data_ptr()
+            assert loaded.untyped_storage().nbytes() == whole.untyped_storage().nbytes()
+
+
 def test_a_view_of_much_is_stored_as_little(store):
     there_and_back(store, [np.zeros((1000, 1000))[:, 3], torch.zeros(1000, 1000)[:, 3]])
     assert store.info("value")["bytes"] < 50_000

@@ -32,8 +32,12 @@ MODES = {"r+": 0, "r": 1, "c": 2}
 _PACKED_BELOW = 1 << 16  # bytes; smaller pieces of one value share a block. Arbitrary
 _LINE = 64
 _CARRIED = 1024  # bytes objects up to this many bytes lie in the text. Arbitrary
+_LONE_BELOW = 512  # bytes of text
 _FACES: dict[str, type] = {"matrix": np.matrix, "recarray": np.recarray}
 _ARRAYS = {np.ndarray: None, np.memmap: None, np.matrix: "matrix", np.recarray: "recarray"}
+
+
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class _NotPlainError(Exception):
@@ -355,7 +359,7 @@ class _Writer:
 
     def json(self, value: Any) -> bytes:
         whole = {"regions": self.regions, "leaves": self.leaves, "value": value}
-        return json.dumps(whole, separators=(",", ":")).encode("ascii")
+        return _to_json(whole).encode("ascii")
 
 
 def _merge(pieces: list[_Piece]) -> list[tuple[int, int, list[_Piece]]]:
@@ -394,8 +398,42 @@ class _Pickler(pickle.Pickler):
         return index is None
 
 
+def _plain(torch: Any, x: Any) -> bool:
+    """Whether a tensor is nothing but its bytes in C order."""
+    return (
+        x.is_cpu
+        and x.layout is torch.strided
+        and x.is_contiguous()
+        and not (x.requires_grad or x.is_quantized or x.is_conj() or x.is_neg() or x.is_nested)
+        and x.numel() > 0
+    )
+
+
+def _describe_lone(core: _C.Store, x: Any) -> tuple[bytes, list[Any]]:
+    """As _Writer does it, in a third of the time."""
+    address, length = x.data_ptr(), x.nbytes
+    ref: Any
+    found = core.refer(address, length)
+    if found is not None:
+        ref, _, start = found
+    else:
+        start = address % _LINE
+        target = core.blank(start + length)
+        _C.copy_into(target, start, address, length)
+        ref = target.base
+    dtype = str(x.dtype).removeprefix("torch.")
+    text = (
+        f'J{{"regions":[[0,{start},{length}]],"leaves":[{{"k":"tensor","dtype":"{dtype}","size":{list(x.shape)},'
+        f'"stride":{list(x.stride())},"r":0,"grad":false,"param":false,"o":0}}],"value":{{"x":0}}}}'
+    )
+    return text.encode("ascii"), [ref]
+
+
 def describe(core: _C.Store, value: Any) -> tuple[bytes, list[Any]]:
     """The text of a value, and references to the blocks that it speaks of, its bytes in them."""
+    torch = sys.modules.get("torch")
+    if torch is not None and type(value) is torch.Tensor and _plain(torch, value):
+        return _describe_lone(core, value)
     writer = _Writer(core)
     try:
         node = writer.node(value)
@@ -571,6 +609,44 @@ def _numpy_dtypes(torch: Any) -> dict[Any, np.dtype[Any]]:
     return {getattr(torch, name): np.dtype(name) for name in (*names, "complex64", "complex128")}
 
 
+@functools.lru_cache(maxsize=256)
+def _lone_tensor(text: bytes) -> tuple[Any, ...] | None:
+    """Of the text of one plain tensor that is all of its region: offset and length in the block, dtype, shape and strides in bytes.
+
+    Such a text does not say where the block is, so a program that loads many tensors of a shape reads few of them. None: let _Reader do
+    it, or say what is wrong.
+    """
+    try:
+        tree = json.loads(text[1:])
+        ((block, start, length),) = tree["regions"]
+        (leaf,) = tree["leaves"]
+        if (tree["value"], leaf["k"], leaf["r"], leaf["o"], block) != ({"x": 0}, "tensor", 0, 0, 0):
+            return None
+        import torch
+
+        dtype = _numpy_dtypes(torch).get(_named(torch, leaf["dtype"], torch.dtype))
+        size, stride = _counts(leaf["size"]), _counts(leaf["stride"])
+        if dtype is None or "q" in leaf or leaf["grad"] or leaf["param"] or 0 in size:
+            return None
+        steps = [step * dtype.itemsize for step in stride]
+        last = sum((n - 1) * step for n, step in zip(size, steps, strict=True))
+        if last + dtype.itemsize != _count(length):
+            return None
+        return _count(start), length, dtype, size, steps
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _open_lone(core: _C.Store, block: tuple[int, int], plan: tuple[Any, ...], mode: str) -> Any:
+    import torch
+
+    start, length, dtype, size, steps = plan
+    whole = core.open(*block, MODES[mode])
+    if start + length > whole.size:
+        raise ValueError("a region is larger than its block")
+    return torch.from_numpy(np.ndarray(size, dtype, whole[start : start + length], 0, steps))
+
+
 def _count(n: Any) -> int:
     if type(n) is not int or n < 0:
         raise ValueError(f"not a count: {n!r}")
@@ -624,6 +700,9 @@ def rebuild(
             end = 9 + int.from_bytes(text[1:9], "little")
             tree, skeleton = json.loads(text[9:end]), text[end:]
         elif text[:1] == b"J":
+            plan = _lone_tensor(text) if len(text) < _LONE_BELOW and len(blocks) == 1 else None
+            if plan is not None:
+                return _open_lone(core, blocks[0], plan, tensors)
             tree = json.loads(text[1:])
         else:
             raise ValueError("made by another version of torchshm")

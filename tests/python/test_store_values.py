@@ -119,6 +119,7 @@ TENSORS = {
     "float8": lambda: torch.arange(16, dtype=torch.float32).to(torch.float8_e4m3fn),
     "complex": lambda: torch.complex(torch.ones(4), torch.arange(4.0)),
     "conjugate": lambda: torch.complex(torch.ones(4), torch.arange(4.0)).conj(),
+    "negative": lambda: torch.ones(1, dtype=torch.cfloat).mul(1j).conj().imag,
     "bool": lambda: torch.tensor([True, False]),
     "permuted": lambda: torch.arange(24.0).reshape(2, 3, 4).permute(2, 0, 1),
     "channels_last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),

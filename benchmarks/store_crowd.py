@@ -4,14 +4,17 @@ Quantity: time per load where 64 processes load the same 1,000 keys at once, 100
 order of its own; that is the whole time by all loads. Unit: seconds.
 Opponent: the same number of loads by one process a core, which has nobody to wait for.
 After that all processes hold and read all arrays, and their memory (PSS) is compared with the
-arrays' bytes: once what is mapped of the store's files, in all processes and the one that serves;
-and once what the loading has added to everything that the processes have, Python's objects too.
+arrays' bytes: what is mapped of the store's files, in all processes and the one that serves. As a
+fact besides, what the loading has added to everything else, which is Python's objects.
+``cpu_seconds`` of a row is what a load costs on the processor, whatever else the machine does;
+a process that waits for another one shows in ``voluntary_switches``.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import resource
 import time
 from typing import Any
 
@@ -25,8 +28,8 @@ from benchmarks.naming import Host
 from benchmarks.page import touch_pages
 from benchmarks.remote import Remote
 from benchmarks.result import Arm, Result
-from benchmarks.sample import Sample, ratio
-from benchmarks.units import GIB, KIB, MIB
+from benchmarks.sample import Sample, ratio, rounded
+from benchmarks.units import GIB, KIB, MIB, format_seconds
 
 NAME = "store_crowd"
 PROCESSES, KEYS, PASSES, NBYTES = 64, 1_000, 100, MIB
@@ -46,9 +49,10 @@ class Reader:
         self._keys = [f"name-{number}" for number in range(keys)]
         random.Random(index).shuffle(self._keys)
 
-    def run(self, passes: int) -> tuple[float, float, int]:
-        """When it began and ended (CLOCK_MONOTONIC), and how many loads failed."""
+    def run(self, passes: int) -> tuple[float, float, int, float, int]:
+        """When it began and ended (CLOCK_MONOTONIC), how many loads failed, processor seconds, and voluntary context switches."""
         load, errors = self._store.load, 0
+        before = resource.getrusage(resource.RUSAGE_SELF)
         begin = time.monotonic()
         for _ in range(passes):
             for key in self._keys:
@@ -56,7 +60,9 @@ class Reader:
                     load(key)
                 except Exception:
                     errors += 1
-        return begin, time.monotonic(), errors
+        end, after = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
+        cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+        return begin, end, errors, cpu, after.ru_nvcsw - before.ru_nvcsw
 
     def hold(self) -> None:
         """Loads all, and reads every page."""
@@ -78,11 +84,11 @@ class Crowd:
         self._loads = processes * keys
         self._crew = Crew(processes, Reader, address, keys)
 
-    def run(self, passes: int) -> tuple[float, int]:
-        """Seconds per load over all processes, and how many loads failed."""
-        answers = self._crew.call("run", passes)
-        took = max(end for _, end, _ in answers) - min(begin for begin, _, _ in answers)
-        return took / (self._loads * passes), sum(errors for _, _, errors in answers)
+    def run(self, passes: int) -> tuple[float, int, float, int]:
+        """Over all processes: seconds per load, loads that failed, processor seconds per load, voluntary context switches."""
+        begins, ends, errors, cpu, switches = zip(*self._crew.call("run", passes), strict=True)
+        loads = self._loads * passes
+        return (max(ends) - min(begins)) / loads, sum(errors), sum(cpu) / loads, sum(switches)
 
     def memory(self) -> tuple[float, float]:
         """By one copy of the arrays: the store's files in all processes, and the copy with all that loading has added."""
@@ -133,8 +139,17 @@ def measure(quick: bool, meter: Meter) -> Result:
         meter.step()
     seconds = {arm: [each[0] for each in values] for arm, values in answers.items()}
     errors = {arm: sum(each[1] for each in values) for arm, values in answers.items()}
-    for arm, values in seconds.items():
-        result.add(arm, values, {"errors": errors[arm]})
+    for arm, values in answers.items():
+        also = {
+            "errors": errors[arm],
+            "cpu_seconds": Sample.of([each[2] for each in values]).median,
+            "voluntary_switches": sum(each[3] for each in values),
+        }
+        result.add(arm, seconds[arm], also)
+        result.facts[f"{arm}: processor time per load"] = format_seconds(also["cpu_seconds"])
+        result.facts[f"{arm}: voluntary context switches of all loads"] = also["voluntary_switches"]
+    if memory:
+        result.facts["PSS of one copy and of all that loading has added, by one copy"] = rounded(memory[1])
     crowd, alone = seconds.get("torchshm_crowd"), seconds.get("torchshm_cores")
     result.figures = [
         at_most(
@@ -155,12 +170,6 @@ def measure(quick: bool, meter: Meter) -> Result:
             PSS_MOST,
             "x",
             Sample.of([memory[0]]) if memory else None,
-        ),
-        at_most(
-            "PSS of one copy and of all that loading has added, Python's objects too / one copy",
-            PSS_MOST,
-            "x",
-            Sample.of([memory[1]]) if memory else None,
         ),
     ]
     return result

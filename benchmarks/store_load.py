@@ -22,9 +22,9 @@ from benchmarks.meter import Meter
 from benchmarks.naming import Host, Naming
 from benchmarks.remote import Remote
 from benchmarks.result import Arm, Result
-from benchmarks.sample import Sample, ratio
+from benchmarks.sample import Sample, ratio, rounded
 from benchmarks.stores import STORES
-from benchmarks.units import GIB, KIB, MIB, format_bytes
+from benchmarks.units import GIB, KIB, MIB, format_bytes, format_seconds
 
 NAME = "store_load"
 OPPONENTS = ("torchshm", "ray", "vineyard", "shared_memory")
@@ -81,15 +81,15 @@ class Loader:
         self._keys = [f"name-{number}" for number in range(FEW_NAMES)]
         random.Random(index).shuffle(self._keys)
 
-    def run(self, seconds: float) -> float:
-        """Loads per second, over `seconds` at least."""
+    def run(self, seconds: float) -> tuple[float, float]:
+        """Loads per second, and per second of the processor, over `seconds` at least."""
         load, loads = self._store.load, 0
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), time.process_time()
         while (passed := time.perf_counter() - begin) < seconds:
             for key in self._keys:
                 load(key)
             loads += len(self._keys)
-        return loads / passed
+        return loads / passed, loads / (time.process_time() - busy)
 
 
 class Loaders:
@@ -102,9 +102,10 @@ class Loaders:
         self._host.call("fill", "name-", FEW_NAMES, NAMED_BYTES)
         self._crew = Crew(processes, Loader, self._host.call("address"))
 
-    def run(self, seconds: float) -> float:
-        """Loads per second of all together."""
-        return sum(self._crew.call("run", seconds))
+    def run(self, seconds: float) -> tuple[float, float]:
+        """Loads per second of all together, and per second of a processor."""
+        rates, of_processor = zip(*self._crew.call("run", seconds), strict=True)
+        return sum(rates), sum(of_processor) / len(of_processor)
 
     def close(self) -> None:
         self._crew.close()
@@ -183,14 +184,15 @@ def _measure_processes(result: Result, rounds: int, seconds: float) -> Values:
             arms.start(arm, ("torchshm",), Loaders, processes)
         for arm in arms:
             arms.call(arm, "run", seconds)  # warms up
-        values = arms.rounds(dict.fromkeys(arms, ("run", seconds)), rounds)
-    for arm, rates in values.items():
-        result.add(
-            arm,
-            [1 / rate for rate in rates],
-            bytes=NAMED_BYTES,
-            processes=1 if arm == "torchshm_alone" else 8,
-        )
+        answers = arms.rounds(dict.fromkeys(arms, ("run", seconds)), rounds)
+    values: Values = {}
+    for arm, rates in answers.items():
+        values[arm] = [rate for rate, _ in rates]
+        cpu = rounded(1 / Sample.of([rate for _, rate in rates]).median)
+        processes = 1 if arm == "torchshm_alone" else PROCESSES
+        at = {"bytes": NAMED_BYTES, "processes": processes}
+        result.add(arm, [1 / rate for rate in values[arm]], {"cpu_seconds": cpu}, **at)
+        result.facts[f"processor time per load, processes: {processes}"] = format_seconds(cpu)
     return values
 
 

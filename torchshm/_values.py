@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import copyreg
 import functools
+import importlib
 import io
 import json
 import pickle
@@ -461,11 +462,13 @@ class _Reader:
         self._opened: dict[tuple[int, str], Any] = {}
         self._backing: dict[int, Any] = {}  # tensors whose storage is the whole region
         self._built: dict[int, Any] = {}
+        self._dtypes: dict[Any, tuple[Any, ...]] = {}
 
     def node(self, n: Any) -> Any:
-        if not isinstance(n, (dict, list)):
+        kind = type(n)
+        if kind is not dict and kind is not list:
             return n
-        if isinstance(n, list):
+        if kind is list:
             return [self.node(each) for each in n]
         if "x" in n:
             return self.leaf(n["x"])
@@ -494,7 +497,7 @@ class _Reader:
 
     def region(self, index: Any, mode: str) -> Any:
         """The bytes of a region."""
-        block, offset, length = map(_count, self.regions[_count(index)])
+        block, offset, length = _counts(self.regions[_count(index)])
         key = (block, mode)
         if key not in self._opened:
             self._opened[key] = self.core.open(*self.blocks[block], MODES[mode])
@@ -528,9 +531,8 @@ class _Reader:
         return made.requires_grad_() if leaf["grad"] else made
 
     def _tensor(self, leaf: dict[str, Any]) -> Any:
-        import torch
-
-        dtype = _named(torch, leaf["dtype"], torch.dtype)
+        torch = sys.modules.get("torch") or importlib.import_module("torch")
+        dtype, numpy_dtype, item = self._dtypes.get(leaf["dtype"]) or self._dtype(torch, leaf["dtype"])
         size, stride = _counts(leaf["size"]), _counts(leaf["stride"])
         if len(size) != len(stride):
             raise ValueError("sizes and strides of a tensor differ in number")
@@ -538,7 +540,7 @@ class _Reader:
             if 0 not in size:
                 raise ValueError("a tensor without memory")
             return self._kept(torch, leaf, self._empty(torch, leaf, dtype, size))
-        offset, item = _count(leaf["o"]), dtype.itemsize
+        offset = _count(leaf["o"])
         region = self.region(leaf["r"], self.tensors)
         end = offset + item
         for n, s in zip(size, stride, strict=True):
@@ -547,7 +549,6 @@ class _Reader:
             raise ValueError("a tensor is larger than its region")
         key = leaf["r"] if offset % item == 0 else None
         backing = self._backing.get(key) if key is not None else None
-        numpy_dtype = _numpy_dtypes(torch).get(dtype)
         if backing is None and offset == 0 and end == region.size and numpy_dtype is not None:
             # The usual one, a tensor that is all of its region: set_() takes three times as long.
             shaped = np.ndarray(size, numpy_dtype, region, 0, [s * item for s in stride])
@@ -562,6 +563,12 @@ class _Reader:
         made = self._empty(torch, leaf, dtype, size)
         made.set_(backing.untyped_storage(), offset // item, size, stride)
         return self._kept(torch, leaf, made)
+
+    def _dtype(self, torch: Any, name: Any) -> tuple[Any, ...]:
+        """torch's dtype, NumPy's where it has that one too, and bytes per item."""
+        dtype = _named(torch, name, torch.dtype)
+        self._dtypes[name] = found = dtype, _numpy_dtypes(torch).get(dtype), dtype.itemsize
+        return found
 
     def _empty(self, torch: Any, leaf: dict[str, Any], dtype: Any, size: list[int]) -> Any:
         q = leaf.get("q")

@@ -3,8 +3,9 @@
 Quantity: time to save one uint8 array of the process's own memory under a new name; removing what
 was saved before is not counted. Unit: seconds.
 Opponents: the limit, a memcpy to warm memory; Ray's put, Vineyard's put + put_name, a SharedMemory
-segment for each. Beside them: the same save of an array that lies in the store already, 64 KiB
-against 1 GiB.
+segment for each. All have used their memory before, as in a program that has run for a while; the
+rows with ``memory: first use`` are those of fresh processes that keep what they save.
+Beside them: the same save of an array that lies in the store already, 64 KiB against 1 GiB.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from benchmarks.stores import STORES
 from benchmarks.units import GIB, KIB, MIB, format_bytes
 
 NAME = "store_save"
-OPPONENTS = ("torchshm", "memcpy", "ray", "vineyard", "shared_memory")
+OPPONENTS = ("torchshm", "memcpy", "ray_warm", "vineyard", "shared_memory")
+FIRST_USE = ("torchshm", "ray", "vineyard", "shared_memory")
+FIRST_BYTES, FIRST_SAVES, QUICK_FIRST_SAVES = 64 * MIB, 20, 6
 SIZES = (64 * KIB, 4 * MIB, 64 * MIB)
 JUDGED = (4 * MIB, 64 * MIB)
 OF_MEMCPY, OVER_RAY = 1.15, 5
@@ -82,12 +85,12 @@ def measure(quick: bool, meter: Meter) -> Result:
         "time to save one uint8 array under a name",
         "s",
         {
-            **{name: Arm(STORES[name].label, STORES[name].how) for name in OPPONENTS},
+            **{name: Arm(STORES[name].label, STORES[name].how) for name in (*OPPONENTS, "ray")},
             "torchshm_pooled": Arm("torchshm, pooled", "Store.save of an array made in Store.storage()"),
         },
         quick=quick,
     )
-    meter.expect(len(SIZES) + 1)
+    meter.expect(len(SIZES) + 2)
     saves: dict[int, Values] = {}
     with Arms(result) as arms:
         for name in OPPONENTS:
@@ -99,10 +102,13 @@ def measure(quick: bool, meter: Meter) -> Result:
             for arm, seconds in saves[size].items():
                 result.add(arm, seconds, bytes=size)
             meter.step()
+    meter.doing("first use")
+    first = _measure_first_use(result, QUICK_FIRST_SAVES if quick else FIRST_SAVES)
+    meter.step()
     meter.doing("pooled")
     pooled: dict[Any, list[float]] = _measure_pooled(result, pooled_sizes, 5 if quick else 21)
     meter.step()
-    result.figures = [*judge(saves), _judge_pooled(pooled, pooled_sizes)]
+    result.figures = [*judge(saves, first), _judge_pooled(pooled, pooled_sizes)]
     return result
 
 
@@ -115,6 +121,21 @@ def _measure_size(arms: Arms, size: int, rounds: int) -> Values:
         if arm in arms:
             calls[arm] = ("save", size, max(2, min(MOST_SAVES, int(RUN_SECONDS / seconds))))
     return arms.rounds(calls, rounds)
+
+
+def _measure_first_use(result: Result, saves: int) -> Values:
+    values: Values = {}
+    with Arms(result) as arms:
+        for name in FIRST_USE:
+            package = STORES[name].package
+            arms.start(name, (package,) if package else (), Naming, name, CAPACITY)
+        for arm in arms:
+            seconds = arms.call(arm, "grow", FIRST_BYTES, saves)
+            if seconds:
+                values[arm] = seconds[1:]  # the first one maps and starts what is made only once
+    for arm, seconds in values.items():
+        result.add(arm, seconds, bytes=FIRST_BYTES, memory="first use")
+    return values
 
 
 def _measure_pooled(result: Result, sizes: tuple[int, ...], rounds: int) -> dict[Any, list[float]]:
@@ -130,30 +151,28 @@ def _measure_pooled(result: Result, sizes: tuple[int, ...], rounds: int) -> dict
     return by_size
 
 
-def judge(values: dict[int, Values]) -> list[Figure]:
+def judge(values: dict[int, Values], first: Values) -> list[Figure]:
     """The figures of what is copied."""
 
-    def compare(above: str, below: str, size: int) -> Sample | None:
-        at = values.get(size, {})
+    def compare(at: Values, above: str, below: str) -> Sample | None:
         return ratio(at[above], at[below]) if above in at and below in at else None
 
-    return [
-        *(
-            at_most(
-                f"torchshm / warm memcpy at {format_bytes(size)}",
-                OF_MEMCPY,
-                "x",
-                compare("torchshm", "memcpy", size),
-            )
-            for size in JUDGED
-        ),
-        *(
-            at_least(
-                f"Ray / torchshm at {format_bytes(size)}", OVER_RAY, "x", compare("ray", "torchshm", size)
-            )
-            for size in JUDGED
-        ),
-    ]
+    figures = []
+    for size in JUDGED:
+        sample = compare(values.get(size, {}), "torchshm", "memcpy")
+        figures.append(at_most(f"torchshm / warm memcpy at {format_bytes(size)}", OF_MEMCPY, "x", sample))
+    for size in JUDGED:
+        sample = compare(values.get(size, {}), "ray_warm", "torchshm")
+        figures.append(
+            at_least(f"Ray / torchshm at {format_bytes(size)}", OVER_RAY, "x", sample, "memory used before")
+        )
+    sample = compare(first, "ray", "torchshm")
+    figures.append(
+        at_least(
+            f"Ray / torchshm at {format_bytes(FIRST_BYTES)}", OVER_RAY, "x", sample, "first use of the memory"
+        )
+    )
+    return figures
 
 
 def _judge_pooled(values: dict[Any, list[float]], sizes: tuple[int, ...]) -> Figure:

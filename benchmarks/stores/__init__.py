@@ -6,7 +6,7 @@ A store says only how; `benchmarks.naming` does the timing, with the same loop f
 from __future__ import annotations
 
 from benchmarks.stores.named_store import NamedStore
-from benchmarks.stores.ray_references import RayReferences
+from benchmarks.stores.ray_references import RayReferences, WarmRay
 from benchmarks.stores.shared_memory_names import SharedMemoryNames
 from benchmarks.stores.torchshm_store import TorchshmStore
 from benchmarks.stores.vineyard_names import VineyardNames
@@ -15,6 +15,7 @@ from benchmarks.stores.warm_memcpy import WarmMemcpy
 STORES: dict[str, type[NamedStore]] = {
     "torchshm": TorchshmStore,
     "ray": RayReferences,
+    "ray_warm": WarmRay,
     "vineyard": VineyardNames,
     "shared_memory": SharedMemoryNames,
     "memcpy": WarmMemcpy,

@@ -94,20 +94,18 @@ class Naming:
             remove(key)
         return seconds / saves
 
-    def grow(self, nbytes: int, saves: int) -> list[float]:
-        """Seconds of each save of an array of this process, where all that was saved before is kept."""
+    def keep(self, nbytes: int) -> float:
+        """Seconds of one save of an array of this process; what was saved stays, so that the next one needs other memory."""
         content = content_of(nbytes)
-        seconds = []
-        for number in range(saves):
-            begin = time.perf_counter()
-            self._store.save(f"kept-{number}", content)
-            seconds.append(time.perf_counter() - begin)
-        for number in range(saves):
-            self._store.remove(f"kept-{number}")
-        return seconds
+        key = f"kept-{self._saved}"
+        self._saved += 1
+        begin = time.perf_counter()
+        self._store.save(key, content)
+        return time.perf_counter() - begin
 
     def close(self) -> None:
         if self._remote is not None:
+            self._store.close()
             self._remote.close()
         else:
             self._host.close()

@@ -124,15 +124,13 @@ def _measure_size(arms: Arms, size: int, rounds: int) -> Values:
 
 
 def _measure_first_use(result: Result, saves: int) -> Values:
-    values: Values = {}
     with Arms(result) as arms:
         for name in FIRST_USE:
             package = STORES[name].package
             arms.start(name, (package,) if package else (), Naming, name, CAPACITY)
         for arm in arms:
-            seconds = arms.call(arm, "grow", FIRST_BYTES, saves)
-            if seconds:
-                values[arm] = seconds[1:]  # the first one maps and starts what is made only once
+            arms.call(arm, "keep", FIRST_BYTES)  # maps and starts what is made only once
+        values = arms.rounds(dict.fromkeys(arms, ("keep", FIRST_BYTES)), saves)
     for arm, seconds in values.items():
         result.add(arm, seconds, bytes=FIRST_BYTES, memory="first use")
     return values

@@ -33,7 +33,8 @@ KEY = "weights"
 OVER_LOAD, PRIVATE_MOST = 50, 10
 
 ARMS = {
-    "torchshm": Arm("torchshm", "Store.load + load_state_dict(assign=True)"),
+    "torchshm": Arm("torchshm", "Store.load_module into a module on the meta device"),
+    "torchshm_state": Arm("torchshm, state dict", "Store.load + load_state_dict(assign=True)"),
     "torch_mmap": Arm("torch.load, mmap", "torch.load(mmap=True) + load_state_dict(assign=True)"),
     "torch_load": Arm("torch.load", "torch.load from the page cache + load_state_dict"),
 }
@@ -83,9 +84,11 @@ class ModuleLoading:
         self._torch, self._arm, self._path = torch, arm, path
         self._shape = width, layers
         torch.set_num_threads(1)
-        if arm == "torchshm":
+        if arm.startswith("torchshm"):
             import torchshm
 
+            if arm == "torchshm" and not hasattr(torchshm.Store, "load_module"):
+                raise NotImplementedError("this torchshm has no Store.load_module")
             self._store = torchshm.connect(address)
 
     def check(self) -> None:
@@ -115,6 +118,8 @@ class ModuleLoading:
 
     def _load(self, module: Any) -> None:
         if self._arm == "torchshm":
+            self._store.load_module(KEY, module)
+        elif self._arm == "torchshm_state":
             module.load_state_dict(self._store.load(KEY), assign=True)
         elif self._arm == "torch_mmap":
             module.load_state_dict(self._torch.load(self._path, mmap=True), assign=True)
@@ -137,7 +142,7 @@ def measure(quick: bool, meter: Meter) -> Result:
             result.facts["file_megabytes"] = round(Path(path).stat().st_size / 1e6)
             for arm in ARMS:
                 arms.start(arm, (), ModuleLoading, arm, width, layers, path, address)
-                arms.call(arm, "check")
+                arms.call(arm, "check", timeout=600.0)
             for arm in ARMS:
                 if arm in arms:
                     arms.call(arm, "run")  # warms up

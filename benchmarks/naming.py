@@ -82,17 +82,21 @@ class Naming:
 
     def save(self, nbytes: int, saves: int) -> float:
         """Seconds per save of an array of this process. Removing what was saved before is not counted."""
+        return sum(self.burst(nbytes, saves)) / saves
+
+    def burst(self, nbytes: int, saves: int) -> list[float]:
+        """As `save`, the seconds of each."""
         content = content_of(nbytes)
         save, remove = self._store.save, self._store.remove
-        seconds = 0.0
+        seconds = []
         for _ in range(saves):
             key = f"saved-{self._saved}"
             self._saved += 1
             begin = time.perf_counter()
             save(key, content)
-            seconds += time.perf_counter() - begin
+            seconds.append(time.perf_counter() - begin)
             remove(key)
-        return seconds / saves
+        return seconds
 
     def keep(self, nbytes: int) -> float:
         """Seconds of one save of an array of this process; what was saved stays, so that the next one needs other memory."""

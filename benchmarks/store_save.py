@@ -4,7 +4,8 @@ Quantity: time to save one uint8 array of the process's own memory under a new n
 was saved before is not counted. Unit: seconds.
 Opponents: the limit, a memcpy to warm memory; Ray's put, Vineyard's put + put_name, a SharedMemory
 segment for each. All have used their memory before, as in a program that has run for a while; the
-rows with ``memory: first use`` are those of fresh processes that keep what they save.
+rows with ``memory: first use`` are those of fresh processes that keep what they save, and those with
+``memory: early loop`` of fresh processes that save and remove one after the other, without a pause.
 Beside them: the same save of an array that lies in the store already, 64 KiB against 1 GiB.
 """
 
@@ -103,12 +104,13 @@ def measure(quick: bool, meter: Meter) -> Result:
                 result.add(arm, seconds, bytes=size)
             meter.step()
     meter.doing("first use")
+    early = _measure_early_loop(result, QUICK_FIRST_SAVES if quick else FIRST_SAVES)
     first = _measure_first_use(result, QUICK_FIRST_SAVES if quick else FIRST_SAVES)
     meter.step()
     meter.doing("pooled")
     pooled: dict[Any, list[float]] = _measure_pooled(result, pooled_sizes, 5 if quick else 21)
     meter.step()
-    result.figures = [*judge(saves, first), _judge_pooled(pooled, pooled_sizes)]
+    result.figures = [*judge(saves, early, first), _judge_pooled(pooled, pooled_sizes)]
     return result
 
 
@@ -136,6 +138,23 @@ def _measure_first_use(result: Result, saves: int) -> Values:
     return values
 
 
+def _measure_early_loop(result: Result, saves: int) -> Values:
+    values: Values = {}
+    with Arms(result) as arms:
+        for name in FIRST_USE:
+            package = STORES[name].package
+            arms.start(name, (package,) if package else (), Naming, name, CAPACITY)
+        for arm in arms:
+            arms.call(arm, "save", FIRST_BYTES, 2)  # maps and starts what is made only once
+        for arm in arms:
+            seconds = arms.call(arm, "burst", FIRST_BYTES, saves)
+            if seconds:
+                values[arm] = seconds
+    for arm, seconds in values.items():
+        result.add(arm, seconds, bytes=FIRST_BYTES, memory="early loop")
+    return values
+
+
 def _measure_pooled(result: Result, sizes: tuple[int, ...], rounds: int) -> dict[Any, list[float]]:
     with Arms(result) as arms:
         for size in sizes:
@@ -149,7 +168,7 @@ def _measure_pooled(result: Result, sizes: tuple[int, ...], rounds: int) -> dict
     return by_size
 
 
-def judge(values: dict[int, Values], first: Values) -> list[Figure]:
+def judge(values: dict[int, Values], early: Values, first: Values) -> list[Figure]:
     """The figures of what is copied."""
 
     def compare(at: Values, above: str, below: str) -> Sample | None:
@@ -164,12 +183,11 @@ def judge(values: dict[int, Values], first: Values) -> list[Figure]:
         figures.append(
             at_least(f"Ray / torchshm at {format_bytes(size)}", OVER_RAY, "x", sample, "memory used before")
         )
-    sample = compare(first, "ray", "torchshm")
-    figures.append(
-        at_least(
-            f"Ray / torchshm at {format_bytes(FIRST_BYTES)}", OVER_RAY, "x", sample, "first use of the memory"
+    for at, note in ((early, "one after the other, early in a program"), (first, "first use of the memory")):
+        sample = compare(at, "ray", "torchshm")
+        figures.append(
+            at_least(f"Ray / torchshm at {format_bytes(FIRST_BYTES)}", OVER_RAY, "x", sample, note)
         )
-    )
     return figures
 
 

@@ -14,6 +14,7 @@ ARGS ?=
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(CURDIR)/.venv-peers
 export VIRTUAL_ENV := $(VENV)
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -33,9 +34,9 @@ demo: setup ## Stock PyTorch against torchshm on climate fields and flights
 test: test-cpp test-python ## The C++ tests, then the Python tests, on the build with failpoints
 
 .PHONY: bench
-bench: setup ## The benchmarks, on the release build
+bench: setup $(PEERS)/.installed ## The benchmarks, on the release build, with what they compare with in .venv-peers
 	cmake --build --preset release --parallel $(JOBS)
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(PEERS)/bin/python -m benchmarks $(ARGS)
 
 .PHONY: lint
 lint: $(INSTALLED) ## ruff, mypy, clang-format; changes nothing
@@ -102,6 +103,14 @@ $(INSTALLED): pyproject.toml setup.py Makefile | system
 	TORCHSHM_SKIP_CMAKE=1 PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-build-isolation --check-build-dependencies \
 		'$(TORCH)' --editable '.[bench,demo,test]'
 	$(BIN)/pip install --quiet --group fuzz || echo 'atheris not installed: forged messages are fuzzed without its guidance' >&2
+	touch $@
+
+# Ray and Vineyard, with what they require, in an environment that sees all of .venv behind its own packages: .venv stays as it is.
+$(PEERS)/.installed: pyproject.toml Makefile $(INSTALLED)
+	$(PYTHON) -m venv --without-pip $(PEERS)
+	place='import sysconfig; print(sysconfig.get_path("purelib"))'
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "$$place")')" > "$$($(PEERS)/bin/python -c "$$place")/beside.pth"
+	$(PEERS)/bin/python -m pip install --quiet --group peers || echo 'Ray and Vineyard not installed: the benchmarks leave them out' >&2
 	touch $@
 
 build/%/build.ninja: CMakePresets.json $(INSTALLED)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
+PEERS = ("ray", "vineyard")
+"""What `make bench` installs apart from the other packages."""
+
 
 def missing(package: str) -> str | None:
     """Why `package` cannot be used, or None where it can.
@@ -18,4 +21,7 @@ def missing(package: str) -> str | None:
         except ImportError as error:
             return f"torchshm cannot be imported: {error}"
         return None
-    return None if importlib.util.find_spec(package) else f"{package} is not installed"
+    if importlib.util.find_spec(package):
+        return None
+    where = "; `make bench` runs with it, in .venv-peers" if package in PEERS else ""
+    return f"{package} is not installed{where}"

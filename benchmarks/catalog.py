@@ -10,6 +10,11 @@ from benchmarks import (
     message,
     pooled_dumps,
     small_devshm,
+    store_connect,
+    store_crowd,
+    store_load,
+    store_module,
+    store_save,
     xarray_fields,
 )
 from benchmarks.benchmark import Benchmark
@@ -22,6 +27,11 @@ _MODULES = (
     xarray_fields,
     descriptors,
     small_devshm,
+    store_load,
+    store_save,
+    store_connect,
+    store_crowd,
+    store_module,
     alloc,
 )
 

@@ -52,7 +52,8 @@ def draw_lines(axes: Axes, result: Result) -> None:
     """Medians over bytes on two logarithmic axes, with a band between the quartiles."""
     others = cycle(THEIRS)
     for arm in result.arms:
-        rows = [row for row in result.rows if row.arm == arm and row.at.get("read") != "pages"]
+        rows = [row for row in result.rows if row.arm == arm and set(row.at) <= {"bytes", "read"}]
+        rows = [row for row in rows if row.at.get("read") != "pages"]
         if not rows:
             continue
         sizes = [row.at["bytes"] for row in rows]

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torchshm", "numpy", "torch", "joblib", "ray", "xarray", "pandas")
+PACKAGES = ("torchshm", "numpy", "torch", "joblib", "ray", "vineyard", "xarray", "pandas")
 
 
 def describe_machine() -> dict[str, Any]:

@@ -23,10 +23,15 @@ class Remote:
         context = multiprocessing.get_context("spawn")
         self._link, theirs = context.Pipe()
         # Not a daemon: the arms start workers of their own.
-        self._process = context.Process(target=_serve, args=(theirs, target, args))
+        self._process = context.Process(target=serve, args=(theirs, target, args))
         self._process.start()
         theirs.close()
         self._ready = False
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
 
     def call(self, method: str, *args: Any, timeout: float = 180.0) -> Any:
         """Calls ``target(*args).method(*args)`` there.
@@ -67,7 +72,7 @@ class Remote:
         return value
 
 
-def _serve(link: Connection, target: type, args: tuple[Any, ...]) -> None:
+def serve(link: Connection, target: type, args: tuple[Any, ...]) -> None:
     """Answers calls until the caller closes the link or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the caller, and with it this link
     try:

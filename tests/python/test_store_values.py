@@ -119,6 +119,7 @@ TENSORS = {
     "float8": lambda: torch.arange(16, dtype=torch.float32).to(torch.float8_e4m3fn),
     "complex": lambda: torch.complex(torch.ones(4), torch.arange(4.0)),
     "conjugate": lambda: torch.complex(torch.ones(4), torch.arange(4.0)).conj(),
+    "negative": lambda: torch.ones(1, dtype=torch.cfloat).mul(1j).conj().imag,
     "bool": lambda: torch.tensor([True, False]),
     "permuted": lambda: torch.arange(24.0).reshape(2, 3, 4).permute(2, 0, 1),
     "channels_last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
@@ -231,6 +232,20 @@ def test_what_shared_memory_shares_it_and_is_stored_once(store):
     assert back["part"][2] == -1 and back["left"][6] == -1 and back["tensor"][12] == -1
     assert back["twice"] is back["flat"]
     assert back["tail"].untyped_storage().data_ptr() == back["head"].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_of_one_storage_share_it_in_whatever_order_they_come(store, dtype):
+    whole = torch.arange(12).to(dtype)
+    saved = [whole[:4], whole, whole.view(3, 4).t(), whole[5:].expand(2, 7)]
+    for order in (saved, saved[::-1]):
+        store.save("views", order, overwrite=True)
+        back = store.load("views")
+        for loaded, was in zip(back, order, strict=True):
+            assert torch.equal(loaded, was)
+            assert (loaded.stride(), loaded.storage_offset()) == (was.stride(), was.storage_offset())
+            assert loaded.untyped_storage().data_ptr() == back[0].untyped_storage().data_ptr()
+            assert loaded.untyped_storage().nbytes() == whole.untyped_storage().nbytes()
 
 
 def test_a_view_of_much_is_stored_as_little(store):

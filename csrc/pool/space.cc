@@ -174,6 +174,11 @@ Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, c
       end = base + need[i] * kPage;
     }
   }
+  // What was just made is mapped here already.
+  for (size_t i = 0; i < need.size(); ++i) {
+    uint16_t& mapped = mapped_[first + i];
+    if (need[i] > taken[i].had && mapped >= taken[i].had) mapped = static_cast<uint16_t>(need[i]);
+  }
   return {};
 }
 

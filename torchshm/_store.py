@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from torchshm import _C, _values
+from torchshm._locks import Lock
 from torchshm._size import parse_size
 from torchshm.errors import KeyExistsError, StaleHandleError, StoreUnavailableError
 
@@ -315,6 +316,30 @@ class Store(MutableMapping[str, Any]):
             yield
         finally:
             _C.leave_pooled(before)
+
+    # ---- locks
+
+    def lock(self, key: str | None = None, *, shared: bool = False, timeout: float = -1) -> Lock:
+        """Return an advisory lock: ``with store.lock("weights"): ...``.
+
+        It keeps out those who take it too, in this and in other processes, and nobody else: values can be loaded and saved without. A
+        process that dies, also by SIGKILL, lets go of what it held.
+
+        Parameters
+        ----------
+        key : str, optional
+            Whose lock; there need not be a value of that name. Default: the store's own, which has nothing to do with those of keys.
+        shared : bool
+            Many may hold it shared at once; or one, not shared. Who waits for it alone gets it when nobody has it at all.
+        timeout : float
+            Seconds to wait for it; ``-1``: as long as it takes, ``0``: one try.
+
+        Returns
+        -------
+        Lock
+            Not held yet: by ``with``, or by its ``acquire()`` and ``release()``.
+        """
+        return Lock(self, None if key is None else _checked(key), shared, timeout)
 
     # ---- names
 

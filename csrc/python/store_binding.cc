@@ -13,6 +13,7 @@
 #include "python/array_wire.h"
 #include "python/block_ref.h"
 #include "python/errors.h"
+#include "python/lock_binding.h"
 #include "python/numpy_memory.h"
 #include "python/rebuild.h"
 #include "python/reduce.h"
@@ -313,6 +314,7 @@ class Store {
 
   // ---- waiting
 
+  std::unique_ptr<store::Lock> lock(std::string_view key) { return make_lock(catalogue_, key); }
   uint32_t bell(std::string_view key) { return catalogue_->bell(key); }
   void ring(std::string_view key) { catalogue_->ring(key); }
 
@@ -463,6 +465,7 @@ py::object answer_of(const std::string& name, service::Ask what) {
 }  // namespace
 
 void add_store(py::module_& m) {
+  add_lock(m);
   py::class_<Store>(m, "Store")
       .def_static("start", &Store::start, py::arg("name"), py::arg("limit") = 0, py::arg("ttl") = 0,
                   py::arg("mode") = 0600, py::arg("group") = -1)
@@ -479,6 +482,7 @@ void add_store(py::module_& m) {
       .def("keys", &Store::keys)
       .def("size", &Store::size)
       .def("sweep", &Store::sweep)
+      .def("lock", &Store::lock)
       .def("bell", &Store::bell)
       .def("ring", &Store::ring)
       .def("wait", &Store::wait)

@@ -103,7 +103,8 @@ class Store(MutableMapping[str, Any]):
     def save(self, key: str, value: Any, ttl: float | None = None, overwrite: bool = False) -> None:
         """Put a value into the store under a name. Others see all of it or nothing.
 
-        What lies in the store's memory already (made in :meth:`storage`, or loaded) is only named; everything else is copied once.
+        What lies in the store's memory already is only named: made in :meth:`storage`, loaded from it, or, with
+        ``register(store=...)``, received in a message. Everything else is copied once.
 
         Parameters
         ----------

@@ -181,6 +181,7 @@ class Store {
           !intact(text.data() + 1, text.size() - 1, secret)) {
         fail_damaged(key, Status(Code::kInvalid, "it is no array of this store"));
       }
+      refuse_private(wire->handle.block, wanted, key);
       wire->mode = wanted;
       wire->writeable = wanted != Mode::kRead;
       wire->exclusive = false;
@@ -216,8 +217,8 @@ class Store {
   py::object refer(uintptr_t address, uint64_t length) {
     const auto* first = reinterpret_cast<const std::byte*>(address);
     const auto found = member_->find(first);
-    if (!found || found->exclusive || length > found->length - found->offset) return py::none();
-    if (found->mode == Mode::kCopyOnWrite && member_->modified(*found, first, first + length)) return py::none();
+    if (!found || length > found->length - found->offset) return py::none();
+    if (!member_->can_be_named(*found, first, first + length)) return py::none();
     auto view = member_->view(found->block, Mode::kReadWrite);
     if (!view) return py::none();
     PyObject* ref = make_block_ref(member_, *view, Mode::kReadWrite);
@@ -240,6 +241,7 @@ class Store {
   // The whole block, as bytes.
   py::object open(uint32_t block, uint64_t generation, int mode) {
     const Mode wanted = mode_of(mode);
+    refuse_private(block, wanted, "it");
     auto view = member_->attach(block, generation, wanted);
     if (view.code() == Code::kUnsupported) {
       // No address space for that mode's mapping, or the block shares its pages with others: by flag, or as a copy.
@@ -382,6 +384,7 @@ class Store {
     return py::reinterpret_steal<py::object>(before);
   }
 
+  uint64_t pool_id() const { return member_->pool_id(); }
   bool serving() const { return server_ != nullptr; }
   bool took_over() const { return server_ != nullptr && server_->took_over(); }
 
@@ -402,6 +405,14 @@ class Store {
  private:
   // With no service, nobody has taken expired names away.
   bool made_room(const Status& status) { return status.code() == Code::kFull && sweep() > 0; }
+
+  // What is written here to a block that is private here reaches nobody, against what the mode says.
+  void refuse_private(uint32_t block, Mode wanted, std::string_view key) {
+    if (wanted != Mode::kReadWrite || !member_->is_private(block)) return;
+    fail(Status(Code::kUnsupported,
+                std::string(key) + " can't be loaded to be written for all: this process still has the array that it "
+                                   "received in a message and saved, which is its own; delete that first"));
+  }
 
   [[noreturn]] static void fail_damaged(std::string_view key, const Status& status) {
     fail(Status(Code::kCorrupt, "the entry of " + std::string(key) + " is damaged: " + status.what()));
@@ -491,6 +502,7 @@ void add_store(py::module_& m) {
       .def("wait_stop", &Store::wait_stop)
       .def("stop", &Store::stop)
       .def_property_readonly("name", &Store::name)
+      .def_property_readonly("pool_id", &Store::pool_id)
       .def_property_readonly("serving", &Store::serving)
       .def_property_readonly("took_over", &Store::took_over);
   m.def("copy_into", &copy_into, py::arg("array"), py::arg("offset"), py::arg("address"), py::arg("length"));

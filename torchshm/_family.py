@@ -22,6 +22,7 @@ from torchshm import _C, _pools
 from torchshm._size import parse_size
 from torchshm.errors import TorchshmError
 
+STORES = 0  # in the place of a family, in the pools of stores
 _lock = threading.Lock()
 _stock_preparation_data = multiprocessing.spawn.get_preparation_data
 # Runs in the child before multiprocessing has set anything up. Never raises: a child without torchshm works as it always did.
@@ -72,18 +73,29 @@ def ensure(limit: int | None = None) -> None:
         _hook_children()
 
 
+def change_to(pool_id: int) -> None:
+    """Let this process's data go to the pool of a store that it is a client of; its children inherit that.
+
+    Arrays in the pool that it had before stay valid, and travel by reference as they did.
+    """
+    with _lock:
+        if not _C.choose(pool_id):
+            raise AssertionError("a client of a store is a member of its pool")
+        _hook_children()
+
+
 class _Inherited:
     """Travels in the preparation data; unpickling it joins the pool."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         from torchshm import _reducers
 
-        data, control = _C.fds()
+        pools = _C.own_pools()
         origin = getattr(multiprocessing.process, "ORIGINAL_DIR", None) or ""
         path = [str(entry) or origin for entry in sys.path]
-        arguments = (_C.pool_id(), _reducers.registered(), _C.min_bytes())
+        arguments = ([pool[0] for pool in pools], _reducers.registered(), _C.min_bytes())
         code = _JOIN.format(path=path, arguments=arguments, fds="_fds")
-        fds = (multiprocessing.reduction.DupFd(data), multiprocessing.reduction.DupFd(control))
+        fds = [multiprocessing.reduction.DupFd(fd) for pool in pools for fd in pool[1:]]
         return exec, (code, {"_fds": fds})
 
 
@@ -98,8 +110,8 @@ def _hook_children() -> None:
     multiprocessing.spawn.get_preparation_data = _preparation_data  # type: ignore[assignment]
 
 
-def join_from_parent(pool_id: int, registered: bool, min_bytes: int, *, fds: tuple[Any, Any]) -> None:
-    """Join the parent's pool in a child that was spawned, with the descriptors that came along.
+def join_from_parent(pool_ids: list[int], registered: bool, min_bytes: int, *, fds: list[Any]) -> None:
+    """Join the parent's pool, and those it had before, in a child that was spawned, with the descriptors that came along.
 
     A forkserver whose preloaded modules called register() has a pool of its own; its children change to that of the parent.
     """
@@ -108,8 +120,9 @@ def join_from_parent(pool_id: int, registered: bool, min_bytes: int, *, fds: tup
     owned = []
     try:
         owned = [fd.detach() for fd in fds]
-        if not _C.is_member() or _C.pool_id() != pool_id:
-            _C.attach(owned[0], owned[1], True)
+        for pool_id, data, control in zip(pool_ids, owned[::2], owned[1::2], strict=True):
+            if not _C.choose(pool_id):
+                _C.attach(data, control, True)
         _C.set_min_bytes(min_bytes)
         if registered:
             _reducers.install()
@@ -129,7 +142,8 @@ def join_from_parent(pool_id: int, registered: bool, min_bytes: int, *, fds: tup
 def find(pool_id: int) -> bool:
     """Join a pool of this family that was made elsewhere in it: by a child that called register() when its parent had not.
 
-    Looks through the memory files of this user's processes, once per unknown pool, and joins only where the family fits.
+    Looks through the memory files of this user's processes, once per unknown pool, and joins only where the family fits, or where
+    the pool is a store's, which is for all processes of the user.
     """
     return any(files.pool_id == pool_id and _join_path(pool_id, files.paths) for files in _pools.every_pool())
 
@@ -139,7 +153,7 @@ def _join_path(pool_id: int, paths: dict[str, Path]) -> bool:
     try:
         for kind in ("data", "control"):
             owned.append(os.open(paths[kind], os.O_RDWR | os.O_CLOEXEC))
-        if _C.peek_family(owned[1]) != digest():
+        if _C.peek_family(owned[1]) not in (digest(), STORES):
             return False
         _C.attach(owned[0], owned[1])
     except (OSError, TorchshmError):

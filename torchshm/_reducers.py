@@ -5,13 +5,16 @@ from __future__ import annotations
 import multiprocessing.reduction
 import sys
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchshm import _C, _family
 from torchshm._size import parse_size
 from torchshm.errors import TorchshmError
+
+if TYPE_CHECKING:
+    from torchshm._store import Store
 
 _INLINE_BELOW = _C.min_bytes()  # measured: benchmarks/inline_threshold
 _installed = False
@@ -72,7 +75,9 @@ def install() -> None:
     _installed = True
 
 
-def register(min_bytes: int | None = None, *, limit: int | str | None = None) -> None:
+def register(
+    min_bytes: int | None = None, *, limit: int | str | None = None, store: Store | str | None = None
+) -> None:
     """Carry what multiprocessing pickles through shared memory, in this process and in its children.
 
     After this call every exact ``numpy.ndarray`` that a DataLoader worker, a queue, a pipe or a process argument pickles crosses
@@ -86,7 +91,18 @@ def register(min_bytes: int | None = None, *, limit: int | str | None = None) ->
         ``0`` sends every buffer through the pool.
     limit : int or str, optional
         Most memory that the pool takes, in bytes or as in ``"8GiB"``. Default: the environment's ``TORCHSHM_LIMIT``, else half of
-        what the machine or the cgroup allows. A pool that exists already takes the new limit at once, for all its processes.
+        what the machine or the cgroup allows. A pool that exists already takes the new limit at once, for all its processes. A
+        store's is given when it is started.
+    store : Store or str, optional
+        Use the pool of this store, or of the store of this name, so that messages and names share memory: what was loaded from it
+        or made in :meth:`Store.storage` is sent without a copy, and what was received is saved without one. For this process and
+        the children that it starts from now on; calling register() again without a store does not end it. What lies in the pool
+        that the process had before stays valid and is sent by reference as before; everything else goes to the store's.
+
+    Raises
+    ------
+    StoreUnavailableError
+        When there is no such store.
 
     Warns
     -----
@@ -98,6 +114,17 @@ def register(min_bytes: int | None = None, *, limit: int | str | None = None) ->
     size = None if limit is None else parse_size(limit)
     if size is not None and size < 1:
         raise ValueError(f"limit is a number of bytes, 1 or more, not {limit}")
+    if store is not None:
+        from torchshm import _store
+
+        if size is not None:
+            raise ValueError("limit is the store's: give it to torchshm.start() or `torchshm serve --limit`")
+        found = _store.connect(store) if isinstance(store, str) else store
+        _family.change_to(found._core.pool_id)
+    elif size is not None and _C.is_member() and _C.family() == _family.STORES:
+        raise ValueError(
+            "the pool of this process is a store's, which keeps the limit that it was started with"
+        )
     try:
         _family.ensure(size)
     except TorchshmError as error:

@@ -9,13 +9,17 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchshm import _C, _values
+from torchshm._locks import Lock
 from torchshm._size import parse_size
 from torchshm.errors import KeyExistsError, StaleHandleError, StoreUnavailableError
+
+if TYPE_CHECKING:
+    import torch
 
 _FOREVER = (1 << 63) - 1  # ns
 _LOOK = 1_000_000_000  # ns; a saver that dies after it has named the value rings no bell
@@ -102,7 +106,8 @@ class Store(MutableMapping[str, Any]):
     def save(self, key: str, value: Any, ttl: float | None = None, overwrite: bool = False) -> None:
         """Put a value into the store under a name. Others see all of it or nothing.
 
-        What lies in the store's memory already (made in :meth:`storage`, or loaded) is only named; everything else is copied once.
+        What lies in the store's memory already is only named: made in :meth:`storage`, loaded from it, or, with
+        ``register(store=...)``, received in a message. Everything else is copied once.
 
         Parameters
         ----------
@@ -315,6 +320,111 @@ class Store(MutableMapping[str, Any]):
             yield
         finally:
             _C.leave_pooled(before)
+
+    # ---- modules
+
+    def save_module(
+        self, key: str, module: torch.nn.Module, ttl: float | None = None, overwrite: bool = False
+    ) -> None:
+        """Save a torch module: parameters, buffers, those too that its state_dict leaves out, and how to make it, where pickle can.
+
+        Parameters
+        ----------
+        key, ttl, overwrite
+            As for :meth:`save`, and the same errors.
+        module : torch.nn.Module
+            On the CPU. Tied parameters are stored once.
+        """
+        from torchshm import _modules
+
+        self._save(self._core, _checked(key), _modules.describe(module), _ttl(ttl), overwrite)
+
+    def load_module(
+        self,
+        key: str | Iterable[str],
+        module: torch.nn.Module | Callable[[], torch.nn.Module] | None = None,
+        *,
+        timeout: float = 0,
+        mode: str | None = None,
+        strict: bool = True,
+        allow_pickle: bool = False,
+    ) -> torch.nn.Module:
+        """Return a module whose parameters and buffers lie in the store, without a copy of them.
+
+        Unlike with ``load_state_dict`` nothing is copied into the module: its parameters become views of the store's memory. They
+        stay the objects that they are, so optimizers and ties stay too, and keep their ``requires_grad``; their dtype is that of
+        what was saved. Processes that load the same key have one copy of it in memory together.
+
+        Parameters
+        ----------
+        key : str or iterable of str
+            What :meth:`save_module` has saved, or :meth:`save` as a state_dict; several for one that is in parts.
+        module : torch.nn.Module or callable, optional
+            The module to fill, which may be on the meta device, or a function that makes it, called with the meta device as default
+            and, if that does not do, as it is. Default: the module is unpickled as ``torch.load`` would, from one key.
+        timeout : float
+            As for :meth:`load`.
+        mode : {"c", "r+"}, optional
+            ``"c"``, the default: what training writes stays in this process, a page of memory for each page that is written to. All
+            that one process has loaded from a key sees it: ``copy.deepcopy`` makes a second module that is apart.
+            ``"r+"``: all processes train the same parameters (Hogwild).
+        strict : bool
+            Whether names that are missing on either side are errors.
+        allow_pickle : bool
+            Unpickle the module, or values among it that need that; it runs code that the saver chose.
+
+        Returns
+        -------
+        torch.nn.Module
+            `module` itself, if one was given.
+
+        Raises
+        ------
+        KeyError, TimeoutError
+            As :meth:`load`.
+        RuntimeError
+            When names or shapes do not fit; nothing is changed then.
+        ValueError
+            When it needs ``allow_pickle=True``, or `module`, since it can't be pickled.
+        """
+        from torchshm import _modules
+
+        if mode == "r":
+            raise ValueError("parameters can't be read-only: mode is 'c' or 'r+'")
+        keys = [key] if isinstance(key, str) else list(key)
+        values = self.load(keys, timeout=timeout, mode=mode, allow_pickle=allow_pickle)
+        if module is None:
+            if len(keys) != 1:
+                raise TypeError("load_module() of several keys needs the module, or a function that makes it")
+            return _modules.whole(keys[0], values[0], allow_pickle)
+        state = _modules.State()
+        for each, value in zip(keys, values, strict=True):
+            state.add(each, value)
+        return _modules.into(module, state, strict)
+
+    # ---- locks
+
+    def lock(self, key: str | None = None, *, shared: bool = False, timeout: float = -1) -> Lock:
+        """Return an advisory lock: ``with store.lock("weights"): ...``.
+
+        It keeps out those who take it too, in this and in other processes, and nobody else: values can be loaded and saved without. A
+        process that dies, also by SIGKILL, lets go of what it held.
+
+        Parameters
+        ----------
+        key : str, optional
+            Whose lock; there need not be a value of that name. Default: the store's own, which has nothing to do with those of keys.
+        shared : bool
+            Many may hold it shared at once; or one, not shared. Who waits for it alone gets it when nobody has it at all.
+        timeout : float
+            Seconds to wait for it; ``-1``: as long as it takes, ``0``: one try.
+
+        Returns
+        -------
+        Lock
+            Not held yet: by ``with``, or by its ``acquire()`` and ``release()``.
+        """
+        return Lock(self, None if key is None else _checked(key), shared, timeout)
 
     # ---- names
 

@@ -21,8 +21,8 @@ struct flock byte_range(short type, uint64_t byte) {
 
 }  // namespace
 
-Result<bool> try_lock(int fd, uint64_t byte) {
-  struct flock range = byte_range(F_WRLCK, byte);
+Result<bool> try_lock(int fd, uint64_t byte, bool shared) {
+  struct flock range = byte_range(shared ? F_RDLCK : F_WRLCK, byte);
   int error = TORCHSHM_INJECT("os.lock");
   if (error == 0) {
     if (::fcntl(fd, F_OFD_SETLK, &range) == 0) return true;

@@ -451,6 +451,23 @@ bool Member::modified(const Found& found, const std::byte* low, const std::byte*
   return false;
 }
 
+bool Member::can_be_named(const Found& found, const std::byte* low, const std::byte* high) {
+  if (found.exclusive) {
+    const std::lock_guard lock(mutex_);
+    notice_fork();
+    if (stranded_) return false;
+    if (!holds_.is_private(found.block)) return part(found.block);
+  } else if (found.mode != Mode::kCopyOnWrite) {
+    return true;
+  }
+  return !modified(found, low, high);
+}
+
+bool Member::is_private(uint32_t block) {
+  const std::lock_guard lock(mutex_);
+  return block < arena_.pages() && holds_.count(block) != 0 && holds_.is_private(block);
+}
+
 // ---- the rest
 
 uint32_t Member::reap() {

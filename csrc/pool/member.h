@@ -74,6 +74,11 @@ class Member final : public FreedSink {
   // Whether this process has written to [low, high) of a held block's copy-on-write view. Costs with the pages that are mapped here, unless
   // nothing in this process has faulted since it was last found unwritten.
   bool modified(const Found& found, const std::byte* low, const std::byte* high);
+  // Whether [low, high) of a held block may be given a name as it is: the file has what is seen there, and what is written here later does
+  // not reach the file, unless the program shares that memory by intent. What came in a message becomes private to this process by this.
+  bool can_be_named(const Found& found, const std::byte* low, const std::byte* high);
+  // Whether what is written here in kReadWrite mode would be seen by nobody else: the block is private since a fork, or since it was named.
+  bool is_private(uint32_t block);
   // A further view of a held block under another mode. Fails with kUnsupported where the block does not consist of whole pages (for
   // kCopyOnWrite) or the face can't be mapped.
   Result<View> view(uint32_t block, Mode mode);
@@ -113,6 +118,7 @@ class Member final : public FreedSink {
   bool drop_copy(const Arena::Extent& extent);
   bool copy_is_clean(const Arena::Extent& extent);
   void part_with_child();
+  bool part(uint32_t block);
   Result<uint32_t> allocate_block(uint64_t bytes, bool whole_pages);
   Result<uint32_t> allocate_small(uint32_t granules, bool whole_pages);
   bool make_room_step(int step, uint64_t bytes);

@@ -60,6 +60,16 @@ void Member::part_with_child() {
   if (mapped) (void)flush();
 }
 
+// As after a fork, for one block: whatever is written here from now on stays here.
+bool Member::part(uint32_t block) {
+  const auto extent = arena_.extent(block);
+  if (!extent || extent->offset % kPage != 0 || extent->length % kPage != 0) return false;
+  if (holds_.private_blocks() >= kPrivateMost || !arena_.make_private(extent->offset, extent->length, true))
+    return false;
+  holds_.mark_private(block, true);
+  return true;
+}
+
 void Member::prepare_fork() {
   mutex_.lock();
   if (stranded_) return;

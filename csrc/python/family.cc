@@ -6,6 +6,7 @@ namespace torchshm::python {
 namespace {
 
 pool::Member* current = nullptr;
+std::vector<pool::Member*> former;  // rarely more than one
 
 }  // namespace
 
@@ -20,7 +21,20 @@ Scope& scope() {
 }
 
 pool::Member* member() { return current; }
-void set_member(pool::Member* member) { current = member; }
+void set_member(pool::Member* member) {
+  std::erase(former, member);
+  if (current != nullptr && current != member) former.push_back(current);
+  current = member;
+}
+
+const std::vector<pool::Member*>& former_members() { return former; }
+
+pool::Member* former_member(const void* address) {
+  for (pool::Member* member : former) {
+    if (member->arena().locate(address)) return member;
+  }
+  return nullptr;
+}
 
 pool::Member* member_of(uint64_t pool_id) {
   if (current != nullptr && current->pool_id() == pool_id) return current;

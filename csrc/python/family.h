@@ -20,6 +20,11 @@ Settings& settings();
 // Null until create() or attach() has made this process a member.
 pool::Member* member();
 void set_member(pool::Member* member);
+// The member in whose pool an address lies, when that was this process's pool before it changed to another one: what the program put
+// there for others to see goes on by reference. Else null.
+pool::Member* former_member(const void* address);
+// All of those, oldest first.
+const std::vector<pool::Member*>& former_members();
 // The member for a handle's pool. Tries to join the family's pool by torchshm._family.find() when it is not known yet. Null with an
 // exception set when there is none.
 pool::Member* member_of(uint64_t pool_id);

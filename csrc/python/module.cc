@@ -60,6 +60,25 @@ void attach(int data, int control, bool current) {
   start(pool::Member::attach(own_data.take(), own_control.take()), current);
 }
 
+// This process's own data goes to a pool that it is a member of already. False when it is not.
+bool choose(uint64_t pool_id) {
+  pool::Member* known = pool::find_pool(pool_id);
+  if (known != nullptr) set_member(known);
+  return known != nullptr;
+}
+
+// (pool_id, data, control) of this process's pools, oldest first; its own data goes to the last one.
+py::list own_pools() {
+  py::list rows;
+  const auto add = [&](pool::Member& pool) {
+    if (!pool.arena().owns_descriptors()) return;
+    rows.append(py::make_tuple(pool.pool_id(), pool.arena().data_fd(), pool.arena().control_fd()));
+  };
+  for (pool::Member* pool : former_members()) add(*pool);
+  if (member() != nullptr) add(*member());
+  return rows;
+}
+
 // The family of a pool that this process has not joined.
 uint64_t peek_family(int control) {
   auto own = os::duplicate(control);
@@ -179,6 +198,8 @@ PYBIND11_MODULE(unchecked, m) {
   add_store(m);
   m.def("create", &create, py::arg("family"), py::arg("limit") = 0, py::arg("warm") = 0);
   m.def("attach", &attach, py::arg("data_fd"), py::arg("control_fd"), py::arg("current") = false);
+  m.def("choose", &choose, py::arg("pool_id"));
+  m.def("own_pools", &own_pools);
   m.def("peek_family", &peek_family, py::arg("control_fd"));
   m.def("check", &check, py::arg("data_fd"), py::arg("control_fd"), py::arg("at_rest") = false);
   m.def("is_member", [] { return member() != nullptr; });
@@ -201,8 +222,9 @@ PYBIND11_MODULE(unchecked, m) {
       "nest_inline", [](int step) { scope().inline_depth += step; }, py::arg("step"));
   m.def("undo_sharing", [] {
     for (const pool::Handle& handle : scope().issued) {
-      if (auto view = current().redeem(handle, pool::Mode::kReadWrite))
-        current().release(view->block, pool::Mode::kReadWrite);
+      pool::Member* owner = pool::find_pool(handle.pool_id);
+      if (auto view = owner->redeem(handle, pool::Mode::kReadWrite))
+        owner->release(view->block, pool::Mode::kReadWrite);
     }
   });
   m.def(

@@ -62,10 +62,10 @@ bool can_be_pooled(PyArrayObject* array) {
 }
 
 // The reduce value: (torchshm._C.array, (wire[, dtype[, type]])). `carried` bytes go behind the wire.
-PyObject* message(PyObject* array, const ArrayWire& wire, npy_intp carried = 0) {
+PyObject* message(PyObject* array, pool::Member* owner, const ArrayWire& wire, npy_intp carried = 0) {
   if (scope().sharing && !wire.carries) scope().issued.push_back(wire.handle);
   char buffer[pool::kWireMost];
-  const size_t length = pool::encode(wire, buffer, wire.carries ? 0 : member()->arena().header().secret);
+  const size_t length = pool::encode(wire, buffer, wire.carries ? 0 : owner->arena().header().secret);
   PyObject* bytes = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(length) + carried);
   if (bytes == nullptr) return nullptr;
   std::memcpy(PyBytes_AS_STRING(bytes), buffer, length);
@@ -97,19 +97,20 @@ struct Source {
 };
 
 // The array lies in a block: nothing is copied. Empty when it does not, or when the bytes that others see are not the array's.
-std::optional<Status> by_reference(const Source& source, ArrayWire& wire) {
+std::optional<Status> by_reference(const Source& source, ArrayWire& wire, bool naming = false) {
   PyArrayObject* array = source.array;
   const auto* first = reinterpret_cast<const std::byte*>(PyArray_DATA(array));
   const auto found = source.member->find(first);
   // What came in a message is the program's own, as it is after stock pickling: a later write here must not reach the next receiver.
-  if (!found || found->exclusive) return std::nullopt;
+  if (!found || (found->exclusive && !naming)) return std::nullopt;
   const auto touched = pool::reach(PyArray_NDIM(array), PyArray_DIMS(array), PyArray_STRIDES(array), wire.item_size);
   if (!touched || static_cast<int64_t>(found->offset) + touched->low < 0 ||
       static_cast<int64_t>(found->offset) + touched->high > static_cast<int64_t>(found->length)) {
     return std::nullopt;
   }
-  if (found->mode == pool::Mode::kCopyOnWrite &&
-      source.member->modified(*found, first + touched->low, first + touched->high)) {
+  const std::byte *low = first + touched->low, *high = first + touched->high;
+  if (naming ? !source.member->can_be_named(*found, low, high)
+             : found->mode == pool::Mode::kCopyOnWrite && source.member->modified(*found, low, high)) {
     return std::nullopt;
   }
   const Scope& now = scope();
@@ -199,7 +200,7 @@ PyObject* inside_the_pickle(const Source& source, ArrayWire& wire) {
   if (source.bytes > kCarriedMost || (!c_order && !PyArray_IS_F_CONTIGUOUS(source.array))) return as_numpy_does(object);
   wire.carries = true;
   wire.order = c_order ? ArrayWire::Order::kC : ArrayWire::Order::kFortran;
-  return message(object, wire, source.bytes);
+  return message(object, nullptr, wire, source.bytes);
 }
 
 }  // namespace
@@ -219,15 +220,18 @@ PyObject* reduce_ndarray(PyObject*, PyObject* object) {
   describe(array, wire);
 
   Status status;
-  if (auto referred = by_reference(source, wire)) {
-    if (referred->ok()) return message(object, wire);
+  const Source before{array, now.sharing ? nullptr : former_member(PyArray_DATA(array)), source.bytes};
+  auto referred = by_reference(source, wire);
+  const bool former = !referred && before.member != nullptr && (referred = by_reference(before, wire));
+  if (referred) {
+    if (referred->ok()) return message(object, former ? before.member : source.member, wire);
     status = std::move(*referred);
   } else {
     if (!now.sharing && static_cast<uint64_t>(source.bytes) < settings().min_bytes)
       return inside_the_pickle(source, wire);
     const int copied = by_copy(source, wire, status);
     if (copied < 0) return nullptr;
-    if (copied > 0) return message(object, wire);
+    if (copied > 0) return message(object, source.member, wire);
   }
   if (now.sharing) return raise(status);
   source.member->count_fallback();
@@ -246,7 +250,7 @@ Put put_array(PyArrayObject* array, pool::Member* member, ArrayWire& wire, Statu
   now.sharing = true;
   now.mode = pool::Mode::kRead;
   int done = 1;
-  if (auto referred = by_reference(source, wire)) {
+  if (auto referred = by_reference(source, wire, true)) {
     status = std::move(*referred);
     done = status ? 1 : 0;
   } else {

@@ -13,6 +13,7 @@
 #include "pool/array_wire.h"
 #include "python/block_ref.h"
 #include "python/errors.h"
+#include "python/lock_binding.h"
 #include "python/numpy_memory.h"
 #include "python/rebuild.h"
 #include "python/reduce.h"
@@ -180,6 +181,7 @@ class Store {
           !pool::intact(text.data() + 1, text.size() - 1, secret)) {
         fail_damaged(key, Status(Code::kInvalid, "it is no array of this store"));
       }
+      refuse_private(wire->handle.block, wanted, key);
       wire->mode = wanted;
       wire->writeable = wanted != Mode::kRead;
       wire->exclusive = false;
@@ -215,8 +217,8 @@ class Store {
   py::object refer(uintptr_t address, uint64_t length) {
     const auto* first = reinterpret_cast<const std::byte*>(address);
     const auto found = member_->find(first);
-    if (!found || found->exclusive || length > found->length - found->offset) return py::none();
-    if (found->mode == Mode::kCopyOnWrite && member_->modified(*found, first, first + length)) return py::none();
+    if (!found || length > found->length - found->offset) return py::none();
+    if (!member_->can_be_named(*found, first, first + length)) return py::none();
     auto view = member_->view(found->block, Mode::kReadWrite);
     if (!view) return py::none();
     PyObject* ref = make_block_ref(member_, *view, Mode::kReadWrite);
@@ -239,6 +241,7 @@ class Store {
   // The whole block, as bytes.
   py::object open(uint32_t block, uint64_t generation, int mode) {
     const Mode wanted = mode_of(mode);
+    refuse_private(block, wanted, "it");
     auto view = member_->attach(block, generation, wanted);
     if (view.code() == Code::kUnsupported) {
       // No address space for that mode's mapping, or the block shares its pages with others: by flag, or as a copy.
@@ -313,6 +316,7 @@ class Store {
 
   // ---- waiting
 
+  std::unique_ptr<store::Lock> lock(std::string_view key) { return make_lock(catalogue_, key); }
   uint32_t bell(std::string_view key) { return catalogue_->bell(key); }
   void ring(std::string_view key) { catalogue_->ring(key); }
 
@@ -380,6 +384,7 @@ class Store {
     return py::reinterpret_steal<py::object>(before);
   }
 
+  uint64_t pool_id() const { return member_->pool_id(); }
   bool serving() const { return server_ != nullptr; }
   bool took_over() const { return server_ != nullptr && server_->took_over(); }
 
@@ -400,6 +405,14 @@ class Store {
  private:
   // With no service, nobody has taken expired names away.
   bool made_room(const Status& status) { return status.code() == Code::kFull && sweep() > 0; }
+
+  // What is written here to a block that is private here reaches nobody, against what the mode says.
+  void refuse_private(uint32_t block, Mode wanted, std::string_view key) {
+    if (wanted != Mode::kReadWrite || !member_->is_private(block)) return;
+    fail(Status(Code::kUnsupported,
+                std::string(key) + " can't be loaded to be written for all: this process still has the array that it "
+                                   "received in a message and saved, which is its own; delete that first"));
+  }
 
   [[noreturn]] static void fail_damaged(std::string_view key, const Status& status) {
     fail(Status(Code::kCorrupt, "the entry of " + std::string(key) + " is damaged: " + status.what()));
@@ -463,6 +476,7 @@ py::object answer_of(const std::string& name, service::Ask what) {
 }  // namespace
 
 void add_store(py::module_& m) {
+  add_lock(m);
   py::class_<Store>(m, "Store")
       .def_static("start", &Store::start, py::arg("name"), py::arg("limit") = 0, py::arg("ttl") = 0,
                   py::arg("mode") = 0600, py::arg("group") = -1)
@@ -479,6 +493,7 @@ void add_store(py::module_& m) {
       .def("keys", &Store::keys)
       .def("size", &Store::size)
       .def("sweep", &Store::sweep)
+      .def("lock", &Store::lock)
       .def("bell", &Store::bell)
       .def("ring", &Store::ring)
       .def("wait", &Store::wait)
@@ -487,6 +502,7 @@ void add_store(py::module_& m) {
       .def("wait_stop", &Store::wait_stop)
       .def("stop", &Store::stop)
       .def_property_readonly("name", &Store::name)
+      .def_property_readonly("pool_id", &Store::pool_id)
       .def_property_readonly("serving", &Store::serving)
       .def_property_readonly("took_over", &Store::took_over);
   m.def("copy_into", &copy_into, py::arg("array"), py::arg("offset"), py::arg("address"), py::arg("length"));

@@ -66,8 +66,8 @@ struct Catalogue::Key {
 
 // ---- the file
 
-Catalogue::Catalogue(pool::Member& member, os::Fd fd, os::Mapping file)
-    : member_(member), fd_(std::move(fd)), file_(std::move(file)) {}
+Catalogue::Catalogue(pool::Member& member, os::Fd fd, os::FileId id, os::Mapping file)
+    : member_(member), fd_(std::move(fd)), id_(id), file_(std::move(file)) {}
 
 Result<std::unique_ptr<Catalogue>> Catalogue::create(pool::Member& member, const std::string& name,
                                                      uint64_t default_ttl, uint64_t place) {
@@ -77,7 +77,9 @@ Result<std::unique_ptr<Catalogue>> Catalogue::create(pool::Member& member, const
   if (!fd) return std::move(fd.status());
   auto file = os::Mapping::map(os::Mapping::Kind::kShared, fd->get(), offsets::kTotal);
   if (!file) return std::move(file.status());
-  std::unique_ptr<Catalogue> catalogue(new Catalogue(member, fd.take(), file.take()));
+  auto id = os::file_id(fd->get());
+  if (!id) return std::move(id.status());
+  std::unique_ptr<Catalogue> catalogue(new Catalogue(member, fd.take(), *id, file.take()));
   Header& header = catalogue->header();
   header.magic = kMagic;
   header.version = kVersion;
@@ -104,7 +106,9 @@ Result<std::unique_ptr<Catalogue>> Catalogue::attach(pool::Member& member, os::F
   }
   auto file = os::Mapping::map(os::Mapping::Kind::kShared, fd.get(), offsets::kTotal);
   if (!file) return std::move(file.status());
-  std::unique_ptr<Catalogue> catalogue(new Catalogue(member, std::move(fd), file.take()));
+  auto id = os::file_id(fd.get());
+  if (!id) return std::move(id.status());
+  std::unique_ptr<Catalogue> catalogue(new Catalogue(member, std::move(fd), *id, file.take()));
   const Header& header = catalogue->header();
   if (header.ready.load(std::memory_order_acquire) != 1 || header.magic != kMagic)
     return Status(Code::kInvalid, "not a torchshm catalogue");
@@ -126,6 +130,20 @@ std::optional<Catalogue::Stamp> Catalogue::stamp_of(int fd, const std::string& n
   if (std::strncmp(header.name, name.c_str(), sizeof header.name) != 0) return std::nullopt;
   return Stamp{header.pool_id, header.created, header.place};
 }
+
+Result<os::Fd> Catalogue::reopen() const {
+  auto description = os::reopen(fd_.get());
+  if (description && is_file(description->get())) return description;
+  if (!description && description.status().error() != ENOENT) return description;
+  return Status(Code::kUnsupported, "this process has closed the store's descriptors");
+}
+
+bool Catalogue::is_file(int fd) const {
+  const auto id = os::file_id(fd);
+  return id.ok() && *id == id_;
+}
+
+uint64_t Catalogue::hash(std::string_view name) { return hash_of(name); }
 
 uint32_t Catalogue::cells_used() const { return pool::marked(header().cells_used, kCells); }
 uint32_t Catalogue::levels() const { return std::max(pool::marked(header().levels, kLevels), 1U); }

@@ -18,6 +18,7 @@
 #include "base/status.h"
 #include "os/fd.h"
 #include "os/mapping.h"
+#include "os/memfd.h"
 #include "pool/member.h"
 #include "store/layout.h"
 
@@ -77,19 +78,26 @@ class Catalogue {
   bool wait(std::string_view key, uint32_t bell, uint64_t ns);
   void ring(std::string_view key);
 
+  // The hash by which names share slots, bells and locks: the same in every process.
+  static uint64_t hash(std::string_view name);
+
   // Finishes what the dead have left half done, and removes what has expired. Returns how many cells came back.
   uint32_t sweep();
 
   pool::Member& member() { return member_; }
   Header& header() const { return *reinterpret_cast<Header*>(file_.data()); }
   int fd() const { return fd_.get(); }
+  // A new open file description of the catalogue file. kUnsupported when this process has closed its descriptors.
+  Result<os::Fd> reopen() const;
+  // Whether fd is one.
+  bool is_file(int fd) const;
   Slot& slot(uint32_t index) const { return reinterpret_cast<Slot*>(file_.data() + offsets::kSlotsAt)[index]; }
   CellWord& word(uint32_t cell) const { return reinterpret_cast<CellWord*>(file_.data() + offsets::kWordsAt)[cell]; }
   uint32_t cells_used() const;
   uint32_t levels() const;
 
  private:
-  Catalogue(pool::Member& member, os::Fd fd, os::Mapping file);
+  Catalogue(pool::Member& member, os::Fd fd, os::FileId id, os::Mapping file);
   struct Key;
   // A slot, and what was in it.
   struct Place {
@@ -129,6 +137,7 @@ class Catalogue {
 
   pool::Member& member_;
   os::Fd fd_;
+  os::FileId id_;
   os::Mapping file_;
   std::atomic<uint32_t> cursor_{0};
 };

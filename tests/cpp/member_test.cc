@@ -640,5 +640,43 @@ TEST(Janitor, WithoutThreadsTheChunksStayWarm) {
   }));
 }
 
+// ---- naming what came in a message
+
+TEST(MemberNaming, WhatCameInAMessageStaysAsItWasNamed) {
+  auto member = fresh_pool(), other = join(*member);
+  const Member::View view = receive(*member, 8 * kPage);
+  const auto named = [&] {
+    const auto found = member->find(view.data);
+    return found && found->exclusive && member->can_be_named(*found, view.data, view.data + view.length);
+  };
+  auto handle = member->issue(view.block);
+  ASSERT_TRUE(handle.ok());
+  EXPECT_FALSE(member->is_private(view.block));
+  ASSERT_TRUE(named());
+  EXPECT_TRUE(member->is_private(view.block));
+  EXPECT_TRUE(named()) << "nothing has been written to it";
+  view.data[3] = std::byte{9};
+  EXPECT_FALSE(named()) << "the file has not what is seen here";
+  auto theirs = other->redeem(*handle, Mode::kReadWrite);
+  ASSERT_TRUE(theirs.ok());
+  EXPECT_EQ(theirs->data[3], std::byte{1});
+  theirs->data[3 + kPage] = std::byte{7};
+  other->release(view.block, Mode::kReadWrite);
+  member->release(view.block, Mode::kReadWrite);
+  EXPECT_FALSE(member->is_private(view.block));
+}
+
+TEST(MemberNaming, BlocksThatShareAPageAndRefusedMappingsAreCopied) {
+  auto member = fresh_pool();
+  const Member::View small = receive(*member, kPage + kGranule, false);
+  EXPECT_FALSE(member->can_be_named(*member->find(small.data), small.data, small.data + kPage));
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+  const Member::View large = receive(*member, 8 * kPage);
+  const Failing failing("os.remap", ENOMEM);
+  EXPECT_FALSE(member->can_be_named(*member->find(large.data), large.data, large.data + kPage));
+  EXPECT_FALSE(member->is_private(large.block));
+#endif
+}
+
 }  // namespace
 }  // namespace torchshm

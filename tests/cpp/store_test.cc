@@ -9,6 +9,7 @@
 #include "pool/checker.h"
 #include "processes.h"
 #include "store/catalogue.h"
+#include "store/lock.h"
 
 namespace torchshm {
 namespace {
@@ -476,6 +477,64 @@ TEST(Store, NobodyWaitsForAStoppedProcess) {
 }
 
 #endif
+
+// ---- locks
+
+// A lock of "key" in a client of its own; both live as long as this.
+struct Holder {
+  explicit Holder(Store& other) : store(join(other)), lock(std::move(store.catalogue), "key") {}
+  bool take(bool shared = false) {
+    auto taken = lock.try_acquire(shared);
+    EXPECT_TRUE(taken.ok()) << taken.status().what();
+    return taken.ok() && *taken;
+  }
+  Store store;
+  store::Lock lock;
+};
+
+TEST(StoreLocks, OneHasItAloneOrManyShareIt) {
+  Store store = fresh_store();
+  Holder a(store), b(store);
+  EXPECT_TRUE(a.take() && !b.take() && !b.take(true));
+  EXPECT_FALSE(a.take()) << "it is not re-entrant";
+  EXPECT_TRUE(a.lock.release().ok());
+  EXPECT_EQ(a.lock.release().code(), Code::kMissing);
+  EXPECT_TRUE(a.take(true) && b.take(true));
+}
+
+TEST(StoreLocks, TheKilledLetGo) {
+  Store store = fresh_store();
+  int ready[2];
+  ASSERT_EQ(::pipe(ready), 0);
+  const pid_t pid = tests::start([&] {
+    Holder mine(store);
+    if (!mine.take() || ::write(ready[1], ".", 1) != 1) return false;
+    for (;;) ::pause();
+  });
+  char byte = 0;
+  ASSERT_EQ(::read(ready[0], &byte, 1), 1);
+  Holder mine(store);
+  EXPECT_FALSE(mine.take());
+  ::kill(pid, SIGKILL);
+  tests::wait_for(pid);
+  EXPECT_TRUE(mine.take());
+  ::close(ready[0]);
+  ::close(ready[1]);
+}
+
+TEST(StoreLocks, AForkedChildHasNone) {
+  Store store = fresh_store();
+  auto mine = std::make_unique<Holder>(store);
+  EXPECT_TRUE(mine->take());
+  EXPECT_TRUE(tests::succeeds([&] {
+    Holder another(store);
+    const bool none = !mine->lock.held() && mine->lock.left_to_parent() && !another.take();
+    return none && mine->lock.release().code() == Code::kMissing;
+  }));
+  EXPECT_TRUE(mine->lock.held());
+  mine.reset();
+  EXPECT_TRUE(Holder(store).take());
+}
 
 }  // namespace
 }  // namespace torchshm

@@ -8,14 +8,12 @@ import os
 
 import numpy as np
 import pytest
-from forked import ended, forked, numbers
+from forked import SYS_FORK, ended, forked, numbers
 from scripts import passes
 
 import torchshm
 
 pytestmark = pytest.mark.usefixtures("registered")
-
-SYS_FORK = 57  # x86-64
 
 
 def test_inherited_arrays_stay_when_the_parent_drops_theirs():

@@ -1,13 +1,13 @@
 #include "store/catalogue.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 
 #include "base/failpoint.h"
 #include "os/futex.h"
 #include "os/memfd.h"
 #include "pool/mark.h"
+#include "store/body.h"
 #include "store/key.h"
 
 namespace torchshm::store {
@@ -81,15 +81,8 @@ std::optional<Catalogue::Stamp> Catalogue::stamp_of(int fd, const std::string& n
 uint32_t Catalogue::cells_used() const { return pool::marked(header().cells_used, kCells); }
 uint32_t Catalogue::levels() const { return std::max(pool::marked(header().levels, kLevels), 1U); }
 
-// Word by word and relaxed: a cell may be written while somebody reads it who then finds that its slot has moved.
 Body Catalogue::read_body(uint32_t cell) const {
-  const auto* from = reinterpret_cast<const std::atomic<uint64_t>*>(file_.data() + offsets::kBodiesAt) +
-                     uint64_t{cell} * (sizeof(Body) / sizeof(uint64_t));
-  std::array<uint64_t, sizeof(Body) / sizeof(uint64_t)> words;
-  for (size_t i = 0; i < words.size(); ++i) words[i] = from[i].load(std::memory_order_relaxed);
-  std::atomic_thread_fence(std::memory_order_acquire);
-  Body body;
-  std::memcpy(static_cast<void*>(&body), words.data(), sizeof body);
+  Body body = load_body(file_.data(), cell);
   // Copied once, then checked: nothing below goes beyond these.
   body.key_bytes = std::min(body.key_bytes, kMaxKey);
   body.text_bytes = static_cast<uint32_t>(std::min<uint64_t>(body.text_bytes, kMaxText));
@@ -97,13 +90,7 @@ Body Catalogue::read_body(uint32_t cell) const {
   return body;
 }
 
-void Catalogue::write_body(uint32_t cell, const Body& body) {
-  auto* to = reinterpret_cast<std::atomic<uint64_t>*>(file_.data() + offsets::kBodiesAt) +
-             uint64_t{cell} * (sizeof(Body) / sizeof(uint64_t));
-  std::array<uint64_t, sizeof(Body) / sizeof(uint64_t)> words;
-  std::memcpy(words.data(), static_cast<const void*>(&body), sizeof body);
-  for (size_t i = 0; i < words.size(); ++i) to[i].store(words[i], std::memory_order_relaxed);  // published by a slot
-}
+void Catalogue::write_body(uint32_t cell, const Body& body) { store_body(file_.data(), cell, body); }
 
 bool Catalogue::change_cell(uint32_t cell, CellValue& found, CellState state, uint64_t owner) {
   CellValue next = found;
@@ -132,10 +119,10 @@ bool Catalogue::change_slot(Place& place, SlotState state, uint32_t cell, uint32
 
 bool Catalogue::same_key(const Body& body, const Key& key) {
   if (body.hash != key.hash || body.key_bytes != key.text.size()) return false;
-  if (body.key_bytes + body.text_bytes <= kInline) return std::memcmp(body.text, key.text.data(), key.text.size()) == 0;
+  if (fits(body)) return std::memcmp(body.text, key.text.data(), key.text.size()) == 0;
   auto view = member_.attach(body.overflow.block, body.overflow.generation, Mode::kReadWrite);
   if (!view) return false;  // gone meanwhile
-  const uint64_t at = uint64_t{body.parts > 0 ? body.parts - 1 : 0} * sizeof(Part);
+  const uint64_t at = list_bytes(body);
   const bool same =
       at + key.text.size() <= view->length && std::memcmp(view->data + at, key.text.data(), key.text.size()) == 0;
   member_.release(view->block, Mode::kReadWrite);
@@ -182,25 +169,24 @@ std::optional<Entry> Catalogue::entry_of(const Body& body) {
   entry.pid = body.pid;
   entry.blocks.reserve(body.parts);
   if (body.parts > 0) entry.blocks.push_back({body.first.block, body.first.generation});
-  const bool fits = body.key_bytes + body.text_bytes <= kInline;
+  const bool inside = fits(body);
   const char* text = reinterpret_cast<const char*>(body.text);
-  if (fits) {
+  if (inside) {
     entry.key.assign(text, body.key_bytes);
     entry.text.assign(text + body.key_bytes, body.text_bytes);
   }
-  if (fits && body.parts <= 1) return entry;
+  if (inside && body.parts <= 1) return entry;
   auto view = member_.attach(body.overflow.block, body.overflow.generation, Mode::kReadWrite);
   if (!view) return std::nullopt;
-  const uint64_t list = uint64_t{body.parts > 0 ? body.parts - 1 : 0} * sizeof(Part);
-  const bool whole = list + (fits ? 0 : uint64_t{body.key_bytes} + body.text_bytes) <= view->length;
+  const bool whole = overflow_bytes(body) <= view->length;
   if (whole) {
     for (uint32_t i = 1; i < body.parts; ++i) {
       Part part;
       std::memcpy(&part, view->data + (i - 1) * sizeof(Part), sizeof part);
       entry.blocks.push_back({part.block, part.generation});
     }
-    if (!fits) {
-      text = reinterpret_cast<const char*>(view->data + list);
+    if (!inside) {
+      text = reinterpret_cast<const char*>(view->data + list_bytes(body));
       entry.key.assign(text, body.key_bytes);
       entry.text.assign(text + body.key_bytes, body.text_bytes);
     }
@@ -265,7 +251,7 @@ uint64_t Catalogue::size() {
     const Body body = read_body(cell);
     if (body.expires != 0 && body.expires <= now) continue;
     // Marks are short: they lie in the cell itself.
-    if (body.key_bytes + body.text_bytes <= kInline && body.key_bytes > 0 && body.text[0] == 0) continue;
+    if (fits(body) && body.key_bytes > 0 && body.text[0] == 0) continue;
     if (found.state == CellState::kStanding || found.state == CellState::kBound) {
       ++names;
     } else if (const auto place = referring(cell, found.life, body.hash)) {

@@ -67,6 +67,13 @@ CAMPAIGNS = [
         needs=("dev",),
     ),
     Campaign(
+        "store_points",
+        "the same for names and their service: killed, failed and stopped at every failpoint, both checkers clean afterwards",
+        [program("torchshm_store_points"), "--jobs", JOBS],
+        [program("torchshm_store_points"), "--jobs", JOBS, "--full"],
+        needs=("dev",),
+    ),
+    Campaign(
         "step",
         "killed at every instruction of the optimised operations",
         [program("torchshm_step")],

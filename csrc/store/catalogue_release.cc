@@ -16,19 +16,22 @@ bool Catalogue::replace(const Found& found, const SlotValue* successor) {
   Place place = found.place;
   const uint32_t cell = place.value.cell, life = place.value.life;
   const uint64_t me = member_.identity();
-  CellValue marked = cell_value(cell);
-  do {
-    if (marked.life != life || marked.state == CellState::kFree || marked.state == CellState::kReleasing) return false;
-  } while (!change_cell(cell, marked, CellState::kLeaving, me));
-  TORCHSHM_POINT("replace.marked");
-  const bool done = successor != nullptr ? change_slot(place, SlotState::kNamed, successor->cell, successor->life)
-                                         : change_slot(place, SlotState::kGone, 0, 0);
-  TORCHSHM_POINT("replace.exchanged");
-  // A sweeper moves the sequence alone.
-  const bool still =
-      !done && place.value.state == SlotState::kNamed && place.value.cell == cell && place.value.life == life;
-  if (!still) let_go(cell, life);
-  return done;
+  for (;;) {
+    CellValue marked = cell_value(cell);
+    do {
+      if (marked.life != life || marked.state == CellState::kFree || marked.state == CellState::kReleasing)
+        return false;
+    } while (!change_cell(cell, marked, CellState::kLeaving, me));
+    TORCHSHM_POINT("replace.marked");
+    const bool done = successor != nullptr ? change_slot(place, SlotState::kNamed, successor->cell, successor->life)
+                                           : change_slot(place, SlotState::kGone, 0, 0);
+    TORCHSHM_POINT("replace.exchanged");
+    // A sweeper moves the sequence alone; whoever gave up then would leave a mark of the living, which nobody takes over.
+    if (!done && place.value.state == SlotState::kNamed && place.value.cell == cell && place.value.life == life)
+      continue;
+    let_go(cell, life);
+    return done;
+  }
 }
 
 // REQUIRES: no slot names the cell any more in this life.

@@ -5,6 +5,7 @@
 
 #include "base/failpoint.h"
 #include "os/futex.h"
+#include "parts.h"
 #include "pool/checker.h"
 #include "stores.h"
 
@@ -12,6 +13,7 @@ namespace torchshm {
 namespace {
 
 using pool::Mode;
+using tests::Between;
 using tests::fresh_store;
 using tests::join;
 using tests::loaded;
@@ -347,6 +349,24 @@ TEST(Store, DeathAtEveryPointLeavesAllOfANameOrNothing) {
   }
   EXPECT_GT(kills, 60U);
   EXPECT_GT(nested, 20U);
+}
+
+TEST(Store, AnExpiredNameGoesAlsoWhenASweeperMovesItsSlotMeanwhile) {
+  auto store = fresh_store();
+  ASSERT_TRUE(save_filled(store, "there", 9, 5000, {.ttl = 1}));
+  // Another sweeper, which had taken the cell over from a dead remover and lets the name stand.
+  const Between between("replace.marked", [&] {
+    for (uint32_t i = 0; i < store::level_size(0); ++i) {
+      pool::Pair found = store->slot(i).value.load();
+      store::SlotValue next = store::SlotValue::of(found);
+      if (next.state != store::SlotState::kNamed) continue;
+      ++next.sequence;
+      ASSERT_TRUE(store->slot(i).value.exchange_if(found, next.pair()));
+    }
+  });
+  EXPECT_EQ(store->sweep(), 1U);
+  EXPECT_EQ(unsound(store), "");
+  EXPECT_EQ(store.member->stats().blocks, 0U);
 }
 
 TEST(Store, NobodyWaitsForAStoppedProcess) {

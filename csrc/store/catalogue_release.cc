@@ -96,14 +96,15 @@ void Catalogue::finish(uint32_t cell, CellValue found) {
       let_go(cell, found.life);
       return;
     }
-    const bool stays = place->value.state == SlotState::kNamed && body.owner == 0;
+    const bool bound = body.owner != 0;
+    const bool stays = place->value.state == SlotState::kNamed && !(bound && member_.gone(body.owner));
     // Also where the name stays: an exchange of the slot that somebody prepared before this process marked the cell must fail, or its cell
     // would be nobody's work.
     const bool moved =
         stays ? change_slot(*place, SlotState::kNamed, cell, found.life) : change_slot(*place, SlotState::kGone, 0, 0);
     TORCHSHM_POINT("sweep.moved");
     if (moved && stays) {
-      (void)change_cell(cell, found, CellState::kStanding, 0);
+      (void)change_cell(cell, found, bound ? CellState::kBound : CellState::kStanding, body.owner);
       return;
     }
   }

@@ -369,6 +369,24 @@ TEST(Store, AnExpiredNameGoesAlsoWhenASweeperMovesItsSlotMeanwhile) {
   EXPECT_EQ(store.member->stats().blocks, 0U);
 }
 
+TEST(Store, ABoundNameOutlivesOneThatDiesReplacingIt) {
+  auto store = fresh_store();
+  ASSERT_TRUE(save_filled(store, "bound", 1, 5000, {.bound = true}));
+  for (const bool overwrites : {true, false}) {
+    const int status = tests::wait_for(tests::start([&] {
+      auto other = join(store);
+      failpoint::arm({.action = failpoint::Action::kKill, .only = "replace.marked"});
+      return overwrites ? save_filled(other, "bound", 2, 5000, {.overwrite = true}).ok() : other->remove("bound");
+    }));
+    ASSERT_TRUE(WIFSIGNALED(status));
+    (void)store.member->reap();
+    (void)store->sweep();
+    EXPECT_EQ(unsound(store), "");
+    EXPECT_EQ(loaded(store, "bound"), 1);
+    EXPECT_EQ(store->find("bound")->owner, store.member->identity());
+  }
+}
+
 TEST(Store, NobodyWaitsForAStoppedProcess) {
   for (uint64_t at = 1;; ++at) {
     auto store = fresh_store(uint64_t{64} << 20);

@@ -116,16 +116,17 @@ uint32_t Catalogue::sweep() {
   for (uint32_t cell = 0, used = cells_used(); cell < used; ++cell) {
     const CellValue found = cell_value(cell);
     if (found.state == CellState::kFree) continue;
-    if (found.state == CellState::kStanding) {
+    if (found.state == CellState::kStanding || found.state == CellState::kBound) {
       const Body body = read_body(cell);
-      if (body.expires == 0 || body.expires > now) continue;
-      const auto place = referring(cell, found.life, body.hash);
+      const bool expired = body.expires != 0 && body.expires <= now;
+      const auto place = expired ? referring(cell, found.life, body.hash) : std::nullopt;
       if (place && place->value.state == SlotState::kNamed && replace({*place, body}, nullptr)) {
         header().expired.fetch_add(1, std::memory_order_relaxed);
         ++finished;
+        continue;
       }
-      continue;
     }
+    if (found.state == CellState::kStanding) continue;
     if (!member_.gone(found.owner)) continue;
     finish(cell, found);
     ++finished;

@@ -164,6 +164,14 @@ TEST(Store, BoundNamesDoNotExpireLikeData) {
   EXPECT_TRUE(store->contains("bound"));
 }
 
+TEST(Store, ABoundNameThatExpiresGoesInASweepToo) {
+  auto store = fresh_store();
+  ASSERT_TRUE(save_filled(store, "bound", 1, 5000, {.ttl = 1, .bound = true}));
+  EXPECT_EQ(store->sweep(), 1U);
+  EXPECT_EQ(store.member->stats().blocks, 0U);
+  EXPECT_EQ(unsound(store), "");
+}
+
 TEST(Store, MarksAreFoundByThoseWhoAskForThemAndNotCounted) {
   Store store = fresh_store();
   const std::string mark("\0mark", 5);

@@ -140,6 +140,14 @@ CAMPAIGNS = [
         needs=("dev",),
     ),
     Campaign(
+        "store_soak",
+        "clients of a store and its service killed at random; every value verified, nothing lost; savers that are gone at once",
+        [*script("tests/torture/store_soak.py"), "--seconds", "10"],
+        [*script("tests/torture/store_soak.py"), "--full"],
+        budget=True,
+        needs=("dev",),
+    ),
+    Campaign(
         "loader_deaths",
         "a DataLoader whose worker is killed ends as PyTorch's own does, and all memory comes back",
         [*script("tests/torture/loader_deaths.py"), "--deaths", "20", "--stock-deaths", "0"],
@@ -393,7 +401,7 @@ def main(
     only: Annotated[
         list[str] | None, typer.Option(help="these campaigns; may be given several times, or with commas")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="for each of: soak, soak_python, fuzz")] = 60.0,
+    minutes: Annotated[float, typer.Option(help="for each of: soak, soak_python, store_soak, fuzz")] = 60.0,
     seed: Annotated[int, typer.Option(help="the first one")] = 1,
     run: Annotated[
         bool, typer.Option("--run/--no-run", help="--no-run: write the page from the results that are there")

@@ -177,6 +177,7 @@ Status Catalogue::publish(uint32_t cell, uint32_t life, const Key& key, bool ove
       if (replace(*found, &successor)) return {};
       continue;
     }
+    TORCHSHM_POINT("save.looked");
     auto place = claim_slot(cell, life, key);
     if (!place) return Status(Code::kFull, "the catalogue has no room for a further name");
     TORCHSHM_POINT("save.claimed");

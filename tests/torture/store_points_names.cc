@@ -86,22 +86,28 @@ void add_names(std::vector<Operation>& all) {
         for (size_t i = 0; i < store::kWindow; ++i) must(s, put(s, crowd()[i], 1 + i, kText));
       },
       [](Scene& s) { return put(s, crowd().back(), kNew, kOne); });
-  add(
-      "save_against_a_rival", 0,
-      [](Scene& s) {
-        expect("new", {kMissing, kRivals}, {kNew, kRivals});
-        rivals = &s;
-      },
-      [](Scene& s) {
-        // Just when the claim is up, somebody else saves the same name.
-        here.hook = [](const char* name) {
-          if (std::strcmp(name, "save.claimed") != 0) return;
-          here.hook = nullptr;
-          rivals->helper([](Scene& rival) { must(rival, put(rival, "new", kRivals, kOne)); });
-        };
-        Status saved = put(s, "new", kNew, kOne);
-        return saved.code() == Code::kExists ? Status() : std::move(saved);
-      });
+  // Just then somebody else saves the same name.
+  static const char* moment = nullptr;
+  for (const auto& [name, when] : {std::pair("save_against_a_rival_before_the_claim", "save.looked"),
+                                   std::pair("save_against_a_rival_after_the_claim", "save.claimed")}) {
+    add(
+        name, 0,
+        [](Scene& s) {
+          expect("new", {kMissing, kRivals}, {kNew, kRivals});
+          rivals = &s;
+        },
+        [when = when](Scene& s) {
+          moment = when;
+          here.hook = [](const char* point) {
+            if (std::strcmp(point, moment) != 0) return;
+            here.hook = nullptr;
+            rivals->helper([](Scene& rival) { must(rival, put(rival, "new", kRivals, kOne)); });
+          };
+          Status saved = put(s, "new", kNew, kOne);
+          if (saved && expected->contested == 0) s.wrong("a name was saved twice");
+          return saved.code() == Code::kExists ? Status() : std::move(saved);
+        });
+  }
   add(
       "save_over_the_claim_of_a_dead", kReaps,
       [](Scene& s) {

@@ -37,6 +37,10 @@ void set_up(Scene& d, const Operation& operation) {
   expected->key[0] = 0;
   expected->phase = expected->contested = expected->refused = 0;
   if ((operation.flags & kFresh) != 0) return;
+  if ((operation.flags & kBoundThere) != 0) {
+    if (Status saved = put(d, "there", kOld, kMany3, {.bound = true}); !saved)
+      d.wrong("save a bound name: %s", saved.what().c_str());
+  }
   for (size_t i = 0; i < std::size(kKept); ++i) {
     if (Status saved = put(d, kKept[i].key, 100 + i, kKept[i].shape); !saved)
       d.wrong("save %s: %s", kKept[i].key, saved.what().c_str());
@@ -100,7 +104,7 @@ std::string while_stopped(Scene& d, int rounds) {
 std::string left_by(Scene& d, const Operation& operation) {
   // What could be loaded must not go when somebody sweeps, unless it was bound to the dead.
   auto entry = names(d).find(expected->key);
-  const bool bound = entry && entry->owner != 0;
+  const bool bound = entry && entry->owner != 0 && d.member->gone(entry->owner);
   const uint64_t before = get(d, expected->key);
   (void)names(d).sweep();
   (void)names(d)
@@ -129,7 +133,7 @@ std::string left_by(Scene& d, const Operation& operation) {
   std::string wrong;
   names(d).each("", [&](const store::Entry& entry) {
     ++listed;
-    if (entry.owner != 0) wrong = "a bound name of the dead is left: " + entry.key;
+    if (entry.owner != 0 && d.member->gone(entry.owner)) wrong = "a bound name of the dead is left: " + entry.key;
     if (get(d, entry.key) == kBroken) wrong = entry.key + " is broken";
   });
   if (wrong.empty() && (listed != report->names || names(d).size() != report->names))

@@ -134,6 +134,12 @@ void add_names(std::vector<Operation>& all) {
   };
   add("remove", 0, there(kOne, kMissing), remove);
   add("remove_many", 0, there(kMany3, kMissing), remove);
+  // Of a name that is bound to another, who lives: whoever dies over it leaves it as it was.
+  add(
+      "overwrite_what_is_bound", kBoundThere, [](Scene&) { expect("there", {kOld}, {kNew}); },
+      [](Scene& s) { return put(s, "there", kNew, kOne, {.overwrite = true}); });
+  add(
+      "remove_what_is_bound", kBoundThere, [](Scene&) { expect("there", {kOld}, {kMissing}); }, remove);
   const auto expired = [](Scene& s) {
     expect("there", {kMissing}, {kMissing});
     must(s, put(s, "there", kOld, kMany3, {.ttl = 1}));

@@ -33,6 +33,8 @@ Status put(Scene& s, const std::string& key, uint64_t seed, const Shape& shape, 
 // The seed of the value, kMissing, or kBroken after saying why to Scene::wrong().
 uint64_t get(Scene& s, const std::string& key);
 
+constexpr uint32_t kBoundThere = 262144;  // a flag of operations: the driver has bound the name "there"
+
 constexpr size_t kSeeds = 4;
 struct Expected {
   char key[32];  // empty: the operation is about none

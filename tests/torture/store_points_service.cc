@@ -15,7 +15,7 @@ namespace {
 using service::Ask;
 using service::Server;
 
-constexpr uint64_t kPatience = 10'000'000'000, kShort = 200'000'000;
+constexpr uint64_t kPatience = 10'000'000'000, kShort = 20'000'000;
 
 bool always() { return true; }
 

@@ -58,7 +58,7 @@ int visit(uint64_t nanoseconds, const char* key) {
 // Who is not taken from the service's queue waits for seconds. Where that is a fault's doing it is enough to see that it goes on.
 int wait_a_while(pid_t pid) {
   int status = 0;
-  for (int i = 0; i < 300 && here.run == Run::kFail; ++i) {
+  for (int i = 0; i < 60 && here.run == Run::kFail; ++i) {
     if (::waitpid(pid, &status, WNOHANG) == pid) return status;
     ::usleep(1000);
   }

@@ -265,7 +265,7 @@ void Look::named(uint32_t index, Pair word, const Body& seen, Pair cell) {
   const auto is = [&](int invariant, std::string what) { wrong.emplace_back(invariant, std::move(what)); };
   if (seen.key_bytes == 0 || seen.key_bytes > kMaxKey || seen.text_bytes > kMaxText || seen.parts > kMaxParts) {
     is(12, "key of " + number(seen.key_bytes) + " bytes, description of " + number(seen.text_bytes) + ", " +
-                    number(seen.parts) + " blocks: more or less than there can be");
+               number(seen.parts) + " blocks: more or less than there can be");
   } else {
     const bool needed = seen.parts > 1 || !fits(seen);
     if (needed != (seen.overflow.nonce != 0)) {
@@ -275,13 +275,12 @@ void Look::named(uint32_t index, Pair word, const Body& seen, Pair cell) {
       if (!out.empty()) {
         is(12, "overflow block: " + out);
       } else if (!overflow(seen)) {
-        is(12, "overflow block: " + number(overflow_bytes(seen)) + " bytes do not fit into " +
-                        the_part(seen.overflow));
+        is(12, "overflow block: " + number(overflow_bytes(seen)) + " bytes do not fit into " + the_part(seen.overflow));
       }
     }
     if (wrong.empty() && (!key || hash_of(*key) != seen.hash))
-      is(11, "the key's hash is " + (key ? pool::hex(hash_of(*key)) : "unknown") + ", expected " +
-                      pool::hex(seen.hash));
+      is(11,
+         "the key's hash is " + (key ? pool::hex(hash_of(*key)) : "unknown") + ", expected " + pool::hex(seen.hash));
     if (seen.parts == 0 && seen.first.nonce != 0) is(12, "a ticket, and no blocks");
     if (wrong.empty()) {
       for (const Part& p : parts_of(seen)) {
@@ -289,14 +288,14 @@ void Look::named(uint32_t index, Pair word, const Body& seen, Pair cell) {
       }
     }
   }
-  if (c.state == CellState::kStanding && seen.owner != 0)
-    is(11, "bound to " + owner_of(seen.owner) + ", and standing");
+  if (c.state == CellState::kStanding && seen.owner != 0) is(11, "bound to " + owner_of(seen.owner) + ", and standing");
   if (c.state == CellState::kBound && seen.owner != c.owner)
     is(11, "bound to " + owner_of(seen.owner) + ", and its cell to " + owner_of(c.owner));
   // What was read is of one moment, if the slot still is the same.
   if (slot_word(index) != word) return;
   for (const auto& [invariant, what] : wrong)
-    suspect(invariant, the_slot(index, word) + (key ? the_key(*key) : "") + ", " + the_cell(v.cell, cell) + ": " + what);
+    suspect(invariant,
+            the_slot(index, word) + (key ? the_key(*key) : "") + ", " + the_cell(v.cell, cell) + ": " + what);
   if (key && is_mark(*key)) {
     ++report_.marks;
   } else {

@@ -523,6 +523,7 @@ TEST(CatalogueCheck, OfGarbageEndsInAReport) {
       }
     }
   }
+  ::alarm(0);
 }
 
 // ---- sound stores
@@ -716,6 +717,7 @@ TEST(CatalogueCheck, RaisesNoFalseAlarmOverClientsAtWork) {
   (void)store->sweep();
   EXPECT_EQ(violation(true), "");
   EXPECT_EQ(pool::check(store.member->arena(), {.at_rest = true}).first(), "");
+  ::alarm(0);
   std::printf("%d checks over %zu clients at work, %d kills\n", checks, workers.size(), kills);
 }
 

@@ -18,7 +18,7 @@ Expected* expected = nullptr;
 namespace {
 
 int catalogue_fd = -1;
-std::string name;
+std::string name, directory;
 
 struct Kept {
   const char* key;
@@ -169,13 +169,10 @@ const std::string& store_name() { return name; }
 
 void open_store(Scene& driver) {
   static int sessions = 0;
-  if (expected == nullptr) {
-    expected = make_shared_page<Expected>();
-    static char directory[] = "/tmp/torchshm-points-XXXXXX";
-    if (::mkdtemp(directory) == nullptr) std::abort();
-    ::setenv("XDG_RUNTIME_DIR", directory, 1);
-    std::atexit([] { std::filesystem::remove_all(directory); });
-  }
+  if (expected == nullptr) expected = make_shared_page<Expected>();
+  directory = "/tmp/torchshm-points-XXXXXX";
+  if (::mkdtemp(directory.data()) == nullptr) return driver.wrong("no directory for the service");
+  ::setenv("XDG_RUNTIME_DIR", directory.c_str(), 1);
   (void)os::private_directory(service::directory(), -1);
   name = "points-" + std::to_string(::getpid()) + "-" + std::to_string(++sessions);
   auto made = store::Catalogue::create(*driver.member, name, 0, service::place());
@@ -285,7 +282,11 @@ const Subject& subject() {
             return room == "store" || room == "service" || file == "socket.cc" || point == "os.open_memfd";
           },
       .open = open_store,
-      .close = remove_all,
+      .close =
+          [](Scene& d) {
+            remove_all(d);
+            std::filesystem::remove_all(directory);
+          },
       .set_up = set_up,
       .work = work,
       .get_ready = [](Scene& s) { (void)names(s); },

@@ -16,14 +16,29 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class Catalogue:
+    """What a store's catalogue has."""
+
+    store: str
+    names: int
+    marks: int
+    cells: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Give plain types for :mod:`json`."""
+        return {"store": self.store, "names": self.names, "marks": self.marks, "cells": self.cells}
+
+
+@dataclass
 class Checked:
-    """One pool and what was found in it."""
+    """One pool, its store's catalogue where it has one, and what was found in them."""
 
     name: str  # pool id in hexadecimal digits; the control file's path where that can't be read
     members: list[tuple[int, str]] = field(default_factory=list)  # pid, name
     blocks: int = 0
     tickets: int = 0
     is_copy: bool = False
+    catalogue: Catalogue | None = None
     violations: list[tuple[int, str]] = field(default_factory=list)  # number of the invariant, text
     error: str | None = None  # why it could not be opened
 
@@ -41,15 +56,42 @@ class Checked:
             "members": [{"pid": pid, "name": name} for pid, name in self.members],
             "blocks": self.blocks,
             "tickets": self.tickets,
+            "catalogue": None if self.catalogue is None else self.catalogue.as_json(),
             "violations": [{"invariant": number, "what": what} for number, what in self.violations],
             "error": self.error,
         }
 
 
-def check_files(
-    control: str | Path, data: str | Path, *, at_rest: bool = False, name: str | None = None
+def check_descriptors(
+    data: int, control: int, catalogue: int | None = None, *, at_rest: bool = False, name: str = ""
 ) -> Checked:
-    """Check a pool by its two files: memory files under ``/proc/<pid>/fd``, or plain files that they were copied to.
+    """Check a pool, and the catalogue that belongs to it, by their files. `name` is for one that can't be read."""
+    checked = Checked(name)
+    try:
+        found = _C.check(data, control, at_rest)
+        checked.name = f"{found['pool_id']:016x}"
+        checked.members, checked.is_copy = found["members"], found["is_copy"]
+        checked.blocks, checked.tickets = found["blocks"], found["tickets"]
+        checked.violations += found["violations"]
+        if catalogue is not None:
+            of_store = _C.check_catalogue(catalogue, data, control, at_rest)
+            store = _C.catalogue_name(catalogue)[0]
+            checked.catalogue = Catalogue(store, of_store["names"], of_store["marks"], of_store["cells"])
+            checked.violations += of_store["violations"]
+    except (TorchshmError, ValueError) as error:
+        checked.error = str(error)
+    return checked
+
+
+def check_files(
+    control: str | Path,
+    data: str | Path,
+    catalogue: str | Path | None = None,
+    *,
+    at_rest: bool = False,
+    name: str | None = None,
+) -> Checked:
+    """Check a pool by its files: memory files under ``/proc/<pid>/fd``, or plain files that they were copied to.
 
     Raises
     ------
@@ -58,35 +100,63 @@ def check_files(
     """
     opened: list[int] = []
     try:
-        for path in (data, control):
-            opened.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        found = _C.check(opened[0], opened[1], at_rest)
-    except TorchshmError as error:
-        return Checked(name or str(control), error=str(error))
+        for path in (data, control, catalogue):
+            if path is not None:
+                opened.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        return check_descriptors(*opened, at_rest=at_rest, name=name or str(control))
     finally:
         for fd in opened:
             os.close(fd)
-    return Checked(
-        name or f"{found['pool_id']:016x}",
-        found["members"],
-        found["blocks"],
-        found["tickets"],
-        found["is_copy"],
-        found["violations"],
-    )
+
+
+def check_store(name: str, *, at_rest: bool = False) -> Checked:
+    """Check the store of that name that some living process has, whether it is being served or not.
+
+    Raises
+    ------
+    StoreUnavailableError
+        When no process has it.
+    """
+    files = _C.store_files(name)
+    try:
+        return check_descriptors(*files, at_rest=at_rest, name=name)
+    finally:
+        for fd in files:
+            os.close(fd)
+
+
+def _catalogue_of(files: _pools.Files) -> Path | None:
+    """Find the catalogue that belongs to a pool, in a process that has both."""
+    for path in files.catalogues:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            if _C.catalogue_name(fd)[1] == files.pool_id:
+                return path
+        except (TorchshmError, ValueError):  # one that is being made, or of another version
+            continue
+        finally:
+            os.close(fd)
+    return None
 
 
 def check_machine(pid: int | None = None, *, at_rest: bool = False) -> list[Checked]:
     """Check every pool of this user's processes, or those of one process."""
     checked: dict[int, Checked] = {}
     for files in _pools.every_pool() if pid is None else _pools.pools_of(Path(f"/proc/{pid}")):
-        if files.pool_id in checked:
+        known = checked.get(files.pool_id)
+        # A worker may be a member of a store's pool and not have its catalogue.
+        catalogue = _catalogue_of(files) if known is None or known.catalogue is None else None
+        if known is not None and catalogue is None:
             continue
         name = f"{files.pool_id:016x}"
+        paths = (files.paths["control"], files.paths["data"], catalogue)
         try:
             for attempt in range(3):
                 time.sleep(0.1 * attempt)  # a pool that is just being made can't be read yet
-                found = check_files(files.paths["control"], files.paths["data"], at_rest=at_rest, name=name)
+                found = check_files(*paths, at_rest=at_rest, name=name)
                 if found.error is None:
                     break
         except OSError:  # that process is gone; another may hold the pool
@@ -100,7 +170,7 @@ def table(pools: list[Checked]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    lines = Table("pool", "members", "blocks", "messages", "result")
+    lines = Table("pool", "members", "blocks", "messages", "store", "result")
     for pool in pools:
         members = [f"{pid} {name}" if pid else "not signed yet" for pid, name in pool.members]
         if len(members) > 8:
@@ -116,6 +186,7 @@ def table(pools: list[Checked]) -> Table:
             escape("\n".join(members)),
             str(pool.blocks),
             str(pool.tickets),
+            "" if pool.catalogue is None else escape(f"{pool.catalogue.store}: {pool.catalogue.names} names"),
             result,
         )
     return lines

@@ -110,6 +110,13 @@ def check(
         tuple[Path, Path] | None,
         typer.Option("--files", metavar="CONTROL DATA", help="The two files of a pool, or copies of them."),
     ] = None,
+    catalogue: Annotated[
+        Path | None,
+        typer.Option("--catalogue", metavar="FILE", help="With --files: the catalogue of the pool's store."),
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option("--store", metavar="NAME", help="Only the store of this name.")
+    ] = None,
     at_rest: Annotated[
         bool,
         typer.Option(
@@ -118,22 +125,29 @@ def check(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
-    """Check the invariants of every pool of this user's processes, without joining it and while they work.
+    """Check the invariants of every pool and store of this user's processes, without joining and while they work.
 
     Exit status: 0 when all hold, 1 when one does not, 2 when there is no pool.
     """
     from rich.console import Console
 
     from torchshm import _check
+    from torchshm.errors import StoreUnavailableError
 
-    if files is not None and pid is not None:
-        raise typer.BadParameter("--files and --pid exclude each other")
+    if sum(choice is not None for choice in (files, pid, store)) > 1:
+        raise typer.BadParameter("--files, --pid and --store exclude one another")
+    if catalogue is not None and files is None:
+        raise typer.BadParameter("--catalogue needs --files")
     try:
-        pools = (
-            _check.check_machine(pid, at_rest=at_rest)
-            if files is None
-            else [_check.check_files(*files, at_rest=at_rest)]
-        )
+        if files is not None:
+            pools = [_check.check_files(*files, catalogue, at_rest=at_rest)]
+        elif store is not None:
+            pools = [_check.check_store(store, at_rest=at_rest)]
+        else:
+            pools = _check.check_machine(pid, at_rest=at_rest)
+    except (StoreUnavailableError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
     except OSError as error:
         typer.echo(f"{error.filename}: {error.strerror}", err=True)
         raise typer.Exit(2) from None

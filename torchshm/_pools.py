@@ -9,29 +9,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _MEMORY_FILE = re.compile(r"/memfd:torchshm-([0-9a-f]{16})-(data|control) ")
+_CATALOGUE = re.compile(r"/memfd:torchshm-[A-Za-z0-9._-]+-catalogue ")
 
 
 @dataclass
 class Files:
-    """Paths under ``/proc`` of a pool's two memory files, in one process that holds them open."""
+    """Paths under ``/proc`` of a pool's two memory files, in one process that holds them open.
+
+    ``catalogues`` are those that the process has, of this pool or of others.
+    """
 
     pid: int
     pool_id: int
     paths: dict[str, Path] = field(default_factory=dict)
+    catalogues: list[Path] = field(default_factory=list)
 
 
 def pools_of(process: Path) -> list[Files]:
     """Give the pools of one process, a folder of ``/proc``. None when it is gone or somebody else's."""
     found: dict[int, Files] = {}
+    catalogues: list[Path] = []
     try:
         for fd in (process / "fd").iterdir():
             try:
-                match = _MEMORY_FILE.match(os.readlink(fd))
+                target = os.readlink(fd)
             except FileNotFoundError:  # closed since
                 continue
-            if match:
+            if _CATALOGUE.match(target):
+                catalogues.append(fd)
+            elif match := _MEMORY_FILE.match(target):
                 pool_id = int(match[1], 16)
-                found.setdefault(pool_id, Files(int(process.name), pool_id)).paths[match[2]] = fd
+                files = found.setdefault(pool_id, Files(int(process.name), pool_id, catalogues=catalogues))
+                files.paths[match[2]] = fd
     except OSError:
         return []
     return [files for files in found.values() if len(files.paths) == 2]

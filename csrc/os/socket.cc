@@ -79,10 +79,12 @@ Result<Fd> connect_to(const std::string& path) {
 }
 
 Result<Fd> accept_from(int listening) {
-  const int raw = ::accept4(listening, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+  int error = TORCHSHM_INJECT("os.accept");
+  const int raw = error == 0 ? ::accept4(listening, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK) : -1;
   if (raw >= 0) return Fd(raw);
-  if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED) return Fd();
-  return Status::system("accept4", "a store's socket", errno);
+  if (error == 0) error = errno;
+  if (error == EAGAIN || error == EINTR || error == ECONNABORTED) return Fd();
+  return Status::system("accept4", "a store's socket", error);
 }
 
 Status send_message(int socket, const void* bytes, size_t length, const std::vector<int>& descriptors) {
@@ -147,8 +149,9 @@ Result<Received> receive_message(int socket, void* bytes, size_t most, int milli
 Result<Peer> peer_of(int socket) {
   ucred credentials{};
   socklen_t size = sizeof credentials;
-  if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &size) != 0)
-    return Status::system("getsockopt SO_PEERCRED", "a store's socket", errno);
+  int error = TORCHSHM_INJECT("os.peercred");
+  if (error == 0 && ::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &size) != 0) error = errno;
+  if (error != 0) return Status::system("getsockopt SO_PEERCRED", "a store's socket", error);
   Peer peer{static_cast<uint32_t>(credentials.pid), credentials.uid, credentials.gid, {}};
   std::vector<gid_t> groups(256);
   size = static_cast<socklen_t>(groups.size() * sizeof(gid_t));
@@ -159,6 +162,8 @@ Result<Peer> peer_of(int socket) {
 
 Result<Fd> watch_peer(int socket, uint32_t pid) {
   int fd = -1;
+  if (const int error = TORCHSHM_INJECT("os.pidfd"); error != 0)
+    return Status::system("pidfd_open", std::to_string(pid), error);
   socklen_t size = sizeof fd;
   if (::getsockopt(socket, SOL_SOCKET, SO_PEERPIDFD, &fd, &size) == 0 && fd >= 0) return Fd(fd);
   fd = static_cast<int>(::syscall(SYS_pidfd_open, pid, 0));
@@ -168,7 +173,9 @@ Result<Fd> watch_peer(int socket, uint32_t pid) {
 
 Status private_directory(const std::string& path, int64_t group) {
   const mode_t mode = group >= 0 ? 0750 : 0700;
-  if (::mkdir(path.c_str(), mode) != 0 && errno != EEXIST) return Status::system("mkdir", path, errno);
+  int error = TORCHSHM_INJECT("os.mkdir");
+  if (error == 0 && ::mkdir(path.c_str(), mode) != 0 && errno != EEXIST) error = errno;
+  if (error != 0) return Status::system("mkdir", path, error);
   struct stat found {};
   if (::lstat(path.c_str(), &found) != 0) return Status::system("lstat", path, errno);
   const mode_t forbidden = group >= 0 ? 0027 : 0077;
@@ -200,10 +207,10 @@ Result<Fd> lock_file(const std::string& path, uint32_t mode) {
     const int raw = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, mode);
     if (raw < 0) return Status::system("open", path, errno);
     Fd fd(raw);
-    if (::flock(fd.get(), LOCK_EX | LOCK_NB) != 0) {
-      if (errno == EWOULDBLOCK) return Status(Code::kExists, path + " is locked", errno);
-      return Status::system("flock", path, errno);
-    }
+    int error = TORCHSHM_INJECT("os.flock");
+    if (error == 0 && ::flock(fd.get(), LOCK_EX | LOCK_NB) != 0) error = errno;
+    if (error == EWOULDBLOCK) return Status(Code::kExists, path + " is locked", error);
+    if (error != 0) return Status::system("flock", path, error);
     // Whoever held it before may have removed the file between the two: then the lock is of a file that nobody finds any more.
     struct stat mine {
     }, there{};
@@ -213,8 +220,10 @@ Result<Fd> lock_file(const std::string& path, uint32_t mode) {
 }
 
 Result<Poller> Poller::create() {
-  const int raw = ::epoll_create1(EPOLL_CLOEXEC);
-  if (raw < 0) return Status::system("epoll_create1", "a store's service", errno);
+  int error = TORCHSHM_INJECT("os.epoll_create");
+  const int raw = error == 0 ? ::epoll_create1(EPOLL_CLOEXEC) : -1;
+  if (error == 0 && raw < 0) error = errno;
+  if (error != 0) return Status::system("epoll_create1", "a store's service", error);
   Poller poller;
   poller.epoll_ = Fd(raw);
   return poller;
@@ -224,8 +233,9 @@ Status Poller::add(int fd, uint64_t token) {
   epoll_event event{};
   event.events = EPOLLIN;
   event.data.u64 = token;
-  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0)
-    return Status::system("epoll_ctl", "a store's service", errno);
+  int error = TORCHSHM_INJECT("os.epoll_add");
+  if (error == 0 && ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) error = errno;
+  if (error != 0) return Status::system("epoll_ctl", "a store's service", error);
   return {};
 }
 
@@ -243,8 +253,10 @@ std::vector<uint64_t> Poller::wait(int milliseconds) {
 }
 
 Result<Fd> make_signal() {
-  const int raw = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if (raw < 0) return Status::system("eventfd", "a store's service", errno);
+  int error = TORCHSHM_INJECT("os.eventfd");
+  const int raw = error == 0 ? ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK) : -1;
+  if (error == 0 && raw < 0) error = errno;
+  if (error != 0) return Status::system("eventfd", "a store's service", error);
   return Fd(raw);
 }
 

@@ -3,23 +3,12 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <chrono>
 #include <cstdio>
-#include <thread>
 
-#include "os/memfd.h"
+#include "pool/look.h"
 #include "pool/membership.h"
 
 namespace torchshm::pool {
-namespace {
-
-constexpr size_t kMost = 128;  // suspects of one look; of a file of garbage nobody reads more
-// Milliseconds between looks, doubling. A janitor's thread may trim while all else rests, and be off the processor for a while.
-constexpr int kLastWait = 64, kLastWaitAtRest = 512;
-constexpr uint32_t kGranulesPerPage = kPage / kGranule;
-constexpr uint32_t kLeastGranules = kPage / kGranule, kMostGranules = kSmallMax / kGranule;
-
-// ---- words in words
 
 std::string hex(uint64_t value) {
   char text[20];
@@ -27,9 +16,12 @@ std::string hex(uint64_t value) {
   return text;
 }
 
-std::string number(uint64_t value) { return std::to_string(value); }
+namespace {
 
-std::string words(Pair p) { return "(" + hex(p.lo) + ", " + hex(p.hi) + ")"; }
+constexpr uint32_t kGranulesPerPage = kPage / kGranule;
+constexpr uint32_t kLeastGranules = kPage / kGranule, kMostGranules = kSmallMax / kGranule;
+
+// ---- words in words
 
 std::string describe(BlockValue v, Pair p) {
   return words(p) + " = generation " + number(v.generation) + ", sequence " + number(v.sequence) + ", count " +
@@ -87,7 +79,7 @@ class Look {
   // Blocks before intents, intents before bits and tickets; then intents and blocks again: a block whose word has not moved, and which no
   // intent named at either time, was left alone while its bits and tickets were counted.
   CheckReport look() {
-    control_ = ranges(arena_.control_fd(), offsets_.total);
+    control_ = Memory(arena_.control_fd(), offsets_.total);
     header();
     blocks();
     leases();
@@ -101,32 +93,15 @@ class Look {
   }
 
  private:
-  static std::vector<os::Range> ranges(int fd, uint64_t size) {
-    std::vector<os::Range> all;
-    for (os::Range r = os::next_data(fd, 0, size); r.begin < r.end && r.begin < size;
-         r = os::next_data(fd, r.end, size)) {
-      all.push_back({r.begin, std::min(r.end, size)});
-    }
-    return all;
-  }
-
-  // Calls f(index) for the entries of a table that have memory; the others are zero. Until there are enough suspects.
+  // Calls f(index) for the entries of a table that have memory. Until there are enough suspects.
   template <class F>
   void each(uint64_t table, uint64_t size, uint64_t count, F f) const {
-    uint64_t next = 0;
-    const auto first = std::lower_bound(control_.begin(), control_.end(), table,
-                                        [](const os::Range& r, uint64_t at) { return r.end <= at; });
-    for (auto r = first; r != control_.end() && r->begin < table + size * count; ++r) {
-      const uint64_t begin = r->begin > table ? (r->begin - table) / size : 0;
-      const uint64_t end = std::min(count, (r->end - table + size - 1) / size);
-      for (next = std::max(next, begin); next < end && !enough(); ++next) f(static_cast<uint32_t>(next));
-    }
+    control_.each(
+        table, size, count, [this] { return !enough(); }, f);
   }
 
-  bool enough() const { return report_.violations.size() >= kMost; }
-  void suspect(int invariant, std::string what) {
-    if (!enough()) report_.violations.push_back({invariant, std::move(what)});
-  }
+  bool enough() const { return suspects_.enough(); }
+  void suspect(int invariant, std::string what) { suspects_.add(invariant, std::move(what)); }
 
   Pair block_word(uint32_t block) const { return arena_.block(block).value.load(); }
   Pair chunk_word(uint32_t chunk) const { return arena_.chunk(chunk).value.load(); }
@@ -163,10 +138,11 @@ class Look {
   const Arena& arena_;
   const CheckOptions& options_;
   const Offsets offsets_;
-  std::vector<os::Range> control_;
+  Memory control_;
   std::vector<SeenLease> leases_;
   std::vector<SeenBlock> live_;  // by block
   CheckReport report_;
+  Suspects suspects_{report_.violations};
 };
 
 void Look::header() {
@@ -483,7 +459,8 @@ void Look::large_place(const SeenBlock& seen, uint64_t granules) {
 void Look::pages() {
   const int fd = arena_.data_fd();
   const uint64_t size = uint64_t{arena_.chunks()} * kChunk;
-  const std::vector<os::Range> data = ranges(fd, size);
+  const Memory memory(fd, size);
+  const std::vector<os::Range>& data = memory.ranges();
   auto range = data.begin();
   for (uint32_t index = 0; index < arena_.chunks() && !enough(); ++index) {
     const uint64_t begin = index * kChunk;
@@ -540,18 +517,7 @@ std::string CheckReport::first() const {
 }
 
 CheckReport check(const Arena& arena, const CheckOptions& options) {
-  CheckReport report = Look(arena, options).look();
-  for (int wait = 1; !report.ok() && wait <= (options.at_rest ? kLastWaitAtRest : kLastWait); wait *= 2) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(wait));
-    CheckReport next = Look(arena, options).look();
-    // The same words, or it is another story.
-    std::erase_if(next.violations, [&](const Violation& v) {
-      return std::none_of(report.violations.begin(), report.violations.end(),
-                          [&](const Violation& old) { return old.invariant == v.invariant && old.what == v.what; });
-    });
-    report = std::move(next);
-  }
-  return report;
+  return insist<CheckReport>([&] { return Look(arena, options).look(); }, options.at_rest);
 }
 
 }  // namespace torchshm::pool

@@ -10,6 +10,7 @@
 #include "base/copy.h"
 #include "os/futex.h"
 #include "os/mapping.h"
+#include "os/memfd.h"
 #include "pool/array_wire.h"
 #include "python/block_ref.h"
 #include "python/errors.h"
@@ -21,6 +22,7 @@
 #include "service/client.h"
 #include "service/server.h"
 #include "store/catalogue.h"
+#include "store/catalogue_check.h"
 
 namespace py = pybind11;
 
@@ -473,6 +475,45 @@ py::object answer_of(const std::string& name, service::Ask what) {
   fail_unavailable(reply.status());
 }
 
+// A store that this process need not be a client of. The descriptors stay the caller's.
+py::dict check_catalogue(int catalogue, int data, int control, bool at_rest) {
+  auto own_data = os::duplicate(data), own_control = os::duplicate(control);
+  if (!own_data) fail(own_data.status());
+  if (!own_control) fail(own_control.status());
+  auto arena = pool::Arena::inspect(own_data.take(), own_control.take());
+  if (!arena) fail(arena.status());
+  Result<store::CatalogueReport> report = Status();
+  {
+    const py::gil_scoped_release release;
+    report = store::check_catalogue(catalogue, *arena, at_rest);
+  }
+  if (report.code() == Code::kForeign) fail(Status(Code::kInvalid, report.status().what()));
+  if (!report) fail(report.status());
+  py::list violations;
+  for (const pool::Violation& v : report->violations) violations.append(py::make_tuple(v.invariant, v.what));
+  py::dict out;
+  out["names"] = report->names;
+  out["marks"] = report->marks;
+  out["cells"] = report->cells;
+  out["violations"] = violations;
+  return out;
+}
+
+// (name, pool id)
+py::tuple catalogue_name(int catalogue) {
+  auto named = store::catalogue_name(catalogue);
+  if (!named) fail(named.status());
+  return py::make_tuple(named->name, named->pool_id);
+}
+
+// Descriptors of data, control and catalogue, which the caller closes.
+py::tuple store_files(const std::string& name) {
+  if (Status named = service::check_name(name); !named) fail(named);
+  auto files = service::find_files(name);
+  if (!files) fail_unavailable(files.status());
+  return py::make_tuple(files->data.release(), files->control.release(), files->catalogue.release());
+}
+
 }  // namespace
 
 void add_store(py::module_& m) {
@@ -507,6 +548,10 @@ void add_store(py::module_& m) {
       .def_property_readonly("took_over", &Store::took_over);
   m.def("copy_into", &copy_into, py::arg("array"), py::arg("offset"), py::arg("address"), py::arg("length"));
   m.def("store_names", &service::names);
+  m.def("store_files", &store_files, py::arg("name"));
+  m.def("catalogue_name", &catalogue_name, py::arg("catalogue_fd"));
+  m.def("check_catalogue", &check_catalogue, py::arg("catalogue_fd"), py::arg("data_fd"), py::arg("control_fd"),
+        py::arg("at_rest") = false);
   m.def(
       "store_status", [](const std::string& name) { return answer_of(name, service::Ask::kInfo); }, py::arg("name"));
   m.def(

@@ -1,6 +1,7 @@
 #include "service/server.h"
 
 #include <algorithm>
+#include <chrono>
 #include <csignal>
 #include <cstring>
 #include <map>
@@ -17,6 +18,7 @@ namespace torchshm::service {
 namespace {
 
 constexpr int kTidyEvery = 250;  // ms; what a death or an expiry may wait for when nothing tells of it
+constexpr int kRest = 10;        // ms, after a connection that could not be taken
 constexpr size_t kMostConnections = 256;
 constexpr std::ptrdiff_t kMostStrangers = 16;
 constexpr uint64_t kPatience = 5'000'000'000;  // ns that a connection may stay silent
@@ -184,6 +186,8 @@ bool Server::welcome(const os::Peer& peer) const {
 void Server::accept_clients() {
   for (;;) {
     auto socket = os::accept_from(listening_.get());
+    // No descriptor left: whoever waits can't be told, and is there again at once.
+    if (!socket) std::this_thread::sleep_for(std::chrono::milliseconds(kRest));
     if (!socket || !socket->valid()) return;
     auto peer = os::peer_of(socket->get());
     if (!peer) continue;
@@ -246,7 +250,9 @@ void Server::serve(int fd) {
       reply.answer = Answer::kUnknown;
       std::strncpy(reply.why, "the service does not know this request", sizeof reply.why - 1);
   }
+  TORCHSHM_POINT("serve.answering");
   (void)os::send_message(socket.get(), &reply, sizeof reply, descriptors);
+  TORCHSHM_POINT("serve.answered");
 }
 
 void Server::tidy() {
@@ -291,6 +297,7 @@ void Server::run() {
   }
   // The socket first: the lock says that nobody serves, and the next one may begin.
   os::remove_file(socket_path(options_.name));
+  TORCHSHM_POINT("serve.unreachable");
   listening_.reset();
   os::remove_file(lock_path(options_.name));
   lock_.reset();

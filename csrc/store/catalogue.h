@@ -24,6 +24,8 @@
 
 namespace torchshm::store {
 
+struct Key;
+
 struct SaveOptions {
   bool overwrite = false;
   uint64_t ttl = 0;    // ns from now; 0: the store's default, none for a bound name
@@ -98,7 +100,6 @@ class Catalogue {
 
  private:
   Catalogue(pool::Member& member, os::Fd fd, os::FileId id, os::Mapping file);
-  struct Key;
   // A slot, and what was in it.
   struct Place {
     uint32_t index = 0;

@@ -1,116 +1,28 @@
 // Names: what a catalogue promises to many processes at once, and when they die at any point.
 #include <cstring>
-#include <map>
 #include <random>
 #include <set>
 
 #include "base/failpoint.h"
 #include "os/futex.h"
+#include "parts.h"
 #include "pool/checker.h"
-#include "processes.h"
-#include "store/catalogue.h"
 #include "store/lock.h"
+#include "stores.h"
 
 namespace torchshm {
 namespace {
 
-using pool::Member;
 using pool::Mode;
-using store::Catalogue;
-using store::CellState;
-using store::CellValue;
-using store::SlotState;
-using store::SlotValue;
+using tests::Between;
+using tests::fresh_store;
+using tests::join;
+using tests::loaded;
+using tests::save_filled;
+using tests::Store;
+using tests::unsound;
 
 constexpr uint64_t kSecond = 1'000'000'000;
-
-struct Store {
-  std::unique_ptr<Member> member;
-  std::unique_ptr<Catalogue> catalogue;
-  Catalogue* operator->() const { return catalogue.get(); }
-};
-
-Store fresh_store(uint64_t limit = uint64_t{256} << 20) {
-  Store store{tests::fresh_pool(limit), nullptr};
-  auto catalogue = Catalogue::create(*store.member, "test", 0);
-  EXPECT_TRUE(catalogue.ok()) << catalogue.status().what();
-  store.catalogue = catalogue.take();
-  return store;
-}
-
-Store join(Store& other) {
-  Store store{tests::join(*other.member), nullptr};
-  auto catalogue = Catalogue::attach(*store.member, os::duplicate(other->fd()).take());
-  EXPECT_TRUE(catalogue.ok()) << catalogue.status().what();
-  store.catalogue = catalogue.take();
-  return store;
-}
-
-// Saves a block filled with a byte, and lets go of it.
-Status save_filled(Store& store, const std::string& key, uint8_t byte, uint64_t bytes = 5000,
-                   const store::SaveOptions& options = {}) {
-  auto view = store.member->allocate(bytes, true);
-  if (!view) return std::move(view.status());
-  std::memset(view->data, byte, bytes);
-  Status saved = store->save(key, std::string(1, static_cast<char>(byte)), {view->block}, options);
-  store.member->release(view->block, Mode::kReadWrite);
-  return saved;
-}
-
-// The byte that a name's block is filled with; -1 when there is no such name, -2 when it is not whole.
-int loaded(Store& store, const std::string& key, uint64_t bytes = 5000) {
-  for (;;) {
-    auto entry = store->find(key);
-    if (!entry) return -1;
-    if (entry->blocks.size() != 1 || entry->text.size() != 1) return -2;
-    auto view = store.member->attach(entry->blocks[0].block, entry->blocks[0].generation, Mode::kRead);
-    if (!view) continue;  // removed meanwhile
-    const auto byte = static_cast<uint8_t>(entry->text[0]);
-    bool whole = true;
-    for (uint64_t i = 0; i < bytes; i += 97) whole = whole && view->data[i] == std::byte{byte};
-    store.member->release(view->block, Mode::kRead);
-    return whole ? byte : -2;
-  }
-}
-
-// What must hold when nobody is at work. Empty when it does.
-std::string unsound(Store& store) {
-  const Catalogue& c = *store.catalogue;
-  const pool::Arena& arena = store.member->arena();
-  std::map<uint32_t, uint32_t> named;  // cell -> life
-  for (uint32_t level = 0; level < c.levels(); ++level) {
-    for (uint32_t i = 0; i < store::level_size(level); ++i) {
-      const SlotValue value = SlotValue::of(c.slot(store::level_start(level) + i).value.load());
-      if (value.state == SlotState::kClaimed) return "a claim is left";
-      if (value.state == SlotState::kNamed && !named.emplace(value.cell, value.life).second)
-        return "two slots name cell " + std::to_string(value.cell);
-    }
-  }
-  uint64_t standing = 0;
-  for (uint32_t cell = 0; cell < c.cells_used(); ++cell) {
-    const CellValue value = CellValue::of(c.word(cell).value.load());
-    if (value.state == CellState::kFree) continue;
-    if (value.state != CellState::kStanding && value.state != CellState::kBound)
-      return "cell " + std::to_string(cell) + " is left in state " + std::to_string(static_cast<int>(value.state));
-    const auto found = named.find(cell);
-    if (found == named.end() || found->second != value.life) return "nothing names cell " + std::to_string(cell);
-    ++standing;
-  }
-  if (standing != named.size()) return "a slot names a cell that is not there";
-  std::set<std::string> keys;
-  uint64_t blocks = 0;
-  store->each("", [&](const store::Entry& entry) {
-    keys.insert(entry.key);
-    blocks += entry.blocks.size() + (entry.blocks.size() > 1 || entry.key.size() + entry.text.size() > store::kInline);
-  });
-  if (keys.size() != standing) return "a name stands twice, or can't be listed";
-  uint64_t tickets = 0;
-  for (uint32_t i = 0; i < arena.tickets_used(); ++i)
-    tickets += pool::TicketValue::of(arena.ticket(i).value.load()).sender == pool::TicketValue::kName;
-  if (tickets != blocks)
-    return std::to_string(tickets) + " tickets belong to names, which have " + std::to_string(blocks) + " blocks";
-  return "";
-}
 
 TEST(Store, SavesFindsAndRemoves) {
   auto store = fresh_store();
@@ -251,6 +163,14 @@ TEST(Store, BoundNamesDoNotExpireLikeData) {
   ASSERT_TRUE(store->save("bound", "", {}, {.bound = true}));
   while (store->contains("data")) ::usleep(1000);
   EXPECT_TRUE(store->contains("bound"));
+}
+
+TEST(Store, ABoundNameThatExpiresGoesInASweepToo) {
+  auto store = fresh_store();
+  ASSERT_TRUE(save_filled(store, "bound", 1, 5000, {.ttl = 1, .bound = true}));
+  EXPECT_EQ(store->sweep(), 1U);
+  EXPECT_EQ(store.member->stats().blocks, 0U);
+  EXPECT_EQ(unsound(store), "");
 }
 
 TEST(Store, MarksAreFoundByThoseWhoAskForThemAndNotCounted) {
@@ -438,6 +358,42 @@ TEST(Store, DeathAtEveryPointLeavesAllOfANameOrNothing) {
   }
   EXPECT_GT(kills, 60U);
   EXPECT_GT(nested, 20U);
+}
+
+TEST(Store, AnExpiredNameGoesAlsoWhenASweeperMovesItsSlotMeanwhile) {
+  auto store = fresh_store();
+  ASSERT_TRUE(save_filled(store, "there", 9, 5000, {.ttl = 1}));
+  // Another sweeper, which had taken the cell over from a dead remover and lets the name stand.
+  const Between between("replace.marked", [&] {
+    for (uint32_t i = 0; i < store::level_size(0); ++i) {
+      pool::Pair found = store->slot(i).value.load();
+      store::SlotValue next = store::SlotValue::of(found);
+      if (next.state != store::SlotState::kNamed) continue;
+      ++next.sequence;
+      ASSERT_TRUE(store->slot(i).value.exchange_if(found, next.pair()));
+    }
+  });
+  EXPECT_EQ(store->sweep(), 1U);
+  EXPECT_EQ(unsound(store), "");
+  EXPECT_EQ(store.member->stats().blocks, 0U);
+}
+
+TEST(Store, ABoundNameOutlivesOneThatDiesReplacingIt) {
+  auto store = fresh_store();
+  ASSERT_TRUE(save_filled(store, "bound", 1, 5000, {.bound = true}));
+  for (const bool overwrites : {true, false}) {
+    const int status = tests::wait_for(tests::start([&] {
+      auto other = join(store);
+      failpoint::arm({.action = failpoint::Action::kKill, .only = "replace.marked"});
+      return overwrites ? save_filled(other, "bound", 2, 5000, {.overwrite = true}).ok() : other->remove("bound");
+    }));
+    ASSERT_TRUE(WIFSIGNALED(status));
+    (void)store.member->reap();
+    (void)store->sweep();
+    EXPECT_EQ(unsound(store), "");
+    EXPECT_EQ(loaded(store, "bound"), 1);
+    EXPECT_EQ(store->find("bound")->owner, store.member->identity());
+  }
 }
 
 TEST(Store, NobodyWaitsForAStoppedProcess) {

@@ -3,10 +3,13 @@
 import contextlib
 import json
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -173,3 +176,43 @@ def test_wrong_usage(runtime, arguments):
 def test_a_bad_name_and_a_bad_group(runtime):
     assert "letters" in command("serve", "a/b", code=1)
     assert "nosuchgroup" in command("serve", "x", "--group", "nosuchgroup", code=1)
+
+
+def files_of(pid, pattern):
+    return next(fd for fd in Path(f"/proc/{pid}/fd").iterdir() if re.search(pattern, os.readlink(fd)))
+
+
+def test_check_knows_the_catalogue(served, tmp_path):
+    store = torchshm.connect("shell")
+    store["a"], store["b"] = np.ones(100_000), {"x": [np.ones(3), "y"]}
+    for arguments in (("--store", "shell"), ("--pid", str(served)), ("--store", "shell", "--at-rest")):
+        (found,) = asked("check", *arguments)["pools"]
+        assert found["sound"] and found["catalogue"] == {"store": "shell", "names": 2, "marks": 0, "cells": 2}
+    assert "shell: 2 names" in command("check", "--store", "shell")
+    # A copy, in which a slot names another life of its cell.
+    copies = []
+    for pattern in ("-control ", "-data ", "-shell-catalogue "):
+        copies.append(tmp_path / pattern.strip())
+        subprocess.run(["cp", "--sparse=always", files_of(served, pattern), copies[-1]], check=True)
+    files = ("--files", *map(str, copies[:2]), "--catalogue", str(copies[2]))
+    (found,) = asked("check", *files)["pools"]
+    assert found["sound"] and found["copy"] and found["catalogue"]["names"] == 2
+    with copies[2].open("r+b") as file:
+        file.seek(12288)  # the slots
+        words = struct.unpack("<16384Q", file.read(16 * 8192))
+        slot = next(i for i in range(8192) if words[2 * i] & 3 == 2)
+        file.seek(12288 + 16 * slot + 8)
+        file.write(struct.pack("<Q", words[2 * slot + 1] + 1))
+    said = subprocess.run(
+        [sys.executable, "-m", "torchshm._cli", "check", *files, "--json"], capture_output=True, text=True
+    )
+    assert said.returncode == 1
+    (found,) = json.loads(said.stdout)["pools"]
+    assert [violation["invariant"] for violation in found["violations"]] == [11, 11]
+    assert found["violations"][0]["what"].startswith(f"slot {slot} ")
+
+
+def test_check_of_what_is_not_there_is_status_2(served, tmp_path):
+    assert "no living process has the store" in command("check", "--store", "nobody", code=2)
+    command("check", "--store", "shell", "--pid", str(served), code=2)
+    command("check", "--catalogue", str(tmp_path), code=2)

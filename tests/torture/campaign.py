@@ -67,6 +67,13 @@ CAMPAIGNS = [
         needs=("dev",),
     ),
     Campaign(
+        "store_points",
+        "the same for names and their service: killed, failed and stopped at every failpoint, both checkers clean afterwards",
+        [program("torchshm_store_points"), "--jobs", JOBS],
+        [program("torchshm_store_points"), "--jobs", JOBS, "--full"],
+        needs=("dev",),
+    ),
+    Campaign(
         "step",
         "killed at every instruction of the optimised operations",
         [program("torchshm_step")],
@@ -130,6 +137,14 @@ CAMPAIGNS = [
         [*script("tests/torture/soak.py"), "--full"],
         budget=True,
         seeds=3,
+        needs=("dev",),
+    ),
+    Campaign(
+        "store_soak",
+        "clients of a store and its service killed at random; every value verified, nothing lost; savers that are gone at once",
+        [*script("tests/torture/store_soak.py"), "--seconds", "10"],
+        [*script("tests/torture/store_soak.py"), "--full"],
+        budget=True,
         needs=("dev",),
     ),
     Campaign(
@@ -386,7 +401,7 @@ def main(
     only: Annotated[
         list[str] | None, typer.Option(help="these campaigns; may be given several times, or with commas")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="for each of: soak, soak_python, fuzz")] = 60.0,
+    minutes: Annotated[float, typer.Option(help="for each of: soak, soak_python, store_soak, fuzz")] = 60.0,
     seed: Annotated[int, typer.Option(help="the first one")] = 1,
     run: Annotated[
         bool, typer.Option("--run/--no-run", help="--no-run: write the page from the results that are there")

@@ -39,6 +39,7 @@ LAYERS = [
     Layer("relacy", "", ("--quiet", "--small")),
     Layer("tests", "torchshm_tests", ("--gtest_brief=1", "--gtest_fail_fast")),
     Layer("points", "torchshm_points"),
+    Layer("store_points", "torchshm_store_points"),
     Layer("step", "torchshm_step"),
 ]
 

@@ -1,4 +1,4 @@
-// torchshm_points: every operation, killed, failed and stopped at every point that it passes, alone and while others recover from that.
+// torchshm_points, and torchshm_store_points for names and their service: every operation, killed, failed and stopped at every point that it passes, alone and while others recover from that.
 //
 //   torchshm_points [--full] [--seed S] [--kills K] [--jobs J] [--operation NAME] [--mode kill|fail|stop] [--json PATH]
 //   torchshm_points --mode M --operation NAME --at N [--recovery reap|join|full:M]... [--errno E [--persistent]] [--bystander NAME:N]
@@ -72,6 +72,7 @@ class Worker {
   ~Worker() { end_session(); }
 
   Outcome run(const Trial& trial) {
+    if ((operations()[trial.operation].flags & kFresh) != 0) end_session();
     if (session_ == nullptr) {
       session_ = std::make_unique<Session>(seed_ * 1000003 + ++sessions_);
       trials_ = 0;
@@ -89,7 +90,8 @@ class Worker {
       for (size_t level = 0; level <= trial.kills.size(); ++level)
         at += std::string(level == 0 ? "" : ", ") + board.last[level];
       add_violation(outcome.wrong + " [at " + at + "; trial " + std::to_string(trials_) + " of session " +
-                    std::to_string(seed_) + "/" + std::to_string(sessions_) + "]  again: torchshm_points " + text);
+                    std::to_string(seed_) + "/" + std::to_string(sessions_) + "]  again: " + subject().program + " " +
+                    text);
       session_.reset();
     } else if (++trials_ >= kTrialsPerSession) {
       end_session();
@@ -299,8 +301,8 @@ void write_json(const Options& options, double seconds, const std::vector<std::s
   if (options.json.empty()) return;
   const Totals& t = *here.totals;
   std::ofstream out(options.json);
-  out << "{\"name\": \"points\", \"seed\": " << options.seed << ", \"full\": " << (options.full ? "true" : "false")
-      << ", \"seconds\": " << seconds << ",\n \"figures\": {\n";
+  out << "{\"name\": \"" << subject().name << "\", \"seed\": " << options.seed
+      << ", \"full\": " << (options.full ? "true" : "false") << ", \"seconds\": " << seconds << ",\n \"figures\": {\n";
   size_t reached = 0;
   for (size_t i = 0; i < point_names().size(); ++i) {
     bool any = false;

@@ -596,6 +596,20 @@ std::vector<Operation> make() {
 
 }  // namespace
 
+// The store's are torchshm_store_points'.
+const Subject& subject() {
+  static const auto* pool = new Subject{
+      .name = "points",
+      .program = "torchshm_points",
+      .counts =
+          [](std::string_view room, std::string_view file, std::string_view point) {
+            return (room == "base" || room == "os" || room == "pool") && file != "socket.cc" &&
+                   point != "os.open_memfd";
+          },
+  };
+  return *pool;
+}
+
 const std::vector<Operation>& operations() {
   static const auto* all = new std::vector<Operation>(make());
   return *all;

@@ -32,22 +32,21 @@ namespace {
 
 std::vector<std::string> read_names(const std::vector<std::string_view>& macros) {
   std::set<std::string> found;
-  for (const char* room : {"base", "os", "pool"}) {
+  for (const char* room : {"base", "os", "pool", "store", "service"}) {
     for (const auto& file : std::filesystem::directory_iterator(std::string(TORCHSHM_SOURCES) + "/" + room)) {
-      if (file.path().filename() == "socket.cc") continue;  // a store's service only: tests/cpp/service_test.cc
       std::ifstream source(file.path());
       std::string line;
       while (std::getline(source, line)) {
         for (const std::string_view macro : macros) {
           for (size_t at = 0; (at = line.find(macro, at)) != std::string::npos;) {
             at += macro.size();
-            found.insert(line.substr(at, line.find('"', at) - at));
+            const std::string name = line.substr(at, line.find('"', at) - at);
+            if (subject().counts(room, file.path().filename().native(), name)) found.insert(name);
           }
         }
       }
     }
   }
-  found.erase("os.open_memfd");  // the service's as well
   return {found.begin(), found.end()};
 }
 

@@ -7,10 +7,17 @@
 
 #include <functional>
 #include <memory>
+#include <random>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "points_board.h"
 #include "pool/member.h"
+
+namespace torchshm::store {
+class Catalogue;
+}
 
 namespace torchshm::torture {
 
@@ -71,6 +78,7 @@ class Scene {
   std::unique_ptr<pool::Member> own;
   std::vector<Held> held;
   uint64_t seed = 1;
+  std::shared_ptr<store::Catalogue> names;  // where the campaign is about a store
 
  private:
   bool fine_ = true;
@@ -97,7 +105,10 @@ enum : uint32_t {
   kOnlyAlone = 2048,  // no kills during its recovery: the same as another's, but long
   kForks = 4096,
   kRaisesLimit = 8192,
-  kLong = 16384,  // so many points that the short form leaves most of them out
+  kLong = 16384,    // so many points that the short form leaves most of them out
+  kFresh = 32768,   // in a session of its own
+  kAdopts = 65536,  // becomes a member for good
+  kOwn = 131072,    // of the subject's own
 };
 
 struct Operation {
@@ -108,5 +119,22 @@ struct Operation {
 };
 
 const std::vector<Operation>& operations();
+
+// What a program of this kind is about: its operations, whose points they must reach, and what it does at each stage of a trial beyond
+// what is done to every pool. A stage that it has nothing to do in is empty.
+struct Subject {
+  const char* name;     // of the program, and of its result
+  const char* program;  // as a violation prints it
+  bool (*counts)(std::string_view room, std::string_view file,
+                 std::string_view point);                   // whether its operations must reach the point
+  std::function<void(Scene&driver)> open = {}, close = {};  // a session
+  std::function<void(Scene& driver, const Operation&)> set_up = {};
+  std::function<void(Scene& survivor, std::mt19937_64& random)> work = {};  // now and then
+  std::function<void(Scene&)> get_ready = {},
+                              recover = {};  // one that recovers from the dead, before and after it reaps
+  std::function<std::string(Scene& driver, int rounds)> while_stopped = {};  // what is wrong
+  std::function<std::string(Scene& driver, const Operation&)> verify = {};   // what is wrong; the dead were reaped
+};
+const Subject& subject();
 
 }  // namespace torchshm::torture

@@ -130,6 +130,7 @@ void Session::survive(uint64_t seed) {
       board.parked.store(0);
       continue;
     }
+    if (subject().work && random() % 2 == 0) subject().work(s, random);
     if (!intact(s.held[0])) s.wrong("survivor: block %u, held throughout, has changed", s.held[0].block);
     switch (random() % 8) {
       case 0:
@@ -238,6 +239,7 @@ Session::Session(uint64_t seed) {
   scene_->seed = seed;
   kept_[0] = scene_->hold(kSmallBytes);
   kept_[1] = scene_->hold(kLargeBytes, true);
+  if (subject().open) subject().open(*scene_);
   survivor_ = begin([&] {
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     survive(seed * 7919 + 1);
@@ -265,6 +267,8 @@ std::string Session::close() {
   if (status != 0) wrong("the survivor ended with status %d: %s", status, board.wrong);
   for (Message& message : board.street) take(message, true, "the street");
   scene_->release_all();
+  if (subject().close) subject().close(*scene_);
+  scene_->names.reset();
   if (board.wrong[0] != 0) wrong("%s", board.wrong);
   (void)member_->trim(0);
   const pool::Stats stats = member_->stats();
@@ -342,6 +346,7 @@ void Session::set_up(const Trial& trial, const Operation& operation) {
     }
     while (d.held.size() > before) d.release(d.held.size() - 1);
   }
+  if (subject().set_up) subject().set_up(d, operation);
   if (board.wrong[0] != 0) wrong("set up: %s", board.wrong);
 }
 
@@ -428,7 +433,8 @@ int Session::act(const Trial& trial, const Operation& operation, uint32_t level,
     }
   }
   s.release_all();
-  if (s.own != nullptr) {
+  s.names.reset();
+  if (s.own != nullptr && (operation.flags & kAdopts) == 0) {
     s.own.reset();
     if (open_files() != files) s.wrong("%d descriptors are open, %d before", open_files(), files);
     if (run == Run::kFail && mappings() > maps + 4) s.wrong("%d mappings, %d before", mappings(), maps);
@@ -450,6 +456,7 @@ int Session::recover(const Trial& trial, size_t level) {
   here.run = Run::kKill;
   Scene s(scene_->data_fd, scene_->control_fd);
   if (kill.recovery != Recovery::kJoin) s.join();
+  if (s.member != nullptr && subject().get_ready) subject().get_ready(s);
   if (!s.fine()) return 1;
   const pid_t pid = begin([&] { return chain(trial, operation, level - 1); });
   board.status[level - 1].store(wait_for(pid));
@@ -457,6 +464,7 @@ int Session::recover(const Trial& trial, size_t level) {
   switch (kill.recovery) {
     case Recovery::kReap:
       (void)s.member->reap();
+      if (subject().recover) subject().recover(s);
       (void)s.member->trim(0);
       break;
     case Recovery::kJoin:
@@ -469,6 +477,7 @@ int Session::recover(const Trial& trial, size_t level) {
   }
   board.reached[level].store(failpoint::reached());
   failpoint::disarm();
+  s.names.reset();
   if (s.fine() && level % 2 == 0) s.own.reset();
   return s.fine() ? 0 : 1;
 }
@@ -631,6 +640,10 @@ void Session::while_stopped(const Operation& operation, int rounds) {
     }
     (void)driver->trim(0);
     (void)driver->stats();
+    if (subject().while_stopped) {
+      if (const std::string what = subject().while_stopped(d, rounds); !what.empty())
+        wrong("stopped at %s: %s", board.last[0], what.c_str());
+    }
     const pool::CheckReport report = pool::check(arena);
     if (!report.ok()) wrong("stopped at %s, the checker: %s", board.last[0], report.first().c_str());
   }
@@ -703,9 +716,13 @@ void Session::verify(const Trial& trial, const Operation& operation) {
   arena.header().warm.store(uint64_t{1} << 40);
   arena.header().ticket_age.store(300);
   arena.lease(member_->membership().slot()).reaping.store(0);
+  Scene& d = *scene_;
   (void)member_->reap();
   // What the system refused to take back once is tried again then.
   if ((operation.flags & kRaisesLimit) != 0 || trial.run == Run::kFail) (void)driver->trim(0);
+  if (subject().verify) {
+    if (const std::string what = subject().verify(d, operation); !what.empty()) wrong("%s", what.c_str());
+  }
   for (uint32_t i = 0; i < 2; ++i) take(board.inbox[i], true, "the inbox");  // the driver holds these
   const pool::Handle gift = board.gift.handle;
   const bool had_gift = board.gift.state.load() != kNothing;

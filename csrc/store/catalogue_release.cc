@@ -1,0 +1,137 @@
+// How a name goes: removed, replaced, expired, or left behind half done by a process that died. docs/store.md has the order of steps.
+#include <cstring>
+
+#include "base/failpoint.h"
+#include "os/futex.h"
+#include "store/catalogue.h"
+#include "store/key.h"
+
+namespace torchshm::store {
+
+using pool::Mode;
+
+// Marks the cell first, so that it is known whose work it is when this process dies between the exchange and the release. Marks are taken
+// over from anyone: whoever finds that the slot has let go of the cell, by its own exchange or another's, lets the cell go.
+bool Catalogue::replace(const Found& found, const SlotValue* successor) {
+  Place place = found.place;
+  const uint32_t cell = place.value.cell, life = place.value.life;
+  const uint64_t me = member_.identity();
+  for (;;) {
+    CellValue marked = cell_value(cell);
+    do {
+      if (marked.life != life || marked.state == CellState::kFree || marked.state == CellState::kReleasing)
+        return false;
+    } while (!change_cell(cell, marked, CellState::kLeaving, me));
+    TORCHSHM_POINT("replace.marked");
+    const bool done = successor != nullptr ? change_slot(place, SlotState::kNamed, successor->cell, successor->life)
+                                           : change_slot(place, SlotState::kGone, 0, 0);
+    TORCHSHM_POINT("replace.exchanged");
+    // A sweeper moves the sequence alone; whoever gave up then would leave a mark of the living, which nobody takes over.
+    if (!done && place.value.state == SlotState::kNamed && place.value.cell == cell && place.value.life == life)
+      continue;
+    let_go(cell, life);
+    return done;
+  }
+}
+
+// REQUIRES: no slot names the cell any more in this life.
+void Catalogue::let_go(uint32_t cell, uint32_t life) {
+  const uint64_t me = member_.identity();
+  CellValue found = cell_value(cell);
+  do {
+    if (found.life != life || found.state == CellState::kFree || found.state == CellState::kReleasing) return;
+  } while (!change_cell(cell, found, CellState::kReleasing, me));
+  TORCHSHM_POINT("replace.releasing");
+  release_cell(cell);
+}
+
+// REQUIRES: the cell is kReleasing and this process's. The overflow block goes last, since it lists the others.
+void Catalogue::release_cell(uint32_t cell) {
+  Body body = read_body(cell);
+  const auto give_up = [&](const Part& part) {
+    if (part.nonce != 0) member_.give_up({member_.pool_id(), part.generation, part.block, part.ticket, part.nonce});
+    TORCHSHM_POINT("release.part");
+  };
+  if (body.overflow.nonce != 0) {
+    if (auto view = member_.attach(body.overflow.block, body.overflow.generation, Mode::kReadWrite)) {
+      for (uint32_t i = 1; i < body.parts && i * sizeof(Part) <= view->length; ++i) {
+        Part part;
+        std::memcpy(&part, view->data + (i - 1) * sizeof(Part), sizeof part);
+        give_up(part);
+      }
+      member_.release(view->block, Mode::kReadWrite);
+    }
+  }
+  if (body.parts > 0) give_up(body.first);
+  give_up(body.overflow);
+  write_body(cell, Body{});
+  TORCHSHM_POINT("release.cleared");
+  CellValue found = cell_value(cell);
+  if (found.state == CellState::kReleasing) (void)change_cell(cell, found, CellState::kFree, 0);
+}
+
+bool Catalogue::remove(std::string_view name) {
+  const Key key(name);
+  while (const auto found = look(key)) {
+    if (!replace(*found, nullptr)) continue;
+    header().removed.fetch_add(1, std::memory_order_relaxed);
+    return true;
+  }
+  return false;
+}
+
+// A dead owner's cell. First it becomes this process's, so that one of several sweepers goes on.
+void Catalogue::finish(uint32_t cell, CellValue found) {
+  const uint64_t me = member_.identity();
+  if (found.state == CellState::kReleasing) {
+    if (change_cell(cell, found, CellState::kReleasing, me)) release_cell(cell);
+    return;
+  }
+  if (!change_cell(cell, found, CellState::kLeaving, me)) return;
+  TORCHSHM_POINT("sweep.marked");
+  const Body body = read_body(cell);
+  for (;;) {
+    auto place = referring(cell, found.life, body.hash);
+    if (!place) {
+      let_go(cell, found.life);
+      return;
+    }
+    const bool bound = body.owner != 0;
+    const bool stays = place->value.state == SlotState::kNamed && !(bound && member_.gone(body.owner));
+    // Also where the name stays: an exchange of the slot that somebody prepared before this process marked the cell must fail, or its cell
+    // would be nobody's work.
+    const bool moved =
+        stays ? change_slot(*place, SlotState::kNamed, cell, found.life) : change_slot(*place, SlotState::kGone, 0, 0);
+    TORCHSHM_POINT("sweep.moved");
+    if (moved && stays) {
+      (void)change_cell(cell, found, bound ? CellState::kBound : CellState::kStanding, body.owner);
+      return;
+    }
+  }
+}
+
+uint32_t Catalogue::sweep() {
+  uint32_t finished = 0;
+  const uint64_t now = os::boot_time();
+  for (uint32_t cell = 0, used = cells_used(); cell < used; ++cell) {
+    const CellValue found = cell_value(cell);
+    if (found.state == CellState::kFree) continue;
+    if (found.state == CellState::kStanding || found.state == CellState::kBound) {
+      const Body body = read_body(cell);
+      const bool expired = body.expires != 0 && body.expires <= now;
+      const auto place = expired ? referring(cell, found.life, body.hash) : std::nullopt;
+      if (place && place->value.state == SlotState::kNamed && replace({*place, body}, nullptr)) {
+        header().expired.fetch_add(1, std::memory_order_relaxed);
+        ++finished;
+        continue;
+      }
+    }
+    if (found.state == CellState::kStanding) continue;
+    if (!member_.gone(found.owner)) continue;
+    finish(cell, found);
+    ++finished;
+  }
+  return finished;
+}
+
+}  // namespace torchshm::store

@@ -504,7 +504,7 @@ uint64_t scrambled(uint64_t i) {
 }
 
 TEST(CatalogueCheck, OfGarbageEndsInAReport) {
-  ::alarm(60);
+  const tests::Watchdog watchdog(60);
   using namespace store::offsets;  // NOLINT
   // A table at a time, so that the others are looked at as well; of the large ones the beginning.
   const std::pair<uint64_t, uint64_t> tables[] = {
@@ -523,7 +523,6 @@ TEST(CatalogueCheck, OfGarbageEndsInAReport) {
       }
     }
   }
-  ::alarm(0);
 }
 
 // ---- sound stores
@@ -652,7 +651,7 @@ TEST(CatalogueCheck, RaisesNoFalseAlarmOverClientsAtWork) {
   const int seconds = setting != nullptr ? std::atoi(setting) : 4;
   const char* chosen = std::getenv("TORCHSHM_SOAK_SEED");
   std::mt19937_64 random(chosen != nullptr ? std::strtoull(chosen, nullptr, 10) : 1);
-  ::alarm(static_cast<unsigned>(seconds) + 90);
+  const tests::Watchdog watchdog(static_cast<unsigned>(seconds) + 90);
   auto store = fresh_store(uint64_t{48} << 20);
   const auto violation = [&](bool at_rest) {
     auto report = store::check_catalogue(store->fd(), store.member->arena(), at_rest);
@@ -717,7 +716,6 @@ TEST(CatalogueCheck, RaisesNoFalseAlarmOverClientsAtWork) {
   (void)store->sweep();
   EXPECT_EQ(violation(true), "");
   EXPECT_EQ(pool::check(store.member->arena(), {.at_rest = true}).first(), "");
-  ::alarm(0);
   std::printf("%d checks over %zu clients at work, %d kills\n", checks, workers.size(), kills);
 }
 

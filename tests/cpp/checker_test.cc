@@ -533,7 +533,7 @@ uint64_t scrambled(uint64_t i) {
 class Garbage : public testing::TestWithParam<std::function<uint64_t(uint64_t)>> {};
 
 TEST_P(Garbage, EndsInAReport) {
-  ::alarm(60);
+  const tests::Watchdog watchdog(60);
   auto member = fresh_pool(uint64_t{32} << 20);
   auto other = join(*member);  // a copy of what is in the header stays with the arena, so the rest is looked at as well
   const auto size = pool::Offsets::of(member->arena().chunks()).total;
@@ -558,7 +558,7 @@ INSTANTIATE_TEST_SUITE_P(Checker, Garbage,
 class GarbageTable : public testing::TestWithParam<int> {};
 
 TEST_P(GarbageTable, EndsInAReport) {
-  ::alarm(60);
+  const tests::Watchdog watchdog(60);
   Scene scene;
   const pool::Offsets o = pool::Offsets::of(scene.arena().chunks());
   const uint64_t edges[] = {o.leases, o.chunks, o.tickets, o.blocks, o.ledgers, o.total};
@@ -759,7 +759,7 @@ TEST(Checker, RaisesNoFalseAlarmOverMembersAtWork) {
   const int seconds = setting != nullptr ? std::atoi(setting) : 4;
   const char* chosen = std::getenv("TORCHSHM_SOAK_SEED");
   std::mt19937_64 random(chosen != nullptr ? std::strtoull(chosen, nullptr, 10) : 1);
-  ::alarm(static_cast<unsigned>(seconds) + 90);
+  const tests::Watchdog watchdog(static_cast<unsigned>(seconds) + 90);
   auto member = fresh_pool(uint64_t{48} << 20);
   int pipe[2];
   ASSERT_EQ(::pipe2(pipe, O_NONBLOCK), 0);

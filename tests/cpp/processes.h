@@ -25,6 +25,15 @@ inline pid_t start(const std::function<bool()>& body) {
   return pid;
 }
 
+// A hang of this process ends as a failure; of this test alone, since others may follow in the same process.
+class Watchdog {
+ public:
+  explicit Watchdog(unsigned seconds) { ::alarm(seconds); }
+  ~Watchdog() { ::alarm(0); }
+  Watchdog(const Watchdog&) = delete;
+  Watchdog& operator=(const Watchdog&) = delete;
+};
+
 inline int wait_for(pid_t pid) {
   int status = 0;
   while (::waitpid(pid, &status, 0) < 0 && errno == EINTR) {

@@ -37,7 +37,8 @@ class Layer:
 # From the cheapest to the dearest.
 LAYERS = [
     Layer("relacy", "", ("--quiet", "--small")),
-    Layer("tests", "torchshm_tests", ("--gtest_brief=1", "--gtest_fail_fast")),
+    # Each in a process of its own, by ctest.
+    Layer("tests", "torchshm_tests"),
     Layer("points", "torchshm_points"),
     Layer("store_points", "torchshm_store_points"),
     Layer("step", "torchshm_step"),
@@ -93,12 +94,13 @@ def compiler() -> list[str]:
     return [*(["ccache"] if shutil.which("ccache") else []), os.environ.get("CXX", "c++")]
 
 
-def run(layer: Layer, program: Path) -> str:
+def run(layer: Layer, program: Path, jobs: int) -> str:
     """What the layer says: nothing when it has noticed nothing."""
-    results = program.parent / "results.json"
-    arguments = [*layer.arguments, *(["--json", str(results)] if layer.name != "tests" else [])]
+    command = [str(program), *layer.arguments, "--json", str(program.parent / "results.json")]
+    if layer.name == "tests":
+        command = ["ctest", "--test-dir", str(program.parent), "--stop-on-failure", "--parallel", str(jobs)]
     try:
-        done = subprocess.run([program, *arguments], capture_output=True, timeout=layer.seconds, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=layer.seconds, check=False)
     except subprocess.TimeoutExpired:
         return "hangs"
     if done.returncode == 0:
@@ -117,7 +119,7 @@ def with_relacy(layer: Layer, fault: Fault | None, work: Path) -> str:
     options = ["-std=c++20", "-O1", "-mcx16", "-w", "-I", str(tree / "csrc"), "-I", str(model)]
     program = tree / "torchshm_relacy"
     subprocess.run([*compiler(), *options, str(model / "relacy.cc"), "-o", str(program)], check=True)
-    return run(layer, program)
+    return run(layer, program, 1)
 
 
 def with_cmake(
@@ -142,7 +144,7 @@ def with_cmake(
         command = ["cmake", "--build", build, "--target", layer.target, "--parallel", str(jobs)]
         subprocess.run(command, check=True, capture_output=True)
         said[layer.name] = run(
-            layer, next(p for p in build.rglob(layer.target) if p.is_file() and os.access(p, os.X_OK))
+            layer, next(p for p in build.rglob(layer.target) if p.is_file() and os.access(p, os.X_OK)), jobs
         )
         if said[layer.name] and until_caught:
             break

@@ -16,9 +16,7 @@ except ImportError:
 
 from torchshm import _store_commands
 
-app = typer.Typer(
-    help="Arrays that cross processes through shared memory.", no_args_is_help=True, add_completion=False
-)
+app = typer.Typer(help="Arrays that cross processes through shared memory.", no_args_is_help=True)
 
 
 class StartMethod(str, enum.Enum):

@@ -21,8 +21,29 @@ from torchshm.errors import StoreUnavailableError, TorchshmError
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
-Name = Annotated[str | None, typer.Argument(metavar="NAME", help="The store's name.", show_default=False)]
-NameOption = Annotated[str | None, typer.Option("--name", metavar="NAME", help="The store's name.")]
+
+def _stores(incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    return [name for name in _C.store_names() if name.startswith(incomplete)]
+
+
+def _keys(ctx: typer.Context, incomplete: str) -> list[str]:
+    """For the shell's completion: names in the store that the line has named before."""
+    try:
+        with connect(ctx.params.get("argument") or "", 0) as store:
+            return store.keys(incomplete)[:1000]
+    except (TorchshmError, ValueError):
+        return []
+
+
+Name = Annotated[
+    str | None,
+    typer.Argument(metavar="NAME", help="The store's name.", show_default=False, autocompletion=_stores),
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="The store's name.", autocompletion=_stores),
+]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
 
@@ -259,7 +280,8 @@ def ls(
 def info(
     argument: Name = None,
     key: Annotated[
-        str | None, typer.Argument(metavar="KEY", help="A name in it.", show_default=False)
+        str | None,
+        typer.Argument(metavar="KEY", help="A name in it.", show_default=False, autocompletion=_keys),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -276,8 +298,10 @@ def info(
 
 
 def rm(
-    argument: Annotated[str, typer.Argument(metavar="NAME", help="The store's name.")],
-    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Names in it.")],
+    argument: Annotated[
+        str, typer.Argument(metavar="NAME", help="The store's name.", autocompletion=_stores)
+    ],
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Names in it.", autocompletion=_keys)],
     as_json: Json = False,
 ) -> None:
     """Remove names from a store. Who holds the data keeps it."""

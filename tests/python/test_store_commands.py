@@ -216,3 +216,31 @@ def test_check_of_what_is_not_there_is_status_2(served, tmp_path):
     assert "no living process has the store" in command("check", "--store", "nobody", code=2)
     command("check", "--store", "shell", "--pid", str(served), code=2)
     command("check", "--catalogue", str(tmp_path), code=2)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("ls s", ["shell"]),
+        ("info shell t", ["t2m", "tp"]),
+        ("rm shell t2m tp", ["tp"]),
+        ("info nobody t", []),
+    ],
+)
+def test_the_shell_completes_stores_and_names(served, line, found):
+    torchshm.connect("shell").save("t2m", 1)
+    torchshm.connect("shell").save("tp", 2)
+    words = ["torchshm", *line.split()]
+    done = subprocess.run(
+        [Path(sys.executable).with_name("torchshm")],
+        env={
+            **os.environ,
+            "_TORCHSHM_COMPLETE": "complete_bash",
+            "COMP_WORDS": " ".join(words),
+            "COMP_CWORD": str(len(words) - 1),
+        },
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.stdout.split() == found, done.stderr

@@ -612,20 +612,26 @@ TEST(Janitor, GivesBackWhatIsWarmBeyondTheWatermark) {
 }
 
 TEST(Janitor, IsWaitedForWhenItsPagesAreAllThereIs) {
-  auto made = Member::create(1, {64 * kMib, kMib});
-  ASSERT_TRUE(made.ok());
-  Member& member = **made;
-  auto before = member.allocate(64 * kMib, false);
-  ASSERT_TRUE(before.ok());
-  std::atomic<bool> at_it = false;
-  const Between between("trim.claimed", [&] {
-    at_it = true;
-    ::usleep(200000);
-  });
-  member.release(before->block, Mode::kReadWrite);
-  while (!at_it) ::usleep(1000);
-  auto block = member.allocate(64 * kMib, false);
-  EXPECT_TRUE(block.ok()) << block.status().what();
+  static std::atomic<int> passed;
+  passed = 0;
+  failpoint::Plan slowly;  // armed before the thread is there, and until it has gone
+  slowly.only = "trim.claimed";
+  slowly.watch = [](const char*, bool) {
+    if (passed.fetch_add(1) == 0) ::usleep(200000);
+  };
+  failpoint::arm(slowly);
+  {
+    auto made = Member::create(1, {64 * kMib, kMib});
+    ASSERT_TRUE(made.ok());
+    Member& member = **made;
+    auto before = member.allocate(64 * kMib, false);
+    ASSERT_TRUE(before.ok());
+    member.release(before->block, Mode::kReadWrite);
+    while (passed == 0) ::usleep(1000);
+    auto block = member.allocate(64 * kMib, false);
+    EXPECT_TRUE(block.ok()) << block.status().what();
+  }
+  failpoint::disarm();
 }
 
 TEST(Janitor, WithoutThreadsTheChunksStayWarm) {

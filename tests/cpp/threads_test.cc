@@ -108,7 +108,7 @@ class Crowd {
         step(*self, held, random);
       } catch (const failpoint::Died&) {
         if (self) {
-          first_->arena().lease(self->membership().slot()).word.fetch_or(0);  // "after all it has written"
+          TORCHSHM_TSAN_RELEASE(&first_->arena().lease(self->membership().slot()));  // "after all it has written"
           self.reset();
         }
         held.clear();

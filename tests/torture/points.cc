@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "points_session.h"
+#include "result_file.h"
 
 namespace torchshm::torture {
 namespace {
@@ -284,31 +285,15 @@ Trial draw(uint64_t seed) {
 
 // ---- the report
 
-std::string quoted(const std::string& text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      out += '\\';
-      out += c;
-    } else {
-      out += static_cast<unsigned char>(c) < 32 ? ' ' : c;
-    }
-  }
-  return out + '"';
-}
-
 void write_json(const Options& options, double seconds, const std::vector<std::string>& violations) {
-  if (options.json.empty()) return;
   const Totals& t = *here.totals;
-  std::ofstream out(options.json);
-  out << "{\"name\": \"" << subject().name << "\", \"seed\": " << options.seed
-      << ", \"full\": " << (options.full ? "true" : "false") << ", \"seconds\": " << seconds << ",\n \"figures\": {\n";
   size_t reached = 0;
   for (size_t i = 0; i < point_names().size(); ++i) {
     bool any = false;
     for (const auto& run : t.reached) any = any || run[i].load() != 0;
     reached += any ? 1 : 0;
   }
+  ResultFile result{subject().name, options.seed, options.full, seconds, {}, violations};
   const std::vector<std::pair<const char*, uint64_t>> figures = {
       {"operations", operations().size()},
       {"names of points in the sources", point_names().size()},
@@ -325,12 +310,8 @@ void write_json(const Options& options, double seconds, const std::vector<std::s
       {"times the whole limit was allocated afterwards", t.wholes.load()},
       {"operations of the survivors meanwhile", t.survivor_operations.load()},
   };
-  for (size_t i = 0; i < figures.size(); ++i) {
-    out << "  " << quoted(figures[i].first) << ": " << figures[i].second << (i + 1 < figures.size() ? ",\n" : "\n");
-  }
-  out << " },\n \"violations\": [";
-  for (size_t i = 0; i < violations.size(); ++i) out << (i == 0 ? "" : ", ") << quoted(violations[i]);
-  out << "]}\n";
+  result.count(figures);
+  result.write(options.json);
 }
 
 int find_operation(const std::string& name) {

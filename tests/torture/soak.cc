@@ -30,6 +30,7 @@
 #include "pool/checker.h"
 #endif
 #include "pool/members.h"
+#include "result_file.h"
 #include "soak_worker.h"
 
 namespace torchshm::torture {
@@ -601,30 +602,11 @@ class Conductor {
   }
 
   void write_json() const {
-    if (options_.json.empty()) return;
-    FILE* file = std::fopen(options_.json.c_str(), "we");
-    if (file == nullptr) {
-      std::perror(options_.json.c_str());
-      std::exit(2);
-    }
-    std::fprintf(file, "{\"name\": \"soak\", \"seed\": %lu, \"full\": %s, \"seconds\": %.1f, \"figures\": {",
-                 options_.seed, options_.full ? "true" : "false", seconds_);
-    const char* separator = "";
-    for (const auto& [name, value] : figures()) {
-      std::fprintf(file, "%s\"%s\": %lu", separator, name.c_str(), value);
-      separator = ", ";
-    }
-    std::fprintf(file, "}, \"violations\": [");
-    for (uint32_t n = 0; n < std::min(board_->found.load(), kMostFound); ++n) {
-      std::string text;
-      for (const char* c = board_->what[n]; *c != 0; ++c) {
-        if (*c == '"' || *c == '\\') text += '\\';
-        text += static_cast<unsigned char>(*c) < 32 ? ' ' : *c;
-      }
-      std::fprintf(file, "%s\"%s\"", n == 0 ? "" : ", ", text.c_str());
-    }
-    std::fprintf(file, "]}\n");
-    std::fclose(file);
+    ResultFile result{"soak", options_.seed, options_.full, seconds_, {}, {}};
+    result.count(figures());
+    for (uint32_t n = 0; n < std::min(board_->found.load(), kMostFound); ++n)
+      result.violations.emplace_back(board_->what[n]);
+    result.write(options_.json);
   }
 
   Options options_;

@@ -27,6 +27,7 @@
 #include <set>
 #include <unordered_map>
 
+#include "result_file.h"
 #include "step_picture.h"
 #include "step_tracee.h"
 #include "step_verify.h"
@@ -345,15 +346,6 @@ struct Arguments {
   int64_t trials = -1, instruction = -1, at = -1, variant = -1;
 };
 
-std::string quoted(const std::string& text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') out += '\\';
-    if (static_cast<unsigned char>(c) >= ' ') out += c;
-  }
-  return out + "\"";
-}
-
 Arguments parse(int count, char** values) {
   Arguments out;
   for (int i = 1; i < count; ++i) {
@@ -402,19 +394,6 @@ Arguments parse(int count, char** values) {
 }
 
 using Figures = std::vector<std::pair<std::string, std::string>>;
-
-void write_json(const Arguments& arguments, double seconds, const Figures& figures) {
-  if (arguments.json.empty()) return;
-  std::filesystem::create_directories(std::filesystem::absolute(arguments.json).parent_path());
-  std::ofstream file(arguments.json);
-  file << "{\"name\": \"step\", \"seed\": " << arguments.seed << ", \"full\": " << (arguments.full ? "true" : "false")
-       << ", \"seconds\": " << seconds << ", \"figures\": {";
-  for (size_t i = 0; i < figures.size(); ++i)
-    file << (i ? ", " : "") << quoted(figures[i].first) << ": " << figures[i].second;
-  file << "}, \"violations\": [";
-  for (size_t i = 0; i < totals.violations.size(); ++i) file << (i ? ", " : "") << quoted(totals.violations[i]);
-  file << "]}\n";
-}
 
 bool every_instruction(const Operation& operation) {
   static const std::set<std::string> families = {"allocate", "hold", "release", "issue", "redeem", "reap"};
@@ -580,7 +559,7 @@ int campaign(const Arguments& arguments) {
   figures.emplace_back("kills in another state than recorded", std::to_string(totals.inexact));
   for (const auto& [name, value] : figures) std::printf("  %-58s %s\n", name.c_str(), value.c_str());
   std::printf("%zu violations, %.1f s, seed %lu\n", totals.violations.size(), seconds(), arguments.seed);
-  write_json(arguments, seconds(), figures);
+  ResultFile{"step", arguments.seed, arguments.full, seconds(), figures, totals.violations}.write(arguments.json);
   return totals.violations.empty() ? 0 : 1;
 }
 

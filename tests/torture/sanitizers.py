@@ -26,10 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build/torture"
 
 # What is about _C, and neither about other packages (which bring extension modules of their own), nor about limits on
-# address space, of which the sanitizers want terabytes.
+# address space or counts of mappings, of which the sanitizers have many of their own.
 PYTHON_SUITES = (
     "dtypes",
-    "descriptors",
     "fork",
     "handles",
     "killed_midway",

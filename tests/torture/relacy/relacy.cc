@@ -402,8 +402,8 @@ constexpr Entry kScenarios[] = {
     {"reuse_dies", explore<2, ReuseDies>, kAll, kAll, "the same, and the slow reaper dies"},
     {"late", explore<2, Late>, kAll, kAll, "the slow reaper has only just joined"},
     {"nested", explore<2, Nested>, 2, 4, "the sender dies, its reaper dies, another reaps both"},
-    {"three", explore<3, Three>, 1, 3, "two receive one message, the sender drops and allocates"},
-    {"three_take", explore<3, ThreeTake>, 1, 3, "owner, taker who dies, second taker"},
+    {"three", explore<3, Three>, 1, 2, "two receive one message, the sender drops and allocates"},
+    {"three_take", explore<3, ThreeTake>, 1, 2, "owner, taker who dies, second taker"},
     {"three_reap", explore<3, ThreeReap>, 2, 4, "reaper, another holder, a ticket taken back"},
 };
 

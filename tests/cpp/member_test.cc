@@ -164,6 +164,32 @@ TEST(Allocate, WhatOthersFreedIsFoundByHintAndWhenHintsWereLost) {
   EXPECT_EQ(fill_and_hand_over().size(), handles.size());
 }
 
+TEST(Allocate, WhatOthersFreedIsUsedBeforeThePoolGrowsAlsoWhenHintsWereLost) {
+  auto owner = fresh_pool(256 * kMib);
+  auto other = join(*owner);
+  std::vector<Handle> handles;
+  const auto take = [&] {
+    for (int i = 0; i < 5000; ++i) {  // more than the ring of hints has
+      auto block = owner->allocate(4096, false);
+      ASSERT_TRUE(block.ok());
+      handles.push_back(*owner->issue(block->block));
+      owner->release(block->block, Mode::kReadWrite);
+    }
+  };
+  take();
+  const uint64_t grown = owner->stats().committed;
+  // In an order that leaves free pages in every chunk, but no chunk empty.
+  for (size_t i = 0; i < handles.size(); ++i) {
+    if (i % 512 == 0) continue;
+    auto view = other->redeem(handles[i], Mode::kReadWrite);
+    ASSERT_TRUE(view.ok());
+    other->release(view->block, Mode::kReadWrite);
+  }
+  handles.clear();
+  take();
+  EXPECT_LE(owner->stats().committed, grown + kChunk);
+}
+
 TEST(Allocate, AHintThatIsCountedAndNotWrittenYetCostsALook) {
   auto member = fresh_pool(8 * kMib);
   std::vector<uint32_t> blocks;

@@ -363,6 +363,18 @@ TEST_F(SpaceTest, ARunWhoseHeadAnOldReleaserFreedIsClaimedAgain) {
   EXPECT_EQ(chunk(block / kPagesPerChunk).generation, a.generation(block));
 }
 
+TEST_F(SpaceTest, ARunIsReleasedWithItsHeadLast) {
+  const uint32_t block = a.run(6 * kMib);
+  const uint32_t head = block / kPagesPerChunk;
+  const uint64_t generation = a.generation(block);
+  std::vector<ChunkState> head_was;
+  const Between between(
+      "release_run.idle", [&] { head_was.push_back(chunk(head).state); }, Between::kEachTime);
+  a.ledger.drop(block);
+  a.space.release_run(block, generation);
+  EXPECT_EQ(head_was, (std::vector{ChunkState::kRun, ChunkState::kRun, ChunkState::kIdle}));
+}
+
 TEST_F(SpaceTest, AChunkThatIsReapedWhileItsOwnerSleepsIsNotUsed) {
   const Between between("claim_small.backed", [&] { a.space.inherit(a.slot); });
   const uint32_t block = a.small();

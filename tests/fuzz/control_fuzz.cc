@@ -6,6 +6,7 @@
 #include <ctime>
 
 #include <algorithm>
+#include <filesystem>
 
 #include "input.h"
 #include "no_sleep.h"
@@ -31,6 +32,10 @@ int64_t processor_time() {
   return t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
+long threads() {
+  return std::distance(std::filesystem::directory_iterator("/proc/self/task"), std::filesystem::directory_iterator());
+}
+
 class Target {
  public:
   void one(Input input) {
@@ -50,6 +55,7 @@ class Target {
   }
 
  private:
+  const long threads_ = threads();
   struct Held {
     Member::View view;
     Mode mode;
@@ -236,7 +242,8 @@ class Target {
         break;
       case 12:
         member_->prepare_fork();
-        if (input.byte() % 4 != 0) {
+        // A child has none of its parent's threads: where the janitor has one, this process can't play the child.
+        if (input.byte() % 4 != 0 || threads() > threads_) {
           member_->parent_after_fork();
           break;
         }

@@ -112,8 +112,8 @@ bool Membership::dead(const Arena& arena, uint32_t me, uint32_t slot) { return i
 bool gone(const Arena& arena, uint32_t slot) {
   // The lock is looked at through the control file's own description, which never holds one.
   if (os::locked_by_other(arena.control_fd(), slot)) return false;
-  TORCHSHM_TSAN_ACQUIRE(
-      &arena.lease(slot));  // the kernel's lock orders all that the dead have written; the tool does not know it
+  // The kernel's lock orders all that the dead have written; ThreadSanitizer does not know that.
+  TORCHSHM_TSAN_ACQUIRE(&arena.lease(slot));
   if (!arena.owns_descriptors()) return false;  // somebody else's file was asked
   // A living process may have closed all its descriptors (a daemonising one does); what it has mapped it can still see.
   const Lease& lease = arena.lease(slot);

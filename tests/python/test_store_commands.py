@@ -221,7 +221,7 @@ def test_check_of_what_is_not_there_is_status_2(served, tmp_path):
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("ls s", ["shell"]),
+        ("ls shel", ["shell"]),
         ("info shell t", ["t2m", "tp"]),
         ("rm shell t2m tp", ["tp"]),
         ("info nobody t", []),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
-class NamedStore:
+class NamedStore(ABC):
     """One way of finding a uint8 array by name.
 
     `serve` runs in a process of its own, `attach` with what it returned in the processes that use the store. Where `apart` is not set
@@ -31,21 +32,23 @@ class NamedStore:
 
     def attach(self, address: Any) -> None:
         """Makes this process a client."""
+        return
 
+    @abstractmethod
     def save(self, key: str, array: Bytes) -> None:
         """Puts a copy of `array` under `key`, which is free."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, key: str) -> Any:
         """What lies under `key`, without a copy; `view` makes an array of it."""
-        raise NotImplementedError
 
     def view(self, loaded: Any) -> Bytes:
         return loaded
 
+    @abstractmethod
     def remove(self, key: str) -> None:
         """Frees what lies under `key`."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Ends what `serve` started."""
+        return

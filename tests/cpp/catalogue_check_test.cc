@@ -6,13 +6,12 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 
-#include <chrono>
 #include <functional>
-#include <optional>
 #include <random>
 #include <vector>
 
 #include "base/failpoint.h"
+#include "crowd_at_work.h"
 #include "os/mapping.h"
 #include "os/process.h"
 #include "pool/members.h"
@@ -585,22 +584,12 @@ class Hammer {
   bool run() {
     for (;;) {
       ::alarm(30);
-      if (random_() % 30 == 0) end_up_midway();
+      if (random_() % 30 == 0) end_up_midway(random_, 100);
       step(true);
     }
   }
 
  private:
-  // Stopped, or now and then dead, between two steps of some operation to come; the parent sends SIGCONT.
-  void end_up_midway() {
-#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
-    failpoint::Plan plan;
-    plan.action = random_() % 8 == 0 ? failpoint::Action::kKill : failpoint::Action::kStop;
-    plan.at = 1 + random_() % 100;
-    failpoint::arm(plan);
-#endif
-  }
-
   std::string key() {
     const auto n = random_() % 12;
     return (n < 3 ? std::string(300, 'k') : n == 3 ? std::string("\0", 1) : "k") + std::to_string(n);
@@ -647,76 +636,20 @@ class Hammer {
 };
 
 TEST(CatalogueCheck, RaisesNoFalseAlarmOverClientsAtWork) {
-  const char* setting = std::getenv("TORCHSHM_SOAK_SECONDS");
-  const int seconds = setting != nullptr ? std::atoi(setting) : 4;
-  const char* chosen = std::getenv("TORCHSHM_SOAK_SEED");
-  std::mt19937_64 random(chosen != nullptr ? std::strtoull(chosen, nullptr, 10) : 1);
-  const tests::Watchdog watchdog(static_cast<unsigned>(seconds) + 90);
+  const SoakSettings settings;
+  const tests::Watchdog watchdog(static_cast<unsigned>(settings.seconds) + 90);
   auto store = fresh_store(uint64_t{48} << 20);
   const auto violation = [&](bool at_rest) {
     auto report = store::check_catalogue(store->fd(), store.member->arena(), at_rest);
     return report.ok() ? report->first() : report.status().what();
   };
-  struct Process {
-    pid_t pid;
-    bool stopped;
-  };
-  std::vector<Process> workers(5);
-  const auto launch = [&](Process& worker) {
-    const uint64_t seed = random();
-    worker = {start([&] { return Hammer(store, seed).run(); }), false};
-  };
-  for (Process& worker : workers) launch(worker);
-  struct Ending {
-    std::vector<Process>& workers;
-    ~Ending() {  // also when an assertion ends the test
-      for (const Process& worker : workers) {
-        ::kill(worker.pid, SIGKILL);
-        (void)wait_for(worker.pid);
-      }
-    }
-  };
-  std::optional<Ending> ending(std::in_place, workers);
-  int checks = 0, kills = 0;
-  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
-  while (std::chrono::steady_clock::now() < end) {
-    Process& worker = workers[random() % workers.size()];
-    switch (random() % 4) {
-      case 0:  // dead, and not swept until somebody does
-        ::kill(worker.pid, SIGKILL);
-        (void)wait_for(worker.pid);
-        ++kills;
-        ASSERT_EQ(violation(false), "");
-        launch(worker);
-        break;
-      case 1:
-        ::kill(worker.pid, worker.stopped ? SIGCONT : SIGSTOP);
-        worker.stopped = !worker.stopped;
-        break;
-      default:
-        ::usleep(static_cast<useconds_t>(random() % 5000));
-        if (!worker.stopped) ::kill(worker.pid, SIGCONT);  // it may have stopped by itself
-        break;
-    }
-    if (random() % 8 == 0) {  // nobody moves, wherever they are
-      for (const Process& each : workers) ::kill(each.pid, SIGSTOP);
-      ::usleep(1000);
-      ASSERT_EQ(violation(false), "");
-      for (const Process& each : workers) {
-        if (!each.stopped) ::kill(each.pid, SIGCONT);
-      }
-    }
-    ASSERT_EQ(violation(false), "");
-    ++checks;
-  }
-  ending.reset();
-  ASSERT_EQ(violation(false), "");
+  CrowdAtWork crowd(settings.seed, [&](uint64_t seed) { return Hammer(store, seed).run(); });
+  ASSERT_EQ(crowd.run(settings.seconds, [&] { return violation(false); }), "");
   // Forked children of the killed are nobody's to wait for.
   for (int i = 0; i < 600 && store.member->stats().leases.size() > 1; ++i) ::usleep(10000);
   (void)store->sweep();
   EXPECT_EQ(violation(true), "");
   EXPECT_EQ(pool::check(store.member->arena(), {.at_rest = true}).first(), "");
-  std::printf("%d checks over %zu clients at work, %d kills\n", checks, workers.size(), kills);
 }
 
 }  // namespace

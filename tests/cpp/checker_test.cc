@@ -7,15 +7,14 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
-#include <chrono>
 #include <cstring>
 #include <functional>
-#include <optional>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "base/failpoint.h"
+#include "crowd_at_work.h"
 #include "os/mapping.h"
 #include "pool/members.h"
 #include "processes.h"
@@ -695,22 +694,12 @@ class Hammer {
   bool run() {
     for (;;) {
       ::alarm(30);
-      if (random_() % 30 == 0) end_up_midway();
+      if (random_() % 30 == 0) end_up_midway(random_, 60);
       step();
     }
   }
 
  private:
-  // Stopped, or now and then dead, between two steps of some operation to come; the parent sends SIGCONT.
-  void end_up_midway() {
-#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
-    failpoint::Plan plan;
-    plan.action = random_() % 8 == 0 ? failpoint::Action::kKill : failpoint::Action::kStop;
-    plan.at = 1 + random_() % 60;
-    failpoint::arm(plan);
-#endif
-  }
-
   void step() {
     const uint64_t what = random_() % 200;
     if (what < 70 && held_.size() < 40) {
@@ -755,76 +744,18 @@ class Hammer {
 };
 
 TEST(Checker, RaisesNoFalseAlarmOverMembersAtWork) {
-  const char* setting = std::getenv("TORCHSHM_SOAK_SECONDS");
-  const int seconds = setting != nullptr ? std::atoi(setting) : 4;
-  const char* chosen = std::getenv("TORCHSHM_SOAK_SEED");
-  std::mt19937_64 random(chosen != nullptr ? std::strtoull(chosen, nullptr, 10) : 1);
-  const tests::Watchdog watchdog(static_cast<unsigned>(seconds) + 90);
+  const SoakSettings settings;
+  const tests::Watchdog watchdog(static_cast<unsigned>(settings.seconds) + 90);
   auto member = fresh_pool(uint64_t{48} << 20);
   int pipe[2];
   ASSERT_EQ(::pipe2(pipe, O_NONBLOCK), 0);
-  struct Process {
-    pid_t pid;
-    bool stopped;
-  };
-  std::vector<Process> workers(5);
-  const auto launch = [&](Process& worker) {
-    const uint64_t seed = random();
-    worker = {start([&] { return Hammer(*member, pipe, seed).run(); }), false};
-  };
-  for (Process& worker : workers) launch(worker);
-  struct Ending {
-    std::vector<Process>& workers;
-    ~Ending() {  // also when an assertion ends the test
-      for (const Process& worker : workers) {
-        ::kill(worker.pid, SIGKILL);
-        (void)wait_for(worker.pid);
-      }
-      workers.clear();
-    }
-  };
-  std::optional<Ending> ending(std::in_place, workers);
-  int checks = 0, kills = 0;
-  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
-  while (std::chrono::steady_clock::now() < end) {
-    Process& worker = workers[random() % workers.size()];
-    switch (random() % 4) {
-      case 0:  // dead, and not taken back until somebody notices
-        ::kill(worker.pid, SIGKILL);
-        (void)wait_for(worker.pid);
-        ++kills;
-        ASSERT_EQ(pool::check(member->arena()).first(), "");
-        launch(worker);
-        break;
-      case 1:
-        ::kill(worker.pid, worker.stopped ? SIGCONT : SIGSTOP);
-        worker.stopped = !worker.stopped;
-        break;
-      default:
-        ::usleep(static_cast<useconds_t>(random() % 5000));
-        if (!worker.stopped) ::kill(worker.pid, SIGCONT);  // it may have stopped by itself
-        break;
-    }
-    if (random() % 8 == 0) {  // nobody moves, wherever they are
-      for (const Process& each : workers) ::kill(each.pid, SIGSTOP);
-      ::usleep(1000);
-      ASSERT_EQ(pool::check(member->arena()).first(), "");
-      for (const Process& each : workers) {
-        if (!each.stopped) ::kill(each.pid, SIGCONT);
-      }
-    }
-    ASSERT_EQ(pool::check(member->arena()).first(), "");
-    ++checks;
-  }
-  const size_t count = workers.size();
-  ending.reset();
-  ASSERT_EQ(pool::check(member->arena()).first(), "");
+  CrowdAtWork crowd(settings.seed, [&](uint64_t seed) { return Hammer(*member, pipe, seed).run(); });
+  ASSERT_EQ(crowd.run(settings.seconds, [&] { return pool::check(member->arena()).first(); }), "");
   // Forked children of the killed are nobody's to wait for.
   for (int i = 0; i < 600 && member->stats().leases.size() > 1; ++i) ::usleep(10000);
   const CheckReport report = pool::check(member->arena(), kAtRest);
   EXPECT_EQ(report.first(), "");
   EXPECT_EQ(report.leases, 1u);
-  std::printf("%d checks over %zu processes at work, %d kills\n", checks, count, kills);
 }
 
 }  // namespace

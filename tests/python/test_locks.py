@@ -5,7 +5,6 @@ import gc
 import multiprocessing
 import os
 import pickle
-import platform
 import signal
 import subprocess
 import sys
@@ -174,7 +173,6 @@ def test_a_forked_child_takes_the_lock_for_itself(store):
     os.close(tell)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of the system call is another")
 def test_release_frees_it_also_where_a_fork_ran_no_handlers(store):
     libc = ctypes.CDLL(None, use_errno=True)
     lock = store.lock("a")

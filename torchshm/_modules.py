@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torchshm.errors import TorchshmError
@@ -53,17 +53,16 @@ def describe(module: torch.nn.Module) -> dict[str, Any]:
         )
     state, passing = {}, []
     bare: dict[int, torch.Tensor] = {}
-    for name, _, tensor, persistent in _tensors(module):
-        _no_lazy(name, tensor)
+    found = _Found(module)
+    found.refuse_lazy()
+    for name, _, tensor, persistent in found.tensors:
         plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
         state[name] = (
             tensor if plain else bare.setdefault(id(tensor), tensor.detach().as_subclass(torch.Tensor))
         )
         if not persistent:
             passing.append(name)
-    extra = {
-        _joined(at, _EXTRA): each.get_extra_state() for at, each in module.named_modules() if _has_extra(each)
-    }
+    extra = {_joined(at, _EXTRA): each.get_extra_state() for at, each in found.with_extra}
     leaves: list[torch.Tensor] = []
     pickled, why, file = None, "", io.BytesIO()
     try:
@@ -151,12 +150,65 @@ def into(
     import torch
 
     module = target if isinstance(target, torch.nn.Module) else _made(target, state)
-    _check(module, state, strict)
-    _point(module, state)
-    for at, each in module.named_modules():
-        if _has_extra(each) and (name := _joined(at, _EXTRA)) in state.extra:
+    found = _Found(module)
+    _check(found, state, strict)
+    _point(found, state)
+    for at, each in found.with_extra:
+        if (name := _joined(at, _EXTRA)) in state.extra:
             each.set_extra_state(state.extra[name])
     return module
+
+
+class _Found:
+    """What a module has, from one walk over it."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        import torch
+
+        self.module = module
+        self.tensors: list[tuple[str, bool, torch.Tensor, bool]] = []
+        """Name, whether it is a parameter, tensor, whether a state_dict has it; tied ones under each of their names."""
+        self.with_extra: list[tuple[str, torch.nn.Module]] = []
+        self.attributes: list[tuple[str, torch.Tensor]] = []
+        """Tensors that are plain attributes."""
+        self._seen: set[torch.nn.Module] = set()
+        self._kind, self._no_extra = torch.Tensor, torch.nn.Module.get_extra_state
+        self._usual = frozenset(vars(torch.nn.Module()))  # no tensor is in these
+        self._walk("", module)
+
+    def _walk(self, at: str, module: torch.nn.Module) -> None:
+        add = self.tensors.append
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                add((at + name, True, parameter, True))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                add((at + name, False, buffer, name not in module._non_persistent_buffers_set))
+        if module not in self._seen:
+            self._seen.add(module)
+            if type(module).get_extra_state is not self._no_extra:
+                self.with_extra.append((at[:-1], module))
+            attributes = vars(module)
+            for name in attributes:
+                if name not in self._usual and isinstance(attributes[name], self._kind):
+                    self.attributes.append((at + name, attributes[name]))
+        for name, child in module._modules.items():
+            if child is not None:
+                self._walk(f"{at}{name}.", child)
+
+    def refuse_lazy(self) -> None:
+        from torch.nn.parameter import is_lazy
+
+        for name, _, tensor, _ in self.tensors:
+            if is_lazy(tensor):
+                raise ValueError(
+                    f"{name} has no shape yet: run the lazy module once before it is saved or loaded"
+                )
+
+    def left_on_meta(self, state: State) -> list[str]:
+        """Tensors without memory that `state` has nothing for: buffers, and plain attributes."""
+        left = [name for name, _, tensor, _ in self.tensors if name not in state.tensors and tensor.is_meta]
+        return left + [name for name, tensor in self.attributes if tensor.is_meta]
 
 
 def _made(factory: Callable[[], torch.nn.Module], state: State) -> torch.nn.Module:
@@ -173,102 +225,75 @@ def _made(factory: Callable[[], torch.nn.Module], state: State) -> torch.nn.Modu
             module = factory()
     except Exception:  # it looks at values, which are not there; its own errors come again below
         pass
-    if not isinstance(module, torch.nn.Module) or _left_on_meta(module, state):
+    if not isinstance(module, torch.nn.Module) or _Found(module).left_on_meta(state):
         module = factory()
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"the function made a {type(module).__name__}, not a torch.nn.Module")
     return module
 
 
-def _left_on_meta(module: torch.nn.Module, state: State) -> list[str]:
-    """Tensors without memory that `state` has nothing for: buffers, and plain attributes."""
-    import torch
-
-    left = [name for name, _, tensor, _ in _tensors(module) if tensor.is_meta and name not in state.tensors]
-    for at, each in module.named_modules():
-        left += [_joined(at, n) for n, x in vars(each).items() if isinstance(x, torch.Tensor) and x.is_meta]
-    return left
-
-
-def _check(module: torch.nn.Module, state: State, strict: bool) -> None:
+def _check(found: _Found, state: State, strict: bool) -> None:
     """Raise what load_state_dict would, before anything is changed."""
-    own = {name: tensor for name, _, tensor, _ in _tensors(module)}
-    expected = {name for name, _, _, persistent in _tensors(module) if persistent}
-    extras = {_joined(at, _EXTRA) for at, each in module.named_modules() if _has_extra(each)}
-    problems = []
-    for name, tensor in own.items():
-        _no_lazy(name, tensor)
-        needed = name in expected or tensor.is_meta
-        if needed and name in state.tensors and tensor.shape != state.tensors[name].shape:
+    saved, problems = state.tensors, []
+    found.refuse_lazy()
+    for name, _, tensor, persistent in found.tensors:
+        other = saved.get(name)
+        if other is not None and tensor.shape != other.shape and (persistent or tensor.is_meta):
             problems.append(
-                f"size mismatch for {name}: a tensor with shape {tuple(state.tensors[name].shape)} is in the store, the shape in the "
+                f"size mismatch for {name}: a tensor with shape {tuple(other.shape)} is in the store, the shape in the "
                 f"module is {tuple(tensor.shape)}."
             )
+    expected = {name for name, _, _, persistent in found.tensors if persistent}
     if strict:
-        unexpected = [n for n in state.tensors if n not in own and n not in state.passing]
+        own = {name for name, *_ in found.tensors}
+        extras = {_joined(at, _EXTRA) for at, _ in found.with_extra}
+        unexpected = [n for n in saved if n not in own and n not in state.passing]
         unexpected += [n for n in state.extra if n not in extras]
-        missing = [n for n in own if n in expected and n not in state.tensors]
+        missing = [name for name, _, _, persistent in found.tensors if persistent and name not in saved]
         missing += sorted(extras - set(state.extra))
         if missing:
             problems.insert(0, f"Missing key(s): {_listed(missing)}.")
         if unexpected:
             problems.insert(0, f"Unexpected key(s): {_listed(unexpected)}.")
-    left = [name for name in _left_on_meta(module, state) if not strict or name not in expected]
+    left = [name for name in found.left_on_meta(state) if not strict or name not in expected]
     if left:
         problems.append(f"On the meta device, and not in the store: {_listed(left)}.")
     if problems:
         lines = "".join(f"\n\t{each}" for each in problems)
-        raise RuntimeError(f"Error(s) in loading {type(module).__name__} from the store:{lines}")
+        raise RuntimeError(f"Error(s) in loading {type(found.module).__name__} from the store:{lines}")
 
 
-def _point(module: torch.nn.Module, state: State) -> None:
+def _point(found: _Found, state: State) -> None:
     """Let parameters and buffers be the tensors of `state`; the objects stay, and so do optimizers and ties."""
     import torch
 
+    strided, saved = torch.strided, state.tensors
+    plain = (torch.Tensor, torch.nn.Parameter)
+    # The last of the steps of torch.utils.swap_tensors, which takes eight times as long: classes and attributes stay as they are.
+    swap = getattr(torch._C, "_swap_tensor_impl", None)
     whose: dict[
         int, tuple[int, int]
     ] = {}  # by address: which tensor of the module has that memory, and where it was before
-    for name, is_parameter, tensor, _ in _tensors(module):
-        found = state.tensors.get(name)
-        if found is None or found.shape != tensor.shape:
+    for name, is_parameter, tensor, _ in found.tensors:
+        value = saved.get(name)
+        if value is None or value.shape != tensor.shape:
             continue
-        value = found.detach()
-        if value.layout == torch.strided and value.numel() > 0:
-            before = 0 if tensor.layout != torch.strided else tensor.data_ptr()
-            other, theirs = whose.setdefault(value.data_ptr(), (id(tensor), before))
+        value = value.detach()
+        if value.layout is strided and (address := value.data_ptr()) != 0:
+            before = 0 if tensor.layout is not strided else tensor.data_ptr()
+            other, theirs = whose.setdefault(address, (id(tensor), before))
             if other != id(tensor) and theirs != (before or None):
                 value = value.clone()  # tied where it was saved, and not here
-        if (value.device, value.dtype, value.layout) == (tensor.device, tensor.dtype, tensor.layout):
+        if value.device == tensor.device and value.dtype is tensor.dtype and value.layout is tensor.layout:
             tensor.data = value
             continue
         grad = tensor.requires_grad and (value.is_floating_point() or value.is_complex())
+        if swap is not None and type(tensor) in plain and tensor._use_count() == 1:
+            swap(tensor, value.requires_grad_(grad))
+            continue
         made = torch.nn.Parameter(value, grad) if is_parameter else value.requires_grad_(grad)
         vars(made).update(vars(tensor))
         torch.utils.swap_tensors(tensor, made)
-
-
-def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, bool, torch.Tensor, bool]]:
-    """Name, whether it is a parameter, tensor, whether a state_dict has it; tied ones under each of their names."""
-    for at, each in module.named_modules(remove_duplicate=False):
-        for name, parameter in each._parameters.items():
-            if parameter is not None:
-                yield _joined(at, name), True, parameter, True
-        for name, buffer in each._buffers.items():
-            if buffer is not None:
-                yield _joined(at, name), False, buffer, name not in each._non_persistent_buffers_set
-
-
-def _no_lazy(name: str, tensor: torch.Tensor) -> None:
-    from torch.nn.parameter import is_lazy
-
-    if is_lazy(tensor):
-        raise ValueError(f"{name} has no shape yet: run the lazy module once before it is saved or loaded")
-
-
-def _has_extra(module: torch.nn.Module) -> bool:
-    import torch
-
-    return type(module).get_extra_state is not torch.nn.Module.get_extra_state
 
 
 def _is_module(value: Any) -> bool:

@@ -34,6 +34,7 @@ _PACKED_BELOW = 1 << 16  # bytes; smaller pieces of one value share a block. Arb
 _LINE = 64
 _CARRIED = 1024  # bytes objects up to this many bytes lie in the text. Arbitrary
 _LONE_BELOW = 512  # bytes of text
+_TREE_BELOW = 1 << 18  # bytes of text; a tree takes ten times that
 _FACES: dict[str, type] = {"matrix": np.matrix, "recarray": np.recarray}
 _ARRAYS = {np.ndarray: None, np.memmap: None, np.matrix: "matrix", np.recarray: "recarray"}
 
@@ -471,9 +472,12 @@ class _Reader:
         if kind is list:
             return [self.node(each) for each in n]
         if "x" in n:
-            return self.leaf(n["x"])
+            index = n["x"]
+            built = self._built.get(index) if type(index) is int else None
+            return self.leaf(index) if built is None else built
         if "d" in n:
-            return {self.node(key): self.node(value) for key, value in n["d"]}
+            node = self.node
+            return {key if type(key) is str else node(key): node(value) for key, value in n["d"]}
         if "t" in n:
             return tuple(self.node(each) for each in n["t"])
         if "b" in n:
@@ -530,9 +534,32 @@ class _Reader:
             return torch.nn.Parameter(made, requires_grad=bool(leaf["grad"]))
         return made.requires_grad_() if leaf["grad"] else made
 
+    def _all_of_region(self, leaf: dict[str, Any], dtype: Any, item: int) -> Any:
+        """The array of a contiguous tensor that is all of its region, the usual one; None of another, also where something is wrong."""
+        index, items = leaf["r"], 1
+        for n, step in zip(reversed(leaf["size"]), reversed(leaf["stride"]), strict=True):
+            if type(n) is not int or n <= 0 or step != items:
+                return None
+            items *= n
+        if type(index) is not int or index < 0 or leaf["o"] != 0 or index in self._backing:
+            return None
+        block, offset, length = self.regions[index]
+        whole = self._opened.get((block, self.tensors))
+        if (
+            whole is None
+            or type(offset) is not int
+            or not 0 <= offset <= whole.size - length
+            or length != items * item
+        ):
+            return None
+        return np.ndarray(leaf["size"], dtype, whole, offset)
+
     def _tensor(self, leaf: dict[str, Any]) -> Any:
         torch = sys.modules.get("torch") or importlib.import_module("torch")
         dtype, numpy_dtype, item = self._dtypes.get(leaf["dtype"]) or self._dtype(torch, leaf["dtype"])
+        if numpy_dtype is not None and (shaped := self._all_of_region(leaf, numpy_dtype, item)) is not None:
+            self._backing[leaf["r"]] = made = torch.from_numpy(shaped)
+            return self._kept(torch, leaf, made) if leaf["param"] or leaf["grad"] else made
         size, stride = _counts(leaf["size"]), _counts(leaf["stride"])
         if len(size) != len(stride):
             raise ValueError("sizes and strides of a tensor differ in number")
@@ -614,6 +641,16 @@ def _numpy_dtypes(torch: Any) -> dict[Any, np.dtype[Any]]:
     """Those of torch's plain dtypes that NumPy has too."""
     names = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
     return {getattr(torch, name): np.dtype(name) for name in (*names, "complex64", "complex128")}
+
+
+def _tree(text: bytes) -> Any:
+    return _known_tree(text) if len(text) < _TREE_BELOW else json.loads(text)
+
+
+@functools.lru_cache(maxsize=16)
+def _known_tree(text: bytes) -> Any:
+    """For values of one make that come again and again, such as a module's new weights: blocks are not in the text."""
+    return json.loads(text)
 
 
 @functools.lru_cache(maxsize=256)
@@ -705,12 +742,12 @@ def rebuild(
     try:
         if pickled:
             end = 9 + int.from_bytes(text[1:9], "little")
-            tree, skeleton = json.loads(text[9:end]), text[end:]
+            tree, skeleton = _tree(text[9:end]), text[end:]
         elif text[:1] == b"J":
             plan = _lone_tensor(text) if len(text) < _LONE_BELOW and len(blocks) == 1 else None
             if plan is not None:
                 return _open_lone(core, blocks[0], plan, tensors)
-            tree = json.loads(text[1:])
+            tree = _tree(text[1:])
         else:
             raise ValueError("made by another version of torchshm")
         reader = _Reader(core, tree, blocks, mode or ("c" if pickled else "r"), tensors)

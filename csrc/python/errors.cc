@@ -1,14 +1,17 @@
 #include "python/errors.h"
 
+#include <pybind11/pybind11.h>
+
 namespace torchshm::python {
+
+PyObject* lenient_text(const std::string& text) {
+  return PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace");
+}
 
 PyObject* raise_named(const char* name, const std::string& message) {
   PyObject* errors = PyImport_ImportModule("torchshm.errors");
   PyObject* type = errors == nullptr ? nullptr : PyObject_GetAttrString(errors, name);
-  // Names of processes are bytes.
-  PyObject* text = type == nullptr
-                       ? nullptr
-                       : PyUnicode_DecodeUTF8(message.data(), static_cast<Py_ssize_t>(message.size()), "replace");
+  PyObject* text = type == nullptr ? nullptr : lenient_text(message);
   if (text != nullptr) PyErr_SetObject(type, text);
   Py_XDECREF(text);
   Py_XDECREF(type);
@@ -41,6 +44,23 @@ PyObject* raise(const Status& status) {
     default:
       return raise_named("TorchshmError", status.what());
   }
+}
+
+void fail(const Status& status) {
+  (void)raise(status);
+  throw pybind11::error_already_set();
+}
+
+void fail_in_store(const Status& status) {
+  if (status.code() != Code::kInvalid) fail(status);
+  PyErr_SetString(PyExc_ValueError, ("torchshm: " + status.what()).c_str());
+  throw pybind11::error_already_set();
+}
+
+void fail_unavailable(const Status& status) {
+  if (status.code() != Code::kInvalid) fail(status);
+  (void)raise_named("StoreUnavailableError", status.what());
+  throw pybind11::error_already_set();
 }
 
 }  // namespace torchshm::python

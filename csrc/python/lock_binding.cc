@@ -7,11 +7,6 @@ namespace py = pybind11;
 namespace torchshm::python {
 namespace {
 
-[[noreturn]] void fail(const Status& status) {
-  (void)raise(status);
-  throw py::error_already_set();
-}
-
 bool try_acquire(store::Lock& lock, bool shared) {
   auto locked = lock.try_acquire(shared);
   if (!locked) fail(locked.status());

@@ -5,9 +5,9 @@
 #include <pybind11/pybind11.h>
 
 #include "os/memfd.h"
-#include "pool/checker.h"
 #include "pool/stats.h"
 #include "python/block_ref.h"
+#include "python/check_binding.h"
 #include "python/errors.h"
 #include "python/family.h"
 #include "python/numpy_memory.h"
@@ -19,11 +19,6 @@ namespace py = pybind11;
 
 namespace torchshm::python {
 namespace {
-
-[[noreturn]] void fail(const Status& status) {
-  (void)raise(status);
-  throw py::error_already_set();
-}
 
 pool::Member& current() {
   if (member() == nullptr) {
@@ -88,12 +83,6 @@ uint64_t peek_family(int control) {
   return *family;
 }
 
-// Names of processes are bytes, and in a damaged file anything.
-py::object text_of(const std::string& name) {
-  return py::reinterpret_steal<py::object>(
-      PyUnicode_DecodeUTF8(name.data(), static_cast<Py_ssize_t>(name.size()), "replace"));
-}
-
 py::dict stats() {
   pool::Stats s;
   pool::Member& pool = current();
@@ -105,7 +94,7 @@ py::dict stats() {
   for (const pool::LeaseStats& lease : s.leases) {
     py::dict row;
     row["pid"] = lease.pid;
-    row["name"] = text_of(lease.name);
+    row["name"] = py::reinterpret_steal<py::object>(lenient_text(lease.name));
     row["held_blocks"] = lease.held_blocks;
     row["held_bytes"] = lease.held_bytes;
     row["allocations"] = lease.allocations;
@@ -141,33 +130,6 @@ uint64_t trim(uint64_t keep) {
   return pool.trim(keep);
 }
 
-// A pool that this process need not have joined. The descriptors stay the caller's.
-py::dict check(int data, int control, bool at_rest) {
-  auto own_data = os::duplicate(data), own_control = os::duplicate(control);
-  if (!own_data) fail(own_data.status());
-  if (!own_control) fail(own_control.status());
-  auto arena = pool::Arena::inspect(own_data.take(), own_control.take());
-  if (!arena) fail(arena.status());
-  pool::CheckReport report;
-  {
-    py::gil_scoped_release release;
-    report = pool::check(*arena, {.at_rest = at_rest, .limit = false});  // set_limit() may have lowered it
-  }
-  py::list violations, members;
-  for (const pool::Violation& v : report.violations) violations.append(py::make_tuple(v.invariant, v.what));
-  for (const pool::Signature& s : pool::signatures(*arena)) {
-    members.append(py::make_tuple(s.pid, text_of(s.name)));
-  }
-  py::dict out;
-  out["pool_id"] = arena->header().pool_id;
-  out["is_copy"] = arena->is_copy();
-  out["members"] = members;
-  out["blocks"] = report.blocks;
-  out["tickets"] = report.tickets;
-  out["violations"] = violations;
-  return out;
-}
-
 PyMethodDef hot[] = {
     {"reduce_ndarray", reduce_ndarray, METH_O,
      "reduce_ndarray(array)\n--\n\nThe reduce value of an array; registered with ForkingPickler."},
@@ -196,12 +158,12 @@ PYBIND11_MODULE(unchecked, m) {
     throw py::error_already_set();
   }
   add_store(m);
+  add_check(m);
   m.def("create", &create, py::arg("family"), py::arg("limit") = 0, py::arg("warm") = 0);
   m.def("attach", &attach, py::arg("data_fd"), py::arg("control_fd"), py::arg("current") = false);
   m.def("choose", &choose, py::arg("pool_id"));
   m.def("own_pools", &own_pools);
   m.def("peek_family", &peek_family, py::arg("control_fd"));
-  m.def("check", &check, py::arg("data_fd"), py::arg("control_fd"), py::arg("at_rest") = false);
   m.def("is_member", [] { return member() != nullptr; });
   m.def("pool_id", [] { return current().pool_id(); });
   m.def("family", [] { return current().family(); });

@@ -2,15 +2,12 @@
 // NumPy's header first.
 #include "python/store_binding.h"
 
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "base/copy.h"
 #include "os/futex.h"
 #include "os/mapping.h"
-#include "os/memfd.h"
 #include "pool/array_wire.h"
 #include "python/block_ref.h"
 #include "python/errors.h"
@@ -22,7 +19,6 @@
 #include "service/client.h"
 #include "service/server.h"
 #include "store/catalogue.h"
-#include "store/catalogue_check.h"
 
 namespace py = pybind11;
 
@@ -35,22 +31,6 @@ constexpr char kArray = 'A';              // the text of one array: this, and it
 constexpr uint64_t kSlice = 100'000'000;  // ns slept at a time: a signal may come just before the sleep
 constexpr uint64_t kCopyUnderGil = uint64_t{1} << 20;
 constexpr int kAttempts = 1000;  // a name that changes more often while it is looked for is an error
-
-[[noreturn]] void fail(const Status& status) {
-  if (status.code() == Code::kInvalid) {
-    PyErr_SetString(PyExc_ValueError, ("torchshm: " + status.what()).c_str());
-  } else {
-    (void)raise(status);
-  }
-  throw py::error_already_set();
-}
-
-// There is a name, and no store to be had under it.
-[[noreturn]] void fail_unavailable(const Status& status) {
-  if (status.code() != Code::kInvalid) fail(status);
-  (void)raise_named("StoreUnavailableError", status.what());
-  throw py::error_already_set();
-}
 
 // Without the GIL.
 bool no_signal() {
@@ -69,7 +49,7 @@ PyObject* text_of(const std::string& key) {
 }
 
 [[noreturn]] void fail_save(const Status& status, std::string_view key) {
-  if (status.code() != Code::kExists) fail(status);
+  if (status.code() != Code::kExists) fail_in_store(status);
   (void)raise_named(
       "KeyExistsError",
       std::string(key) + " is a name in this store already; save it under another one, or with overwrite=True");
@@ -111,14 +91,14 @@ class Store {
       const py::gil_scoped_release release;
       server = service::Server::start(options);
     }
-    if (!server) fail(server.status());
+    if (!server) fail_in_store(server.status());
     pool::Member* member = &(*server)->member();
     auto catalogue = (*server)->share_catalogue();
     return std::make_unique<Store>(member, std::move(catalogue), server.take());
   }
 
   static std::unique_ptr<Store> connect(const std::string& name, uint64_t nanoseconds) {
-    if (Status named = service::check_name(name); !named) fail(named);
+    if (Status named = service::check_name(name); !named) fail_in_store(named);
     Result<service::Client> client = Status();
     {
       const py::gil_scoped_release release;
@@ -149,7 +129,7 @@ class Store {
       case Put::kRaised:
         throw py::error_already_set();
       case Put::kFailed:
-        fail(status);
+        fail_in_store(status);
       case Put::kDone:
         break;
     }
@@ -157,7 +137,7 @@ class Store {
     const size_t length = 1 + pool::encode(wire, text + 1, member_->arena().header().secret);
     // The name takes its own ticket from a hold.
     auto view = member_->redeem(wire.handle, Mode::kReadWrite);
-    if (!view) fail(view.status());
+    if (!view) fail_in_store(view.status());
     status = catalogue_->save(key, {text, length}, {view->block}, {overwrite, ttl, bound});
     member_->release(view->block, Mode::kReadWrite);
     if (!status) fail_save(status, key);
@@ -172,7 +152,7 @@ class Store {
       auto entry = catalogue_->find(key);
       if (!entry) {
         if (entry.code() == Code::kMissing) fail_missing(key);
-        fail(entry.status());
+        fail_in_store(entry.status());
       }
       const std::string& text = entry->text;
       if (text.empty() || text[0] != kArray) return as_text(*entry);
@@ -193,10 +173,10 @@ class Store {
       PyObject* array = open_array(*wire, &PyArray_Type, dtype, member_, status);
       if (array != nullptr) return py::reinterpret_steal<py::object>(array);
       if (status) throw py::error_already_set();
-      if (status.code() != Code::kStale) fail(status);
+      if (status.code() != Code::kStale) fail_in_store(status);
       // Removed or replaced meanwhile: look again.
     }
-    fail(status);
+    fail_in_store(status);
   }
 
   // ---- other values: a text, and blocks
@@ -236,7 +216,7 @@ class Store {
       view = member_->allocate(length, true);
     }
     if (!view && made_room(view.status())) view = member_->allocate(length, true);
-    if (!view) fail(view.status());
+    if (!view) fail_in_store(view.status());
     return bytes_over(*view, length, Mode::kReadWrite, true);
   }
 
@@ -248,14 +228,14 @@ class Store {
     if (view.code() == Code::kUnsupported) {
       // No address space for that mode's mapping, or the block shares its pages with others: by flag, or as a copy.
       view = member_->attach(block, generation, Mode::kReadWrite);
-      if (!view) fail(view.status());
+      if (!view) fail_in_store(view.status());
       py::object shared = bytes_over(*view, view->length, Mode::kReadWrite, false);
       if (wanted == Mode::kRead) return shared;
       PyObject* own = PyArray_NewCopy(reinterpret_cast<PyArrayObject*>(shared.ptr()), NPY_KEEPORDER);
       if (own == nullptr) throw py::error_already_set();
       return py::reinterpret_steal<py::object>(own);
     }
-    if (!view) fail(view.status());
+    if (!view) fail_in_store(view.status());
     return bytes_over(*view, view->length, wanted, wanted != Mode::kRead);
   }
 
@@ -265,7 +245,7 @@ class Store {
     auto entry = catalogue_->find(key);
     if (!entry) {
       if (entry.code() == Code::kMissing) fail_missing(key);
-      fail(entry.status());
+      fail_in_store(entry.status());
     }
     uint64_t bytes = 0;
     for (const auto& block : entry->blocks) {
@@ -411,13 +391,14 @@ class Store {
   // What is written here to a block that is private here reaches nobody, against what the mode says.
   void refuse_private(uint32_t block, Mode wanted, std::string_view key) {
     if (wanted != Mode::kReadWrite || !member_->is_private(block)) return;
-    fail(Status(Code::kUnsupported,
-                std::string(key) + " can't be loaded to be written for all: this process still has the array that it "
-                                   "received in a message and saved, which is its own; delete that first"));
+    fail_in_store(Status(Code::kUnsupported,
+                         std::string(key) +
+                             " can't be loaded to be written for all: this process still has the array that it "
+                             "received in a message and saved, which is its own; delete that first"));
   }
 
   [[noreturn]] static void fail_damaged(std::string_view key, const Status& status) {
-    fail(Status(Code::kCorrupt, "the entry of " + std::string(key) + " is damaged: " + status.what()));
+    fail_in_store(Status(Code::kCorrupt, "the entry of " + std::string(key) + " is damaged: " + status.what()));
   }
 
   static py::object as_text(const store::Entry& entry) {
@@ -465,7 +446,7 @@ void copy_into(py::handle array, uint64_t offset, uintptr_t from, uint64_t lengt
 }
 
 py::object answer_of(const std::string& name, service::Ask what) {
-  if (Status named = service::check_name(name); !named) fail(named);
+  if (Status named = service::check_name(name); !named) fail_in_store(named);
   Result<service::Reply> reply = Status();
   {
     const py::gil_scoped_release release;
@@ -473,45 +454,6 @@ py::object answer_of(const std::string& name, service::Ask what) {
   }
   if (reply) return as_dict(*reply);
   fail_unavailable(reply.status());
-}
-
-// A store that this process need not be a client of. The descriptors stay the caller's.
-py::dict check_catalogue(int catalogue, int data, int control, bool at_rest) {
-  auto own_data = os::duplicate(data), own_control = os::duplicate(control);
-  if (!own_data) fail(own_data.status());
-  if (!own_control) fail(own_control.status());
-  auto arena = pool::Arena::inspect(own_data.take(), own_control.take());
-  if (!arena) fail(arena.status());
-  Result<store::CatalogueReport> report = Status();
-  {
-    const py::gil_scoped_release release;
-    report = store::check_catalogue(catalogue, *arena, at_rest);
-  }
-  if (report.code() == Code::kForeign) fail(Status(Code::kInvalid, report.status().what()));
-  if (!report) fail(report.status());
-  py::list violations;
-  for (const pool::Violation& v : report->violations) violations.append(py::make_tuple(v.invariant, v.what));
-  py::dict out;
-  out["names"] = report->names;
-  out["marks"] = report->marks;
-  out["cells"] = report->cells;
-  out["violations"] = violations;
-  return out;
-}
-
-// (name, pool id)
-py::tuple catalogue_name(int catalogue) {
-  auto named = store::catalogue_name(catalogue);
-  if (!named) fail(named.status());
-  return py::make_tuple(named->name, named->pool_id);
-}
-
-// Descriptors of data, control and catalogue, which the caller closes.
-py::tuple store_files(const std::string& name) {
-  if (Status named = service::check_name(name); !named) fail(named);
-  auto files = service::find_files(name);
-  if (!files) fail_unavailable(files.status());
-  return py::make_tuple(files->data.release(), files->control.release(), files->catalogue.release());
 }
 
 }  // namespace
@@ -547,11 +489,6 @@ void add_store(py::module_& m) {
       .def_property_readonly("serving", &Store::serving)
       .def_property_readonly("took_over", &Store::took_over);
   m.def("copy_into", &copy_into, py::arg("array"), py::arg("offset"), py::arg("address"), py::arg("length"));
-  m.def("store_names", &service::names);
-  m.def("store_files", &store_files, py::arg("name"));
-  m.def("catalogue_name", &catalogue_name, py::arg("catalogue_fd"));
-  m.def("check_catalogue", &check_catalogue, py::arg("catalogue_fd"), py::arg("data_fd"), py::arg("control_fd"),
-        py::arg("at_rest") = false);
   m.def(
       "store_status", [](const std::string& name) { return answer_of(name, service::Ask::kInfo); }, py::arg("name"));
   m.def(

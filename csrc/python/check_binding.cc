@@ -1,0 +1,102 @@
+#include "python/check_binding.h"
+
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "os/memfd.h"
+#include "pool/checker.h"
+#include "pool/stats.h"
+#include "python/errors.h"
+#include "service/address.h"
+#include "store/catalogue_check.h"
+
+namespace py = pybind11;
+
+namespace torchshm::python {
+namespace {
+
+// The descriptors stay the caller's.
+Result<pool::Arena> inspect(int data, int control) {
+  auto own_data = os::duplicate(data), own_control = os::duplicate(control);
+  if (!own_data) return std::move(own_data.status());
+  if (!own_control) return std::move(own_control.status());
+  return pool::Arena::inspect(own_data.take(), own_control.take());
+}
+
+py::list as_list(const std::vector<pool::Violation>& violations) {
+  py::list rows;
+  for (const pool::Violation& v : violations) rows.append(py::make_tuple(v.invariant, v.what));
+  return rows;
+}
+
+// A pool that this process need not have joined. The descriptors stay the caller's.
+py::dict check(int data, int control, bool at_rest) {
+  auto arena = inspect(data, control);
+  if (!arena) fail(arena.status());
+  pool::CheckReport report;
+  {
+    const py::gil_scoped_release release;
+    report = pool::check(*arena, {.at_rest = at_rest, .limit = false});  // set_limit() may have lowered it
+  }
+  py::list members;
+  for (const pool::Signature& s : pool::signatures(*arena)) {
+    members.append(py::make_tuple(s.pid, py::reinterpret_steal<py::object>(lenient_text(s.name))));
+  }
+  py::dict out;
+  out["pool_id"] = arena->header().pool_id;
+  out["is_copy"] = arena->is_copy();
+  out["members"] = members;
+  out["blocks"] = report.blocks;
+  out["tickets"] = report.tickets;
+  out["violations"] = as_list(report.violations);
+  return out;
+}
+
+// A store that this process need not be a client of. The descriptors stay the caller's.
+py::dict check_catalogue(int catalogue, int data, int control, bool at_rest) {
+  auto arena = inspect(data, control);
+  if (!arena) fail_in_store(arena.status());
+  Result<store::CatalogueReport> report = Status();
+  {
+    const py::gil_scoped_release release;
+    report = store::check_catalogue(catalogue, *arena, at_rest);
+  }
+  if (report.code() == Code::kForeign) fail_in_store(Status(Code::kInvalid, report.status().what()));
+  if (!report) fail_in_store(report.status());
+  py::dict out;
+  out["names"] = report->names;
+  out["marks"] = report->marks;
+  out["cells"] = report->cells;
+  out["violations"] = as_list(report->violations);
+  return out;
+}
+
+// (name, pool id)
+py::tuple catalogue_name(int catalogue) {
+  auto named = store::catalogue_name(catalogue);
+  if (!named) fail_in_store(named.status());
+  return py::make_tuple(named->name, named->pool_id);
+}
+
+// Descriptors of data, control and catalogue, which the caller closes.
+py::tuple store_files(const std::string& name) {
+  if (Status named = service::check_name(name); !named) fail_in_store(named);
+  auto files = service::find_files(name);
+  if (!files) fail_unavailable(files.status());
+  return py::make_tuple(files->data.release(), files->control.release(), files->catalogue.release());
+}
+
+}  // namespace
+
+void add_check(py::module_& m) {
+  m.def("check", &check, py::arg("data_fd"), py::arg("control_fd"), py::arg("at_rest") = false);
+  m.def("store_names", &service::names);
+  m.def("store_files", &store_files, py::arg("name"));
+  m.def("catalogue_name", &catalogue_name, py::arg("catalogue_fd"));
+  m.def("check_catalogue", &check_catalogue, py::arg("catalogue_fd"), py::arg("data_fd"), py::arg("control_fd"),
+        py::arg("at_rest") = false);
+}
+
+}  // namespace torchshm::python

@@ -1,47 +1,25 @@
 #include "points_session.h"
 
 #include <fcntl.h>
-#include <linux/futex.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <climits>
 #include <csignal>
 #include <fstream>
-#include <random>
-
-#include "pool/checker.h"
-#include "pool/tickets.h"
 
 namespace torchshm::torture {
 
-using pool::BlockValue;
 using pool::ChunkState;
 using pool::ChunkValue;
-using pool::Lease;
 using pool::Member;
 using pool::Mode;
 
 namespace {
 
 constexpr uint32_t kBystander = kMaxDepth;  // its level
-constexpr unsigned kSeconds = 20;           // nobody's operation takes so long, whoever sleeps
-
-void wait_on(std::atomic<uint32_t>& word, uint32_t value) {
-  const timespec most{0, 50'000'000};
-  (void)::syscall(SYS_futex, &word, FUTEX_WAIT, value, &most, nullptr, 0);
-}
-
-void wake(std::atomic<uint32_t>& word) { (void)::syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
-
-void rest(std::atomic<uint32_t>& word) {
-  const timespec most{0, 50'000};
-  (void)::syscall(SYS_futex, &word, FUTEX_WAIT, 0, &most, nullptr, 0);
-}
 
 bool asleep(pid_t pid) {
   std::ifstream stat("/proc/" + std::to_string(pid) + "/stat");
@@ -49,11 +27,6 @@ bool asleep(pid_t pid) {
   std::getline(stat, line);
   const size_t end = line.rfind(')');
   return end != std::string::npos && line.size() > end + 2 && (line[end + 2] == 'T' || line[end + 2] == 't');
-}
-
-uint64_t intent_block(const Lease& lease) {
-  const uint64_t intent = lease.intent.load();
-  return intent >> 32 == 0 ? ~uint64_t{0} : (intent & 0xffffffff);
 }
 
 }  // namespace
@@ -96,122 +69,6 @@ void Session::wrong(const char* format, ...) {
   (void)std::vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
   wrong_ = text;
-}
-
-// ---- the survivor
-
-void Session::survive(uint64_t seed) {
-  Board& board = *here.board;
-  std::mt19937_64 random(seed);
-  Scene s(scene_->data_fd, scene_->control_fd);
-  s.seed = seed;
-  s.join();
-  if (!s.fine()) ::_exit(1);
-  const auto allocate = [&](uint64_t bytes) {
-    auto view = s.member->allocate(bytes, random() % 4 == 0);
-    if (!view) {
-      if (view.code() != Code::kFull) s.wrong("survivor: allocate: %s", view.status().what().c_str());
-      return;
-    }
-    s.keep(*view, bytes, random() >> 1);
-    fill(s.held.back());
-  };
-  allocate(30000);
-  if (s.held.empty()) ::_exit(1);
-  // held[0] stays to the end; the rest comes and goes.
-  while (s.fine() && board.leave.load() == 0) {
-    ::alarm(kSeconds);
-    if (board.park.load() != 0) {
-      ::alarm(0);
-      board.survivor_blocks.store(static_cast<uint32_t>(s.held.size()));
-      board.parked.store(1);
-      wake(board.parked);
-      while (board.park.load() != 0 && board.leave.load() == 0) wait_on(board.park, 1);
-      board.parked.store(0);
-      continue;
-    }
-    if (subject().work && random() % 2 == 0) subject().work(s, random);
-    if (!intact(s.held[0])) s.wrong("survivor: block %u, held throughout, has changed", s.held[0].block);
-    switch (random() % 8) {
-      case 0:
-      case 1:
-        // Growth would reap; its small blocks have room in the chunk that it has.
-        if (s.held.size() < 6)
-          allocate(random() % 8 == 0 && board.leave_dead.load() == 0 ? kLargeBytes
-                                                                     : 64 + (uint64_t{1} << random() % 16));
-        break;
-      case 2:
-      case 3:
-        if (s.held.size() > 1) s.release(1 + random() % (s.held.size() - 1));
-        break;
-      case 4:
-        // Sent and let go of: only the message keeps it. A quarter of the street is enough.
-        if (s.held.size() > 1) {
-          const size_t i = 1 + random() % (s.held.size() - 1);
-          if (board.street[0].state.load() == kNothing || random() % 4 == 0) (void)s.post(s.held[i]);
-          s.release(i);
-        }
-        break;
-      case 5:
-      case 6: {
-        Message& message = board.street[random() % kStreet];
-        uint32_t expected = kUp;
-        if (!message.state.compare_exchange_strong(expected, kClaimed)) break;
-        auto view = s.member->redeem(message.handle, random() % 2 == 0 ? Mode::kRead : Mode::kReadWrite);
-        if (view) {
-          const Held got{view->block, Mode::kRead, view->data, message.bytes, message.seed};
-          if (!intact(got)) s.wrong("survivor: block %u was received with other data", view->block);
-          s.member->release(view->block, Mode::kReadWrite);
-        } else if (board.tolerant.load() == 0 || view.code() != Code::kStale) {
-          s.wrong("survivor: a message was lost: %s", view.status().what().c_str());
-        }
-        message.state.store(kNothing);
-        break;
-      }
-      default: {
-        const auto rare = random() % 64;
-        if (board.leave_dead.load() == 0) {
-          if (rare < 4) (void)s.member->reap();
-          if (rare == 4) (void)s.member->stats();
-          if (rare == 5) (void)s.member->trim(uint64_t{1} << 20);
-        }
-        auto handle = s.member->issue(s.held[0].block);
-        if (!handle) break;
-        auto view = s.member->redeem(*handle, Mode::kReadWrite);
-        if (!view) {
-          s.wrong("survivor: redeem: %s", view.status().what().c_str());
-        } else {
-          s.member->release(view->block, Mode::kReadWrite);
-        }
-        break;
-      }
-    }
-    // Short rests leave the processor to those that are killed; waking up it gets between any two of their steps.
-    if (board.survivor_operations.fetch_add(1, std::memory_order_relaxed) % 4 == 3) rest(board.park);
-  }
-  if (s.fine()) s.release_all();
-  s.own.reset();
-  ::_exit(s.fine() ? 0 : 1);
-}
-
-void Session::park() {
-  if (survivor_ < 0) return;
-  Board& board = *here.board;
-  board.park.store(1);
-  while (board.parked.load() == 0) {
-    wait_on(board.parked, 0);
-    int status = 0;
-    if (board.parked.load() == 0 && ::waitpid(survivor_, &status, WNOHANG) == survivor_) {
-      wrong("the survivor ended with status %d: %s", status, board.wrong);
-      survivor_ = -1;
-      return;
-    }
-  }
-}
-
-void Session::unpark() {
-  here.board->park.store(0);
-  wake(here.board->park);
 }
 
 // ---- session
@@ -260,11 +117,7 @@ std::string Session::close() {
   Board& board = *here.board;
   wrong_.clear();
   here.totals->survivor_operations.fetch_add(board.survivor_operations.exchange(0));
-  board.leave.store(1);
-  wake(board.park);
-  const int status = wait_for(survivor_);
-  survivor_ = -1;
-  if (status != 0) wrong("the survivor ended with status %d: %s", status, board.wrong);
+  dismiss();
   for (Message& message : board.street) take(message, true, "the street");
   scene_->release_all();
   if (subject().close) subject().close(*scene_);
@@ -598,237 +451,6 @@ void Session::stop(const Trial& trial, const Operation& operation, Outcome& outc
   collect(pid);
   outcome.reached = board.acted[0].load() != 0;
   outcome.points = board.reached[0].load();
-}
-
-// Others go on, and take nothing from the sleeper.
-void Session::while_stopped(const Operation& operation, int rounds) {
-  Board& board = *here.board;
-  Scene& d = *scene_;
-  pool::Arena& arena = member_->arena();
-  const uint32_t slot = board.actor_slot.load() - 1;
-  std::vector<uint64_t> bits;
-  const auto read_bits = [&] {
-    std::vector<uint64_t> now;
-    if (slot < pool::kMaxLeases) {
-      for (uint64_t i = 0; i < arena.pages() / 64; ++i) now.push_back(arena.ledger(slot, i).load());
-    }
-    return now;
-  };
-  bits = read_bits();
-  const uint64_t before = board.survivor_operations.load();
-  const uint32_t was_tolerant = board.tolerant.exchange(1);
-  const uint64_t warm = arena.header().warm.exchange(uint64_t{1} << 40);
-  const size_t held = d.held.size();
-  // In one round what is taken from the sleeper by mistake is left free; in two it is used again.
-  for (int round = 0; round < rounds; ++round) {
-    (void)driver->reap();
-    d.hold(kSmallBytes + static_cast<uint64_t>(round) * 60000);
-    d.hold(kLargeBytes);
-    // In a full pool too: with the limit reached everything is looked for that nobody uses.
-    auto most = driver->allocate(uint64_t{8} << 20, false);
-    if (most) driver->release(most->block, Mode::kReadWrite);
-    if (!most && most.code() != Code::kFull) wrong("others can't allocate: %s", most.status().what().c_str());
-    while (d.held.size() > held) {
-      auto handle = driver->issue(d.held.back().block);
-      if (!handle) {
-        wrong("others can't send: %s", handle.status().what().c_str());
-        break;
-      }
-      auto view = driver->redeem(*handle, Mode::kReadWrite);
-      if (view) driver->release(view->block, Mode::kReadWrite);
-      d.release(d.held.size() - 1);
-    }
-    (void)driver->trim(0);
-    (void)driver->stats();
-    if (subject().while_stopped) {
-      if (const std::string what = subject().while_stopped(d, rounds); !what.empty())
-        wrong("stopped at %s: %s", board.last[0], what.c_str());
-    }
-    const pool::CheckReport report = pool::check(arena);
-    if (!report.ok()) wrong("stopped at %s, the checker: %s", board.last[0], report.first().c_str());
-  }
-  arena.header().warm.store(warm);
-  if ((operation.flags & kParked) == 0) {
-    // The alarm bounds it.
-    while (board.survivor_operations.load() < before + 20 && survivor_ > 0) {
-      ::usleep(200);
-      int status = 0;
-      if (::waitpid(survivor_, &status, WNOHANG) == survivor_) {
-        wrong("the survivor ended with status %d: %s", status, board.wrong);
-        survivor_ = -1;
-      }
-    }
-  }
-  board.tolerant.store(was_tolerant);
-  if (slot < pool::kMaxLeases) {
-    const uint64_t word = arena.lease(slot).word.load();
-    // One that is leaving has no sign of life any more.
-    if (word != board.actor_word.load() && operation.name != std::string("janitor"))
-      wrong("stopped at %s, its lease was taken", board.last[0]);
-    if (read_bits() != bits) wrong("stopped at %s, what it holds was taken", board.last[0]);
-  }
-  const uint32_t victim = board.victim_slot.load() - 1;
-  if ((operation.flags & kReaps) == 0 || victim >= pool::kMaxLeases || slot >= pool::kMaxLeases) return;
-  // A reaper half-way: the rest is done by others, and the slot stays out of use.
-  const Lease& dead = arena.lease(victim);
-  const Lease& sleeper = arena.lease(slot);
-  if (dead.word.load() == board.victim_word.load()) {
-    if (intent_block(dead) == ~uint64_t{0} || intent_block(dead) != intent_block(sleeper))
-      wrong("a reaper stopped at %s keeps others from finishing", board.last[0]);
-    return;
-  }
-  if (sleeper.reaping.load() != victim + 1) return;
-  for (uint64_t i = 0; i < arena.pages() / 64; ++i) {
-    if (arena.ledger(victim, i).load() != 0) wrong("a reaper stopped at %s: a bit of the dead is left", board.last[0]);
-  }
-  const pid_t pid = begin([&] {
-    Scene s(scene_->data_fd, scene_->control_fd);
-    s.join();
-    if (!s.fine()) return 1;
-    return s.member->membership().slot() == victim ? 2 : 0;
-  });
-  const int status = wait_for(pid);
-  if (status != 0)
-    wrong("a reaper stopped at %s: joining ended with status %d (2: got the slot)", board.last[0], status);
-}
-
-// ---- what must hold
-
-void Session::take(Message& message, bool must, const char* what) {
-  const uint32_t state = message.state.exchange(kNothing);
-  if (state == kNothing || state == kWriting) return;
-  must = must && state == kUp;
-  auto view = driver->redeem(message.handle, Mode::kReadWrite);
-  if (!view) {
-    if (must || view.code() != Code::kStale) wrong("%s: a message was lost: %s", what, view.status().what().c_str());
-    return;
-  }
-  const Held got{view->block, Mode::kReadWrite, view->data, message.bytes, message.seed};
-  if (!intact(got)) wrong("%s: block %u was received with other data", what, got.block);
-  driver->release(got.block, got.mode);
-}
-
-void Session::verify(const Trial& trial, const Operation& operation) {
-  Board& board = *here.board;
-  pool::Arena& arena = member_->arena();
-  const bool tolerant = board.tolerant.load() != 0;
-  arena.header().limit.store(kLimit);
-  arena.header().warm.store(uint64_t{1} << 40);
-  arena.header().ticket_age.store(300);
-  arena.lease(member_->membership().slot()).reaping.store(0);
-  Scene& d = *scene_;
-  (void)member_->reap();
-  // What the system refused to take back once is tried again then.
-  if ((operation.flags & kRaisesLimit) != 0 || trial.run == Run::kFail) (void)driver->trim(0);
-  if (subject().verify) {
-    if (const std::string what = subject().verify(d, operation); !what.empty()) wrong("%s", what.c_str());
-  }
-  for (uint32_t i = 0; i < 2; ++i) take(board.inbox[i], true, "the inbox");  // the driver holds these
-  const pool::Handle gift = board.gift.handle;
-  const bool had_gift = board.gift.state.load() != kNothing;
-  take(board.gift, !tolerant, "the gift");
-  pool::Handle street[kStreet];
-  bool was_up[kStreet];
-  for (uint32_t i = 0; i < kStreet; ++i) {
-    was_up[i] = board.street[i].state.load() == kUp;
-    street[i] = board.street[i].handle;
-    take(board.street[i], !tolerant, "the street");
-  }
-  // What was only in lost messages of the dead.
-  pool::Ledger ledger(arena, member_->membership().slot(), *member_);
-  pool::Tickets tickets(arena, ledger, member_->membership().slot());
-  (void)tickets.take_back(0, true, ~uint64_t{0});
-  const auto must_be_stale = [&](const pool::Handle& handle, const char* what) {
-    auto view = driver->redeem(handle, Mode::kReadWrite);
-    if (view || view.code() != Code::kStale) wrong("a handle of %s, gone, is not an error", what);
-    if (view) driver->release(view->block, Mode::kReadWrite);
-  };
-  if (board.stale_set.load() != 0) must_be_stale(board.stale, "the actor");
-  if (had_gift) must_be_stale(gift, "the gift");
-  if ((operation.flags & kGone) != 0) must_be_stale(board.gone.handle, "a released block");
-  for (uint32_t i = 0; i < kStreet; ++i) {
-    if (was_up[i]) must_be_stale(street[i], "the street");
-  }
-  if (!intact(kept_[0]) || !intact(kept_[1])) wrong("a block that the driver holds has changed");
-  if (!wrong_.empty()) return;
-  verify_table();
-  if (wrong_.empty()) {
-    pool::CheckOptions options;
-    options.at_rest = true;
-    const pool::CheckReport report = pool::check(arena, options);
-    if (!report.ok()) wrong("the checker: %s", report.first().c_str());
-  }
-  if (trial.whole && wrong_.empty()) verify_whole();
-}
-
-// Leases, blocks, tickets and chunks as they must be with two members at rest.
-void Session::verify_table() {
-  Board& board = *here.board;
-  pool::Arena& arena = member_->arena();
-  uint32_t living = 0;
-  for (uint32_t slot = 0; slot < arena.slots_used(); ++slot) {
-    const Lease& lease = arena.lease(slot);
-    if ((lease.word.load() & 0xff) == pool::kLeaseFree) continue;
-    ++living;
-    if (lease.intent.load() != 0) wrong("lease %u has an intent at rest", slot);
-    if (lease.reaping.load() != 0) wrong("lease %u is reaping at rest", slot);
-  }
-  if (living != 2) wrong("%u leases live, not two", living);
-  uint32_t blocks = 0;
-  uint64_t committed = 0;
-  for (uint32_t i = 0; i < arena.chunks_used(); ++i) {
-    const ChunkValue chunk = ChunkValue::of(arena.chunk(i).value.load());
-    committed += chunk.committed * pool::kPage;
-    bool live = false;
-    for (uint32_t page = 0; page < pool::kPagesPerChunk; ++page) {
-      const BlockValue block = BlockValue::of(arena.block(i * pool::kPagesPerChunk + page).value.load());
-      if (!block.live) continue;
-      live = true;
-      ++blocks;
-      if (block.count == 0) wrong("block %u is live and used by nobody", i * pool::kPagesPerChunk + page);
-    }
-    switch (chunk.state) {
-      case ChunkState::kHole:
-      case ChunkState::kIdle:
-        if (live) wrong("chunk %u is free with a live block in it", i);
-        break;
-      case ChunkState::kRun: {
-        const BlockValue head = BlockValue::of(arena.block(chunk.head * pool::kPagesPerChunk).value.load());
-        if (!head.live || head.generation != chunk.generation) wrong("chunk %u belongs to a run that is not", i);
-        break;
-      }
-      case ChunkState::kSmall:
-        if (chunk.owner == pool::kNobody ? !live : (arena.lease(chunk.owner).word.load() & 0xff) == pool::kLeaseFree)
-          wrong("chunk %u of small blocks is lost (owner %u)", i, chunk.owner);
-        break;
-      default:
-        wrong("chunk %u is left in state %d", i, static_cast<int>(chunk.state));
-    }
-  }
-  const uint32_t expected = static_cast<uint32_t>(scene_->held.size()) + board.survivor_blocks.load();
-  if (blocks != expected) wrong("%u blocks are live, %u expected", blocks, expected);
-  for (uint32_t i = 0; i < arena.tickets_used(); ++i) {
-    const auto ticket = pool::TicketValue::of(arena.ticket(i).value.load());
-    if (ticket.sender != 0) wrong("ticket %u for block %u is left", i, ticket.block);
-  }
-  if (committed > kLimit) wrong("%lu bytes committed, over the limit", committed);
-  struct stat file {};
-  (void)::fstat(arena.data_fd(), &file);
-  if (static_cast<uint64_t>(file.st_blocks) * 512 > committed)
-    wrong("the data file has %lu bytes, %lu are accounted for", static_cast<uint64_t>(file.st_blocks) * 512, committed);
-}
-
-void Session::verify_whole() {
-  here.totals->wholes.fetch_add(1, std::memory_order_relaxed);
-  (void)driver->trim(0);
-  const uint64_t used = scene_->committed();
-  auto rest = driver->allocate(kLimit - used, false);
-  if (!rest)
-    return wrong("the rest of the limit, %lu bytes, can't be allocated: %s", kLimit - used,
-                 rest.status().what().c_str());
-  driver->release(rest->block, Mode::kReadWrite);
-  (void)driver->trim(0);
-  if (scene_->committed() > used) wrong("%lu bytes stay committed, %lu before", scene_->committed(), used);
 }
 
 }  // namespace torchshm::torture

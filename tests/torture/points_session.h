@@ -18,6 +18,8 @@ enum class Recovery : uint32_t { kReap, kJoin, kFull };
 constexpr uint32_t kRecoveries = 3;
 constexpr const char* kRecoveryNames[kRecoveries] = {"reap", "join", "full"};
 
+constexpr unsigned kSeconds = 20;  // nobody's operation takes so long, whoever sleeps
+
 struct Trial {
   Run run = Run::kKill;
   uint32_t operation = 0;
@@ -61,17 +63,21 @@ class Session {
   int recover(const Trial& trial, size_t level);
   void kill_or_fail(const Trial& trial, const Operation& operation, Outcome& outcome);
   void stop(const Trial& trial, const Operation& operation, Outcome& outcome);
-  void while_stopped(const Operation& operation, int rounds);
   pid_t start_bystander(const Trial& trial);
   bool wait_until_stopped(pid_t pid, int& status);
   void collect(pid_t group);
+  // Beside a trial (points_survivor.cc).
+  void survive(uint64_t seed);
   void park();
   void unpark();
-  void survive(uint64_t seed);
+  void dismiss();
+  void while_stopped(const Operation& operation, int rounds);
+  // After it (points_verify.cc).
   void verify(const Trial& trial, const Operation& operation);
   void verify_table();
   void verify_whole();
   void take(Message& message, bool must, const char* what);
+
   __attribute__((format(printf, 2, 3))) void wrong(const char* format, ...);
 
   std::unique_ptr<pool::Member> member_;

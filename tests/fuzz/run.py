@@ -22,6 +22,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "torture"))
+from result_file import ResultFile
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 BUILD = ROOT / "build/fuzz"
@@ -144,17 +147,8 @@ def environment() -> dict[str, str]:
 
 def save(full: bool, seed: int | None, seconds: float, where: Path, logs: list[Path]) -> list[str]:
     figures, violations = figures_of(where, logs)
-    result = {
-        "name": "fuzz",
-        "seed": seed,
-        "full": full,
-        "seconds": round(seconds, 1),
-        "figures": figures,
-        "violations": violations,
-    }
-    (ROOT / f"build/torture/{'fuzz-full' if full else 'fuzz'}.json").write_text(
-        json.dumps(result, indent=1) + "\n"
-    )
+    path = ROOT / f"build/torture/{'fuzz-full' if full else 'fuzz'}.json"
+    ResultFile("fuzz", seed, full, seconds, figures, violations).write(path)
     table = Table("target", "executions", title=f"fuzzing, {seconds:.0f} s")
     for label, value in figures.items():
         table.add_row(label, f"{value:,}")

@@ -20,6 +20,7 @@ from typing import Annotated
 
 import tomllib
 import typer
+from result_file import ResultFile
 from rich.console import Console
 from rich.table import Table
 
@@ -182,15 +183,8 @@ def main(
     console.print(table)
     for violation in violations:
         console.print(violation, style="red", markup=False, highlight=False, soft_wrap=True)
-    result = {
-        "name": "coverage",
-        "seed": None,
-        "full": full,
-        "seconds": round(time.monotonic() - start, 1),
-        "figures": figures,
-        "violations": violations,
-    }
-    (OUT / "coverage.json").write_text(json.dumps(result, indent=2) + "\n")
+    took = time.monotonic() - start
+    ResultFile("coverage", None, full, took, figures, violations).write(OUT / "coverage.json")
     sys.exit(1 if violations else 0)
 
 

@@ -5,7 +5,6 @@ until one notices; ``--every-layer`` tries all of them on all mistakes. A mistak
 more and a layer that fails without any mistake are errors.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from result_file import ResultFile
 from rich.console import Console
 from rich.table import Table
 
@@ -219,14 +219,8 @@ def main(
         "caught": sum(any(w.values()) for w in said.values()),
     }
     figures |= {name: ", ".join(x for x, words in found.items() if words) for name, found in said.items()}
-    report = {
-        "name": "faults",
-        "seed": None,
-        "full": full and not (only or layers),
-        "seconds": time.monotonic() - begun,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report | {"figures": figures, "violations": violations}, indent=1) + "\n")
+    whole = full and not (only or layers)
+    ResultFile("faults", None, whole, time.monotonic() - begun, figures, violations).write(output)
     sys.exit(1 if violations else 0)
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from result_file import ResultFile
 
 PATIENCE = 60.0  # seconds; PyTorch itself looks every 5 seconds whether its workers live
 SHAPES = [(3, 8, 8), (3, 40, 50), (2, 5, 16, 32), (4, 128, 128)]
@@ -291,14 +292,8 @@ def main() -> None:
         print("without torchshm:", wrong)
     if chosen.json:
         figures |= {f"stock, {n}": wrong[:2000] for n, wrong in enumerate(stock.wrong)}
-        result: dict[str, Any] = {"name": "loader_deaths", "seed": chosen.seed, "full": chosen.full}
-        result |= {
-            "seconds": round(time.monotonic() - began, 1),
-            "figures": figures,
-            "violations": ours.wrong,
-        }
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(result, indent=1) + "\n")
+        took = time.monotonic() - began
+        ResultFile("loader_deaths", chosen.seed, chosen.full, took, figures, ours.wrong).write(chosen.json)
     sys.exit(1 if ours.wrong else 0)
 
 

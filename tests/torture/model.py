@@ -5,7 +5,6 @@ its constants set otherwise. rumur translates it to C, gcc compiles that, and th
 invariant or liveness property, a configuration that does not end within its time, and a breakage that nobody notices are errors.
 """
 
-import json
 import re
 import resource
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from result_file import ResultFile
 from rich.console import Console
 from rich.table import Table
 
@@ -216,17 +216,7 @@ def main(
             )
             caught += bool(found.violation)
     figures = {"states": states, "breakages noticed": caught, **figures}
-    result = {
-        "name": "model",
-        "seed": None,
-        "full": full,
-        "seconds": round(time.monotonic() - began, 1),
-        "figures": figures,
-        "violations": violations,
-    }
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+    ResultFile("model", None, full, time.monotonic() - began, figures, violations).write(json_path)
     console.print(table)
     for violation in violations:
         console.print(f"[red]{violation}")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from result_file import ResultFile
 from rich.console import Console
 from rich.table import Table
 
@@ -227,15 +227,7 @@ def memcheck(jobs: int) -> tuple[int, list[str]]:
 
 
 def write(name: str, seconds: float, full: bool, figures: dict[str, int], violations: list[str]) -> None:
-    result = {
-        "name": name,
-        "seed": None,
-        "full": full,
-        "seconds": round(seconds, 1),
-        "figures": figures,
-        "violations": violations,
-    }
-    (OUT / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    ResultFile(name, None, full, seconds, figures, violations).write(OUT / f"{name}.json")
 
 
 def main(

@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -30,10 +29,11 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
+from result_file import ResultFile
 
 import torchshm
 from torchshm import _C
@@ -690,6 +690,17 @@ def soak(seconds: float, seed: int, processes: int = 0) -> tuple[dict[str, Any],
     return figures, conductor.violations
 
 
+def finish(result: ResultFile, path: Path | None) -> NoReturn:
+    print(
+        f"seed {result.seed}, {result.seconds} s:",
+        ", ".join(f"{n} {value}" for n, value in result.figures.items()),
+    )
+    for violation in result.violations:
+        print("WRONG:", violation)
+    result.write(path)
+    sys.exit(1 if result.violations else 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=10.0)
@@ -700,16 +711,7 @@ def main() -> None:
     chosen = parser.parse_args()
     figures, violations = soak(chosen.seconds, chosen.seed, chosen.processes)
     took = figures.pop("seconds")
-    print(f"seed {chosen.seed}, {took} s:", ", ".join(f"{name} {value}" for name, value in figures.items()))
-    for violation in violations:
-        print("WRONG:", violation)
-    if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"name": "soak_python", "seed": chosen.seed, "full": chosen.full, "seconds": took}
-        chosen.json.write_text(
-            json.dumps({**result, "figures": figures, "violations": violations}, indent=1) + "\n"
-        )
-    sys.exit(1 if violations else 0)
+    finish(ResultFile("soak_python", chosen.seed, chosen.full, took, figures, violations), chosen.json)
 
 
 if __name__ == "__main__":

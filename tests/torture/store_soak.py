@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import multiprocessing
 import os
 import random
@@ -33,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from soak import PR_SET_PDEATHSIG, SIZES, WrongBytes, libc, pattern, reporting
+from result_file import ResultFile
+from soak import PR_SET_PDEATHSIG, SIZES, WrongBytes, finish, libc, pattern, reporting
 
 import torchshm
 from torchshm import _C, _check, _store_commands
@@ -491,17 +491,8 @@ def main() -> None:
     producers = chosen.producers if chosen.producers is not None else 10_000 if chosen.full else 200
     began = time.monotonic()
     figures, violations = soak(chosen.seconds, chosen.seed, producers)
-    took = round(time.monotonic() - began, 1)
-    print(f"seed {chosen.seed}, {took} s:", ", ".join(f"{name} {value}" for name, value in figures.items()))
-    for violation in violations:
-        print("WRONG:", violation)
-    if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"name": "store_soak", "seed": chosen.seed, "full": chosen.full, "seconds": took}
-        chosen.json.write_text(
-            json.dumps({**result, "figures": figures, "violations": violations}, indent=1) + "\n"
-        )
-    sys.exit(1 if violations else 0)
+    took = time.monotonic() - began
+    finish(ResultFile("store_soak", chosen.seed, chosen.full, took, figures, violations), chosen.json)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ variants: in a copy of the sources each ``std::memory_order_x`` becomes a call t
 one that is weakened.
 """
 
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from result_file import ResultFile
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
@@ -129,11 +131,9 @@ def main(
     console.print(table)
     missed = [f"{v.where}: {v.order} -> {v.weaker} is not caught" for v in variants if not v.caught_by]
     console.print(f"{len(variants)} variants, {len(missed)} not caught")
-    output.parent.mkdir(parents=True, exist_ok=True)
     figures: dict[str, object] = {"variants": len(variants), "caught": len(variants) - len(missed)}
     figures |= {f"{v.where} {v.order} -> {v.weaker}": v.caught_by for v in variants}
-    report = {"name": "relacy_orders", "seed": None, "full": full, "seconds": time.monotonic() - begun}
-    output.write_text(json.dumps(report | {"figures": figures, "violations": missed}, indent=1) + "\n")
+    ResultFile("relacy_orders", None, full, time.monotonic() - begun, figures, missed).write(output)
     sys.exit(1 if missed else 0)
 
 

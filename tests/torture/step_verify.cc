@@ -137,15 +137,24 @@ std::string receive(Scene& s, bool reaped) {
 // The survivor gets all that nobody else has, in one block, and writes to it.
 std::string all_memory(Scene& s) {
   (void)s.survivor->trim(0);
-  std::set<uint64_t> chunks;
+  std::set<uint64_t> small;  // chunks
+  uint64_t taken = 0;
   for (const Held& h : s.held) {
-    const auto extent = s.survivor->arena().extent(h.block);
+    const auto& arena = s.survivor->arena();
+    const auto extent = arena.extent(h.block);
     if (!extent) continue;
-    for (uint64_t c = extent->offset / pool::kChunk; c <= (extent->offset + extent->length - 1) / pool::kChunk; ++c)
-      chunks.insert(c);
+    const uint64_t chunk = extent->offset / pool::kChunk;
+    if (pool::ChunkValue::of(arena.chunk(static_cast<uint32_t>(chunk)).value.load()).state == pool::ChunkState::kRun) {
+      taken += (extent->length + os::kPageBytes - 1) / os::kPageBytes * os::kPageBytes;
+    } else {
+      small.insert(chunk);
+    }
   }
+  taken += small.size() * pool::kChunk;
   const uint64_t limit = s.survivor->arena().header().limit.load();
-  const uint64_t rest = limit - chunks.size() * pool::kChunk;
+  if (taken > limit) return "; what the survivor holds takes more than the limit";
+  if (taken == limit) return {};
+  const uint64_t rest = limit - taken;
   auto view = s.survivor->allocate(rest, false);
   if (!view) return "; " + view.status().what();
   for (uint64_t at = 0; at < rest; at += pool::kGranule) view->data[at] = std::byte{0x99};

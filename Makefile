@@ -51,7 +51,7 @@ torture: build/dev/build.ninja ## The long tests, hours of them; writes tests/to
 
 .PHONY: build
 build: build/release/build.ninja ## After an edit in csrc/: the release module, built and copied into torchshm/
-	cmake --build --preset release --parallel $(JOBS) --target _C
+	cmake --build --preset release --parallel $(JOBS) --target python_modules
 	cmake --install build/release --component python --prefix . | sed 's/^/  /'
 
 .PHONY: test-cpp
@@ -61,7 +61,7 @@ test-cpp: build/dev/build.ninja ## The C++ tests alone
 
 .PHONY: test-python
 test-python: build build/dev/build.ninja ## The Python tests alone
-	cmake --build --preset dev --parallel $(JOBS) --target _C torchshm_store torchshmd
+	cmake --build --preset dev --parallel $(JOBS) --target python_modules torchshm_store torchshmd
 	PYTHONPATH=$(CURDIR)/build/dev/python $(BIN)/pytest $(ARGS)
 
 .PHONY: sanitize

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchshm import _C, _family
+from torchshm import _C, _family, _tensors
 from torchshm._size import parse_size
 from torchshm.errors import TorchshmError
 
@@ -72,6 +72,7 @@ def install() -> None:
         if extra.get(kind, reduce) is not reduce:
             _replaced[kind] = extra[kind]
         multiprocessing.reduction.ForkingPickler.register(kind, reduce)
+    _tensors.install()
     _installed = True
 
 
@@ -145,6 +146,7 @@ def unregister() -> None:
             del extra[kind]
             if kind in _replaced:
                 extra[kind] = _replaced.pop(kind)
+    _tensors.uninstall()
     _installed = False
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from torchshm import _C, _family, _reducers
+from torchshm import _C, _family, _reducers, _tensors
 
 _MODES = {"r+": 0, "r": 1, "c": 2}
 
@@ -21,7 +21,7 @@ class _Pickler(multiprocessing.reduction.ForkingPickler):  # type: ignore[misc]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.dispatch_table.update(_reducers.reducers())
+        self.dispatch_table.update(_reducers.reducers() | _tensors.reducers())
 
 
 def dumps(x: Any, protocol: int | None = None) -> bytes:
@@ -106,17 +106,19 @@ def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDA
 
 @contextlib.contextmanager
 def pooled() -> Iterator[None]:
-    """Let NumPy allocate in the pool, in this thread and block: ``np.stack``, ``np.load``, arithmetic, ...
+    """Let NumPy and torch allocate in the pool, in this thread and block: ``np.stack``, ``torch.cat``, arithmetic, ...
 
     What is made inside costs nothing to send. Not in the pool: object arrays, and what NumPy asks for zero-filled (``np.zeros``;
-    use ``np.full``). The setting is a context variable: generators keep the setting of the code that runs them, new threads start
-    without it, asyncio tasks created inside keep it.
+    use ``np.full``). NumPy's setting is a context variable: generators keep the setting of the code that runs them, new threads
+    start without it, asyncio tasks created inside keep it. torch's belongs to the thread, and takes effect where torch has been
+    imported before.
     """
     _family.ensure()
-    before = _C.enter_pooled()
+    before, tensors = _C.enter_pooled(), _tensors.enter(0)
     try:
         yield
     finally:
+        _tensors.leave(tensors)
         _C.leave_pooled(before)
 
 

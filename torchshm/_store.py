@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchshm import _C, _values
+from torchshm import _C, _tensors, _values
 from torchshm._locks import Lock
 from torchshm._size import parse_size
 from torchshm.errors import KeyExistsError, StaleHandleError, StoreUnavailableError
@@ -310,15 +310,16 @@ class Store(MutableMapping[str, Any]):
 
     @contextlib.contextmanager
     def storage(self) -> Iterator[None]:
-        """Let NumPy allocate in the store's memory, in this thread and block; what is made there is saved without a copy.
+        """Let NumPy and torch allocate in the store's memory, in this thread and block; what is made there is saved without a copy.
 
         What is saved this way is the memory itself: writing to the array later changes what others have loaded. As for
         :func:`torchshm.pooled`, zero-filled arrays (``np.zeros``) are ordinary ones.
         """
-        before = self._core.allocate_here()
+        before, tensors = self._core.allocate_here(), _tensors.enter(self._core.member_address)
         try:
             yield
         finally:
+            _tensors.leave(tensors)
             _C.leave_pooled(before)
 
     # ---- modules

@@ -10,6 +10,7 @@
 #include "python/check_binding.h"
 #include "python/errors.h"
 #include "python/family.h"
+#include "python/module_api.h"
 #include "python/numpy_memory.h"
 #include "python/rebuild.h"
 #include "python/reduce.h"
@@ -124,6 +125,14 @@ bool holds_address(uintptr_t address) {
   return owner != nullptr && owner->find(p).has_value();
 }
 
+// What is written there by this process is seen by others, and the other way round.
+bool is_written_by_all(uintptr_t address) {
+  const auto* p = reinterpret_cast<const void*>(address);
+  pool::Member* owner = pool::find_address(p);
+  const auto found = owner == nullptr ? std::nullopt : owner->find(p);
+  return found && found->mode == pool::Mode::kReadWrite && !found->exclusive && !owner->is_private(found->block);
+}
+
 uint64_t trim(uint64_t keep) {
   pool::Member& pool = current();
   py::gil_scoped_release release;
@@ -154,7 +163,7 @@ PYBIND11_MODULE(unchecked, m) {
   using namespace torchshm;
   using namespace torchshm::python;
   if (load_numpy() < 0 || add_block_ref_type(m.ptr()) < 0 || add_array_type(m.ptr()) < 0 ||
-      PyModule_AddFunctions(m.ptr(), hot) < 0) {
+      PyModule_AddFunctions(m.ptr(), hot) < 0 || add_module_api(m.ptr()) < 0) {
     throw py::error_already_set();
   }
   add_store(m);
@@ -173,6 +182,7 @@ PYBIND11_MODULE(unchecked, m) {
   m.def("reap", [] { return current().reap(); });
   m.def("trim", &trim, py::arg("keep") = 0);
   m.def("holds_address", &holds_address, py::arg("address"));
+  m.def("is_written_by_all", &is_written_by_all, py::arg("address"));
   m.def(
       "set_min_bytes", [](uint64_t bytes) { settings().min_bytes = bytes; }, py::arg("bytes"));
   m.def("min_bytes", [] { return settings().min_bytes; });
@@ -182,6 +192,8 @@ PYBIND11_MODULE(unchecked, m) {
       "set_ticket_age", [](uint32_t seconds) { current().set_ticket_age(seconds); }, py::arg("seconds"));
   m.def(
       "nest_inline", [](int step) { scope().inline_depth += step; }, py::arg("step"));
+  m.def("is_inline", [] { return scope().inline_depth > 0; });
+  m.def("torch_version", [] { return TORCHSHM_TORCH_VERSION; });
   m.def("undo_sharing", [] {
     for (const pool::Handle& handle : scope().issued) {
       pool::Member* owner = pool::find_pool(handle.pool_id);

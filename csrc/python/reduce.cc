@@ -25,17 +25,6 @@ PyObject* as_numpy_does(PyObject* array) {
   return PyObject_CallMethodNoArgs(array, name);
 }
 
-// Once for the whole family: a DataLoader with many workers is one program.
-void warn_once(pool::Member* member, const Status& status) {
-  if (member->arena().header().warned.exchange(1, std::memory_order_relaxed) != 0) return;
-  const std::string text =
-      "torchshm: an array was pickled the ordinary way, which is slower, since the pool has " + status.what();
-  PyObject* readable = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace");
-  if (readable == nullptr || PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "%U", readable) < 0)
-    PyErr_WriteUnraisable(nullptr);
-  Py_XDECREF(readable);
-}
-
 // Shape and dtype. What type_num, item size and byte order do not say completely is pickled beside the wire.
 void describe(PyArrayObject* array, ArrayWire& wire) {
   wire.ndim = PyArray_NDIM(array);
@@ -205,6 +194,18 @@ PyObject* inside_the_pickle(const Source& source, ArrayWire& wire) {
 
 }  // namespace
 
+void fall_back(pool::Member& member, const Status& status) {
+  member.count_fallback();
+  // A DataLoader with many workers is one program.
+  if (member.arena().header().warned.exchange(1, std::memory_order_relaxed) != 0) return;
+  const std::string text =
+      "torchshm: an array was pickled the ordinary way, which is slower, since the pool has " + status.what();
+  PyObject* readable = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace");
+  if (readable == nullptr || PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "%U", readable) < 0)
+    PyErr_WriteUnraisable(nullptr);
+  Py_XDECREF(readable);
+}
+
 PyObject* reduce_ndarray(PyObject*, PyObject* object) {
   if (!PyArray_Check(object)) {
     PyErr_Format(PyExc_TypeError, "expected a numpy.ndarray, not %.200s", Py_TYPE(object)->tp_name);
@@ -234,8 +235,7 @@ PyObject* reduce_ndarray(PyObject*, PyObject* object) {
     if (copied > 0) return message(object, source.member, wire);
   }
   if (now.sharing) return raise(status);
-  source.member->count_fallback();
-  warn_once(source.member, status);
+  fall_back(*source.member, status);
   return as_numpy_does(object);
 }
 

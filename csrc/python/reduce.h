@@ -13,6 +13,9 @@ using pool::ArrayWire;
 // METH_O. A message never fails because of this: whatever the pool can't do, NumPy's own pickling does.
 PyObject* reduce_ndarray(PyObject* module, PyObject* array);
 
+// Counts what the pool could not carry, and warns once in the whole family.
+void fall_back(pool::Member& member, const Status& status);
+
 // For a name: the wire of an array that lies in that pool, by reference or by copy; its handle has a ticket. kNot for what a wire alone can't
 // describe, kFailed with `status` set, kRaised with an exception set.
 enum class Put { kDone, kNot, kFailed, kRaised };

@@ -367,6 +367,7 @@ class Store {
   }
 
   uint64_t pool_id() const { return member_->pool_id(); }
+  uintptr_t member_address() const { return reinterpret_cast<uintptr_t>(member_); }
   bool serving() const { return server_ != nullptr; }
   bool took_over() const { return server_ != nullptr && server_->took_over(); }
 
@@ -486,6 +487,7 @@ void add_store(py::module_& m) {
       .def("stop", &Store::stop)
       .def_property_readonly("name", &Store::name)
       .def_property_readonly("pool_id", &Store::pool_id)
+      .def_property_readonly("member_address", &Store::member_address)
       .def_property_readonly("serving", &Store::serving)
       .def_property_readonly("took_over", &Store::took_over);
   m.def("copy_into", &copy_into, py::arg("array"), py::arg("offset"), py::arg("address"), py::arg("length"));

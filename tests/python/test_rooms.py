@@ -4,8 +4,11 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
+import torch  # noqa: F401
+
 import torchshm
-from torchshm import _C
+from torchshm import _C, _tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = ["base", "os", "pool", "store", "service", "api", "daemon", "python", "torch", "cuda"]
@@ -19,7 +22,7 @@ def sources():
 
 def test_rooms_include_downwards_only():
     found = sources()
-    assert {"base", "os", "pool", "store", "service", "api", "daemon", "python"} <= {
+    assert {"base", "os", "pool", "store", "service", "api", "daemon", "python", "torch"} <= {
         path.parent.name for path in found
     }
     for path in found:
@@ -52,10 +55,11 @@ def test_what_is_installed_includes_nothing_of_the_rooms():
     assert not re.search(r"#include <(ATen|torch|c10)", (headers[0].parent / "store.h").read_text())
 
 
-def test_stub_declares_exactly_what_is_compiled():
-    text = (ROOT / "torchshm" / "_C.pyi").read_text()
-    declared = set(re.findall(r"^(?:def|class) (\w+)", text, re.MULTILINE))
-    compiled = {name for name in dir(_C) if not name.startswith("__")}
+@pytest.mark.parametrize("module", [_C, _tensors.compiled()], ids=lambda module: module.__name__)
+def test_stub_declares_exactly_what_is_compiled(module):
+    text = (ROOT / (module.__name__.replace(".", "/") + ".pyi")).read_text()
+    declared = set(re.findall(r"^(?:def |class )?(\w+)[:(]", text, re.MULTILINE))
+    compiled = {name for name in dir(module) if not name.startswith("__")}
     assert declared == compiled
 
 

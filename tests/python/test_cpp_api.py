@@ -73,7 +73,9 @@ class Program:
     """A C++ process that obeys commands, one line each."""
 
     def __init__(self, path):
-        self.process = subprocess.Popen([path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, errors="surrogatepass"
+        )
 
     def __call__(self, *command):
         print(*command, file=self.process.stdin, flush=True)
@@ -239,6 +241,16 @@ def test_a_state_dict_saved_in_python_is_named_arrays_in_cpp(store, cpp, libtorc
     assert cpp("keys", "n").startswith("nest n")
 
 
+def test_what_python_writes_beyond_json_does_not_hide_the_arrays_beside_it(store, cpp):
+    store["x"] = {
+        "loss": float("nan"),
+        "best": [float("inf"), float("-inf"), 1e-320, 10**300],
+        os.fsdecode(b"caf\xe9.npy"): np.ones(2),  # a lone surrogate
+        "\ud83d": np.ones(3),
+    }
+    assert cpp("load_all", "x") == "caf\udce9.npy=float64:2 \ud83d=float64:3"
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"a", b"ab", b"abc", bytes(range(256)), b"long" * 1000], ids=lambda data: str(len(data))
 )
@@ -387,7 +399,7 @@ def test_a_damaged_entry_is_an_error_in_cpp(store, cpp):
         tree = {"regions": [[0, 0, 1 << 40]], "leaves": [leaf], "value": {"x": 0}}
         core.save("y", b"J" + json.dumps(tree).encode(), [block], True, 0, False)
         assert cpp("load", "y", "r").startswith("! Error: torchshm: the entry of 'y' is damaged"), leaf
-    for text in (b"J", b"J[", b"J" + b"[" * 100_000, b'J{"regions":[]', b'J{"a":"\\ud8', b"Jnull", b'J"\\'):
+    for text in (b"J", b"J[", b"J" + b"[" * 1_000_000, b'J{"regions":[]', b'J{"a":"\\ud8', b"Jnull", b'J"\\'):
         core.save("y", text, [], True, 0, False)
         assert cpp("load", "y", "r").startswith("! Error: torchshm: the entry of 'y' is damaged"), text[:20]
 

@@ -164,6 +164,7 @@ py::dict check(int data, int control, bool at_rest) {
   out["members"] = members;
   out["blocks"] = report.blocks;
   out["tickets"] = report.tickets;
+  out["named_tickets"] = report.named;
   out["violations"] = violations;
   return out;
 }

@@ -195,6 +195,27 @@ def test_check_knows_the_catalogue(served, tmp_path):
         copies.append(tmp_path / pattern.strip())
         subprocess.run(["cp", "--sparse=always", files_of(served, pattern), copies[-1]], check=True)
     files = ("--files", *map(str, copies[:2]), "--catalogue", str(copies[2]))
+def test_check_tells_messages_from_what_names_keep(served):
+    store = torchshm.connect("shell")
+    store["a"], store["b"] = np.ones(100_000), [np.ones(3), np.ones(100_000)]
+    script = (
+        "import sys, numpy as np, torchshm\n"
+        "torchshm.register(store='shell')\n"
+        "messages = [torchshm.dumps(np.ones(5000)) for _ in range(5)]\n"
+        "print('sent', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    sender = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert sender.stdout.readline() == "sent\n"
+    (found,) = asked("check", "--store", "shell")["pools"]
+    assert found["sound"] and found["messages"] == 5 and found["tickets"] > 5
+    (row,) = [line for line in command("check", "--store", "shell").splitlines() if found["pool"] in line]
+    assert row.split("│")[4].strip() == "5"
+    sender.communicate("\n", timeout=PATIENCE)
+
+
     (found,) = asked("check", *files)["pools"]
     assert found["sound"] and found["copy"] and found["catalogue"]["names"] == 2
     with copies[2].open("r+b") as file:

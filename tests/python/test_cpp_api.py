@@ -11,6 +11,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -582,14 +583,18 @@ def test_a_killed_daemon_s_store_is_taken_over_by_the_next(daemon):
         (["--name", "x", "--ttl", "2y"], "not a time: '2y'"),
         (["--name", "x", "--ttl", "-1"], "not a time"),
         (["--name", "x", "--mode", "rw"], "not permissions: 'rw'"),
+        (["--name", "x", "--mode", "7777"], "not permissions: '7777'"),
         (["--name", "x", "--group", "nobody of that name"], "no group named"),
     ],
 )
-def test_wrong_usage_of_the_daemon_says_what_is_right(prefix, arguments, why):
+def test_wrong_usage_of_the_daemon_says_what_is_right(prefix, runtime, arguments, why):
     done = subprocess.run(
         [prefix / "bin" / "torchshmd", *arguments], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 2 and why in done.stderr and "Usage: torchshmd" in done.stderr
+    serve = [sys.executable, "-m", "torchshm._cli", "serve", *arguments]
+    done = subprocess.run(serve, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and "Usage" in done.stderr
 
 
 def test_the_package_has_the_version_of_the_wheel(prefix):

@@ -324,20 +324,17 @@ TEST_F(Service, AStartThatFailsLeavesNothing) {
 TEST_F(Service, AStartThatFailsLeavesTheStoreItWouldHaveTakenOver) {
   const std::string socket = service::socket_path("store");
   const pid_t pid = daemon(options());
-  const pid_t keeper = ::fork();
-  if (keeper == 0) {
+  int ready[2];
+  ASSERT_EQ(::pipe(ready), 0);
+  const pid_t keeper = tests::start([&] {
     auto client = reach(20 * kSecond);
-    if (!client || !save(*client->member, *client->catalogue, "kept", 7)) ::_exit(1);
+    if (!client || !save(*client->member, *client->catalogue, "kept", 7) || ::write(ready[1], "", 1) != 1) return false;
     for (;;) ::pause();
-  }
-  {
-    const pid_t waiter = tests::start([] {
-      auto client = reach(20 * kSecond);
-      while (client.ok() && load(*client, "kept") != 7) ::usleep(1000);
-      return client.ok();
-    });
-    ASSERT_EQ(tests::wait_for(waiter), 0);
-  }
+  });
+  ::close(ready[1]);
+  char told;
+  ASSERT_EQ(::read(ready[0], &told, 1), 1);
+  ::close(ready[0]);
   ::kill(pid, SIGKILL);
   (void)tests::wait_for(pid);
   std::filesystem::remove(socket);

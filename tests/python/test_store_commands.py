@@ -195,7 +195,8 @@ def files_of(pid, pattern):
     return next(fd for fd in Path(f"/proc/{pid}/fd").iterdir() if re.search(pattern, os.readlink(fd)))
 
 
-def test_check_tells_messages_from_what_names_keep(served):
+def test_check_tells_messages_from_what_names_keep(served, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     store = torchshm.connect("shell")
     store["a"], store["b"] = np.ones(100_000), [np.ones(3), np.ones(100_000)]
     script = (
@@ -205,15 +206,15 @@ def test_check_tells_messages_from_what_names_keep(served):
         "print('sent', flush=True)\n"
         "sys.stdin.readline()\n"
     )
-    sender = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert sender.stdout.readline() == "sent\n"
-    (found,) = asked("check", "--store", "shell")["pools"]
-    assert found["sound"] and found["messages"] == 5 and found["tickets"] > 5
-    (row,) = [line for line in command("check", "--store", "shell").splitlines() if found["pool"] in line]
+    ) as sender:
+        assert sender.stdout.readline() == "sent\n"
+        (found,) = asked("check", "--store", "shell")["pools"]
+        assert found["sound"] and found["messages"] == 5 and found["tickets"] > 5
+        lines = command("check", "--store", "shell").splitlines()
+    (row,) = [line for line in lines if found["pool"] in line]
     assert row.split("│")[4].strip() == "5"
-    sender.communicate("\n", timeout=PATIENCE)
 
 
 def test_check_knows_the_catalogue(served, tmp_path):

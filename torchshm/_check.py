@@ -36,7 +36,8 @@ class Checked:
     name: str  # pool id in hexadecimal digits; the control file's path where that can't be read
     members: list[tuple[int, str]] = field(default_factory=list)  # pid, name
     blocks: int = 0
-    tickets: int = 0
+    tickets: int = 0  # those of messages and of names
+    messages: int = 0  # sent, and not received yet
     is_copy: bool = False
     catalogue: Catalogue | None = None
     violations: list[tuple[int, str]] = field(default_factory=list)  # number of the invariant, text
@@ -56,6 +57,7 @@ class Checked:
             "members": [{"pid": pid, "name": name} for pid, name in self.members],
             "blocks": self.blocks,
             "tickets": self.tickets,
+            "messages": self.messages,
             "catalogue": None if self.catalogue is None else self.catalogue.as_json(),
             "violations": [{"invariant": number, "what": what} for number, what in self.violations],
             "error": self.error,
@@ -72,6 +74,7 @@ def check_descriptors(
         checked.name = f"{found['pool_id']:016x}"
         checked.members, checked.is_copy = found["members"], found["is_copy"]
         checked.blocks, checked.tickets = found["blocks"], found["tickets"]
+        checked.messages = found["tickets"] - found["named_tickets"]
         checked.violations += found["violations"]
         if catalogue is not None:
             of_store = _C.check_catalogue(catalogue, data, control, at_rest)
@@ -185,7 +188,7 @@ def table(pools: list[Checked]) -> Table:
             escape(pool.name + (" (copy)" if pool.is_copy else "")),
             escape("\n".join(members)),
             str(pool.blocks),
-            str(pool.tickets),
+            str(pool.messages),
             "" if pool.catalogue is None else escape(f"{pool.catalogue.store}: {pool.catalogue.names} names"),
             result,
         )

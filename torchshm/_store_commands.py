@@ -5,8 +5,10 @@ Exit codes: 0 done; 1 there is no such store or name, or it can't be served; 2 w
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -19,6 +21,7 @@ from torchshm._size import parse_size
 from torchshm._store import Store, connect, start
 from torchshm.errors import StoreUnavailableError, TorchshmError
 
+_MOST = 9 * 10**18  # bytes or nanoseconds; above, they do not fit
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -53,6 +56,8 @@ def _fail(error: object) -> NoReturn:
 
 
 def _one(argument: str | None, option: str | None) -> str:
+    if argument and option and argument != option:
+        raise typer.BadParameter(f"which store, {argument!r} or {option!r}?")
     name = argument or option
     if name is None:
         raise typer.BadParameter("which store? Give its NAME")
@@ -74,11 +79,41 @@ def _seconds(text: str | None) -> float | None:
         raise typer.BadParameter(f"not a time: {text!r}; write it as 90s, 15m, 2h or 1d") from None
 
 
-def _mode(text: str) -> int:
+def _lifetime(text: str | None) -> float | None:
+    seconds = _seconds(text)
+    if seconds is not None and not 1e-9 <= seconds <= _MOST / 1e9:
+        raise typer.BadParameter(f"not a time: {text!r}; write it as 90s, 15m, 2h or 1d")
+    return seconds
+
+
+def _limit(text: str | None) -> int | None:
+    if text is None:
+        return None
     try:
-        return int(text, 8)
-    except ValueError:
-        raise typer.BadParameter(f"not permissions: {text!r}; write them as 0660") from None
+        size = parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if not 1 <= size <= _MOST:
+        raise typer.BadParameter(f"not a size: {text!r}; write it as 256MiB, 8GB or a number of bytes")
+    return size
+
+
+def _mode(text: str) -> int:
+    if re.fullmatch("[0-7]+", text) is None or int(text, 8) > 0o777:
+        raise typer.BadParameter(f"not permissions: {text!r}; write them as 0660")
+    return int(text, 8)
+
+
+def _group(text: str | None) -> int | None:
+    """The number of a group that is given by number or name."""
+    if text is None:
+        return None
+    if text.isascii() and text.isdecimal() and int(text) < 1 << 32:
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise typer.BadParameter(f"no group named {text!r}") from None
 
 
 def _bytes(n: float) -> str:
@@ -148,16 +183,16 @@ def serve(
     ] = None,
     mode: Annotated[str, typer.Option(metavar="OCTAL", help="Permissions of the socket.")] = "0600",
     group: Annotated[
-        str | None, typer.Option(metavar="GROUP", help="Its members may use the store; with --mode 0660.")
+        str | None,
+        typer.Option(
+            metavar="GROUP", help="Its members, by name or number, may use the store; with --mode 0660."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Serve a store, in the background."""
-    store_name, lifetime, permissions = _one(argument, name), _seconds(ttl), _mode(mode)
-    try:
-        size = None if limit is None else parse_size(limit)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    store_name, size, lifetime, permissions = _one(argument, name), _limit(limit), _lifetime(ttl), _mode(mode)
+    members = _group(group)
     report = None if no_fork else _detach()
     # From here on a signal ends the service cleanly, and not in the middle of its start.
     ended: list[int] = []
@@ -165,8 +200,8 @@ def serve(
         if number != signal.SIGHUP or report is not None:
             signal.signal(number, lambda number, _frame: ended.append(number))
     try:
-        store = start(store_name, size, lifetime, mode=permissions, group=group)
-    except (TorchshmError, ValueError, LookupError) as error:
+        store = start(store_name, size, lifetime, mode=permissions, group=members)
+    except (TorchshmError, ValueError) as error:
         if report is None:
             _fail(error.args[0] if error.args else error)
         os.write(report, f"torchshm: {error.args[0] if error.args else error}".encode())

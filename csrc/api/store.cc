@@ -14,6 +14,7 @@
 #include "service/client.h"
 #include "service/server.h"
 #include "store/catalogue.h"
+#include "store/lock.h"
 
 namespace torchshm {
 namespace {
@@ -22,6 +23,7 @@ using pool::Member;
 
 constexpr int kAttempts = 1000;             // a name that changes more often while it is looked for is an error
 constexpr uint64_t kLook = 1'000'000'000;   // ns; a saver that dies after it has named the value rings no bell
+constexpr uint64_t kNap = 50'000'000;       // ns; a holder or maker that dies rings no bell
 constexpr std::align_val_t kAlignment{64};  // of private copies; as aligned as a block
 
 static_assert(static_cast<int>(Mode::kReadWrite) == static_cast<int>(pool::Mode::kReadWrite) &&
@@ -68,6 +70,14 @@ uint64_t count_of(Nanoseconds time, const char* what) {
   if (time.count() < 0) throw std::invalid_argument(std::string("torchshm: ") + what + " is 0 or more");
   return static_cast<uint64_t>(time.count());
 }
+
+// By CLOCK_BOOTTIME.
+uint64_t time_after(uint64_t timeout) {
+  const uint64_t now = os::boot_time();
+  return timeout > UINT64_MAX - now ? UINT64_MAX : now + timeout;
+}
+
+std::string seconds(uint64_t ns) { return std::to_string(static_cast<double>(ns) * 1e-9) + " s"; }
 
 // Memory that is kept valid by its owner.
 struct Memory {
@@ -305,7 +315,7 @@ struct Store::Impl {
 
   // What the name stands for, once it is there.
   store::Entry find(std::string_view key, uint64_t timeout) {
-    const uint64_t now = os::boot_time(), until = timeout > UINT64_MAX - now ? UINT64_MAX : now + timeout;
+    const uint64_t until = time_after(timeout);
     for (;;) {
       const uint32_t bell = catalogue->bell(key);
       auto entry = catalogue->find(key);
@@ -314,10 +324,32 @@ struct Store::Impl {
       if (timeout == 0) throw KeyError("torchshm: the store " + name + " has no name '" + std::string(key) + "'");
       const uint64_t at = os::boot_time();
       if (at >= until)
-        throw TimeoutError("torchshm: nobody has saved '" + std::string(key) + "' within " +
-                           std::to_string(static_cast<double>(timeout) * 1e-9) + " s");
+        throw TimeoutError("torchshm: nobody has saved '" + std::string(key) + "' within " + seconds(timeout));
       (void)catalogue->wait(key, bell, std::min(until - at, kLook));
     }
+  }
+
+  // Puts up the mark of the process that makes a name. False when somebody else has.
+  bool mark(const std::string& name) {
+    const store::SaveOptions bound{false, 0, true};
+    Status saved = catalogue->save(name, "", {}, bound);
+    if (made_room(saved)) saved = catalogue->save(name, "", {}, bound);
+    if (!saved && saved.code() != Code::kExists) fail(saved);
+    return saved.ok();
+  }
+
+  void wait_for_maker(std::string_view key, const std::string& mark, uint32_t bell, uint64_t timeout, uint64_t until) {
+    auto at_work = catalogue->find(mark);
+    if (!at_work) return;
+    if (at_work->owner != 0 && member->gone(at_work->owner)) {
+      (void)catalogue->sweep();  // the service would do it soon, if there is one
+      return;
+    }
+    const uint64_t now = os::boot_time();
+    if (now >= until)
+      throw TimeoutError("torchshm: another process has not made '" + std::string(key) + "' within " +
+                         seconds(timeout));
+    (void)catalogue->wait(key, bell, std::min(until - now, kNap));
   }
 
   // Calls open(entry, value) until it does not find that the name has been removed or replaced meanwhile.
@@ -475,6 +507,75 @@ std::vector<std::pair<std::string, Array>> Store::load_all(std::string_view key,
     }
     return arrays;
   });
+}
+
+Array Store::get_or_create(std::string_view key, const std::function<Array()>& make, const MakeOptions& options) const {
+  check_key(key);
+  const uint64_t timeout = count_of(options.timeout, "a timeout"), until = time_after(timeout);
+  (void)count_of(options.ttl, "ttl");
+  store::Catalogue& catalogue = *impl_->catalogue;
+  const std::string mark = std::string(1, '\0').append(key);  // Python puts up the same
+  for (;;) {
+    const uint32_t bell = catalogue.bell(key);
+    try {
+      return load(key, {options.mode, Nanoseconds{0}});
+    } catch (const KeyError&) {
+    }
+    if (!impl_->mark(mark)) {
+      impl_->wait_for_maker(key, mark, bell, timeout, until);
+      continue;
+    }
+    const std::shared_ptr<void> marked(&catalogue, [&](void*) {
+      (void)catalogue.remove(mark);
+      catalogue.ring(key);
+    });
+    if (catalogue.contains(key)) continue;  // it may have come before the mark
+    const Array made = make();
+    try {
+      save(key, made, {false, options.ttl});
+    } catch (const KeyExistsError&) {
+      // Saved by somebody else, without asking: theirs it is.
+    }
+  }
+}
+
+struct Lock::Impl {
+  store::Lock lock;
+};
+
+Lock::Lock(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Lock::Lock(Lock&& from) noexcept = default;
+Lock& Lock::operator=(Lock&& from) noexcept = default;
+Lock::~Lock() = default;
+
+bool Lock::held() const { return impl_ != nullptr && impl_->lock.held(); }
+
+void Lock::release() {
+  if (impl_ != nullptr && impl_->lock.left_to_parent())
+    throw Error(
+        "torchshm: the lock is held by the process that this one was forked from, so it can't be released here");
+  if (Status done = impl_ == nullptr ? Status(Code::kMissing, "the lock is not held") : impl_->lock.release(); !done)
+    throw Error("torchshm: " + done.what());
+}
+
+Lock Store::lock(std::string_view key, bool shared, Nanoseconds timeout) const {
+  if (!key.empty()) check_key(key);
+  const uint64_t most = count_of(timeout, "a timeout"), until = time_after(most);
+  store::Catalogue& catalogue = *impl_->catalogue;
+  Lock made(std::unique_ptr<Lock::Impl>(new Lock::Impl{store::Lock(impl_->catalogue, key)}));
+  store::Lock& lock = made.impl_->lock;
+  for (;;) {
+    const uint32_t bell = catalogue.bell(lock.bell());
+    const auto taken = lock.try_acquire(shared);
+    if (!taken) fail(taken.status());
+    if (*taken) return made;
+    const uint64_t now = os::boot_time();
+    if (now >= until)
+      throw TimeoutError("torchshm: somebody else has held the lock of " +
+                         (key.empty() ? "the store " + name() : "'" + std::string(key) + "'") + " for " +
+                         seconds(most));
+    (void)catalogue.wait(lock.bell(), bell, std::min(until - now, kNap));
+  }
 }
 
 Array Store::empty(DType dtype, const std::vector<int64_t>& shape) const {

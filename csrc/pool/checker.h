@@ -46,7 +46,8 @@ struct CheckOptions {
 
 struct CheckReport {
   std::vector<Violation> violations;  // the first hundred or so
-  uint64_t blocks = 0, leases = 0, tickets = 0;
+  uint64_t blocks = 0, leases = 0;
+  uint64_t tickets = 0, named = 0;  // out; those of them that are a name's, and no message's
   bool ok() const { return violations.empty(); }
   std::string first() const;  // "invariant 3: block 512 ..."; empty when all is well
 };

@@ -36,15 +36,37 @@ void in_child() {
 
 }  // namespace
 
+Adoption::Adoption() : adding_(adding) {
+  static const int hooked = ::pthread_atfork(before, in_parent, in_child);
+  (void)hooked;
+}
+
+Adoption::~Adoption() {
+  if (fresh_ != nullptr) fresh_->membership().abandon(fresh_->arena());
+}
+
+bool Adoption::room() const { return count.load(std::memory_order_relaxed) < kMost; }
+
+Member* Adoption::hold(std::unique_ptr<Member> member) {
+  fresh_ = std::move(member);
+  return fresh_.get();
+}
+
+void Adoption::keep() {
+  if (fresh_ != nullptr) {
+    const size_t n = count.load(std::memory_order_relaxed);
+    members[n].store(fresh_.release(), std::memory_order_relaxed);
+    count.store(n + 1, std::memory_order_release);  // publishes the entry
+  }
+  adding_.unlock();
+}
+
 Member* adopt(std::unique_ptr<Member> member) {
-  const std::lock_guard lock(adding);
-  const size_t n = count.load(std::memory_order_relaxed);
-  if (n == kMost) return nullptr;
-  if (n == 0) pthread_atfork(before, in_parent, in_child);
-  Member* raw = member.release();
-  members[n].store(raw, std::memory_order_relaxed);
-  count.store(n + 1, std::memory_order_release);  // publishes the entry
-  return raw;
+  Adoption adoption;
+  if (!adoption.room()) return nullptr;
+  Member* kept = adoption.hold(std::move(member));
+  adoption.keep();
+  return kept;
 }
 
 Member* find_pool(uint64_t pool_id) {

@@ -50,6 +50,7 @@ py::dict check(int data, int control, bool at_rest) {
   out["members"] = members;
   out["blocks"] = report.blocks;
   out["tickets"] = report.tickets;
+  out["named_tickets"] = report.named;
   out["violations"] = as_list(report.violations);
   return out;
 }

@@ -32,7 +32,7 @@ pool::Member& current() {
 void start(Result<std::unique_ptr<pool::Member>> made, bool current) {
   if (!made) fail(made.status());
   pool::Member* adopted = pool::adopt(made.take());
-  if (adopted == nullptr) fail(Status(Code::kSystem, "this process is a member of too many pools"));
+  if (adopted == nullptr) fail(Status(Code::kSystem, pool::kTooMany));
   if (current || member() == nullptr) set_member(adopted);
 }
 

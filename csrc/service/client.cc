@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <map>
-#include <mutex>
 #include <thread>
 
 #include "os/futex.h"
@@ -69,19 +68,19 @@ Result<Client> connect(const std::string& name, uint64_t nanoseconds, bool (*go_
   }
   if (!answered) return std::move(answered.status());
   if (answered->files.size() != 3) return Status(Code::kInvalid, "the store's service sent no files");
-  static std::mutex joining;
-  const std::lock_guard lock(joining);
+  pool::Adoption adoption;
   Client client;
   client.member = pool::find_pool(answered->reply.pool_id);
   if (client.member == nullptr) {
+    if (!adoption.room()) return Status(Code::kUnsupported, pool::kTooMany);
     auto member = pool::Member::attach(std::move(answered->files[0]), std::move(answered->files[1]));
     if (!member) return std::move(member.status());
-    client.member = pool::adopt(member.take());
-    if (client.member == nullptr) return Status(Code::kUnsupported, "this process is a member of too many pools");
+    client.member = adoption.hold(member.take());
   }
   auto catalogue = store::Catalogue::attach(*client.member, std::move(answered->files[2]));
   if (!catalogue) return std::move(catalogue.status());
   client.catalogue = catalogue.take();
+  adoption.keep();
   return client;
 }
 

@@ -39,6 +39,17 @@ void in_child() {
   living.unlock();
 }
 
+// The files of a start that fails. They are this one's: it has the lock.
+struct Attempt {
+  const std::string& name;
+  bool listening = false, failed = true;
+  ~Attempt() {
+    if (!failed) return;
+    if (listening) os::remove_file(socket_path(name));
+    os::remove_file(lock_path(name));
+  }
+};
+
 void hook_forks() {
   static const int hooked = ::pthread_atfork([] { living.lock(); }, [] { living.unlock(); }, in_child);
   (void)hooked;
@@ -62,6 +73,8 @@ Server::Server(const ServerOptions& options, pool::Member& member)
 Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
   if (Status named = check_name(options.name); !named) return named;
   if (Status made = os::private_directory(directory(), options.group); !made) return made;
+  // Until the service stands, nothing of it is there for anybody: a start that fails takes all of it back.
+  pool::Adoption adoption;
   auto lock = os::lock_file(lock_path(options.name), 0600);
   if (!lock) {
     if (lock.code() != Code::kExists) return std::move(lock.status());
@@ -70,10 +83,10 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
                                      "(torchshm stop " +
                                      options.name + "), or choose another name");
   }
+  Attempt attempt{options.name};
   TORCHSHM_POINT("serve.locked");
 
   // With the lock in hand, what is left of an earlier service is nobody's.
-  std::unique_ptr<pool::Member> fresh;
   pool::Member* member = nullptr;
   auto files = find_files(options.name);
   const bool taking_over = files.ok();
@@ -82,20 +95,14 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
     const auto stamp = store::Catalogue::stamp_of(files->catalogue.get(), options.name);
     if (stamp) member = pool::find_pool(stamp->pool_id);
   }
-  if (member != nullptr) {
-  } else if (taking_over) {
-    auto member = pool::Member::attach(std::move(files->data), std::move(files->control));
-    if (!member) return std::move(member.status());
-    fresh = member.take();
-  } else {
-    auto member = pool::Member::create(options.family, options.limits);
-    if (!member) return std::move(member.status());
-    fresh = member.take();
+  if (member == nullptr) {
+    if (!adoption.room()) return Status(Code::kUnsupported, pool::kTooMany);
+    auto made = taking_over ? pool::Member::attach(std::move(files->data), std::move(files->control))
+                            : pool::Member::create(options.family, options.limits);
+    if (!made) return std::move(made.status());
+    member = adoption.hold(made.take());
   }
-  if (member == nullptr) member = pool::adopt(std::move(fresh));
-  if (member == nullptr) return Status(Code::kUnsupported, "this process is a member of too many pools");
   std::unique_ptr<Server> server(new Server(options, *member));
-  server->lock_ = lock.take();
   server->took_over_ = taking_over;
   auto catalogue = taking_over ? store::Catalogue::attach(*member, std::move(files->catalogue))
                                : store::Catalogue::create(*member, options.name, options.ttl, place());
@@ -108,6 +115,7 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
   auto listening = os::listen_at(path, options.mode);
   if (!listening) return std::move(listening.status());
   server->listening_ = listening.take();
+  attempt.listening = true;
   TORCHSHM_POINT("serve.listening");
   auto signal = os::make_signal();
   if (!signal) return std::move(signal.status());
@@ -120,32 +128,40 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
     if (Status added = server->poller_.add(fd, token); !added) return added;
   }
   server->started_ = os::real_time();
-  server->catalogue_->header().serving.store(os::self().pid, std::memory_order_relaxed);
-  hook_forks();
-  {
-    const std::lock_guard held(living);
-    servers().push_back(server.get());
-  }
   sigset_t all, before;
   ::sigfillset(&all);
   ::pthread_sigmask(SIG_BLOCK, &all, &before);
   try {
-    server->thread_ = std::thread([raw = server.get()] { raw->run(); });
+    server->thread_ = std::thread([raw = server.get()] {
+      raw->begin_.wait();
+      raw->run();
+    });
   } catch (const std::exception& error) {
     ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
     return Status(Code::kUnsupported, std::string("no thread for the store's service: ") + error.what());
   }
   ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  // Nothing fails from here on.
+  attempt.failed = false;
+  server->lock_ = lock.take();
+  server->catalogue_->header().serving.store(os::self().pid, std::memory_order_relaxed);
+  adoption.keep();
+  hook_forks();
+  {
+    const std::lock_guard held(living);
+    servers().push_back(server.get());
+  }
+  server->begin_.count_down();
   return server;
 }
 
 Server::~Server() {
+  if (!thread_.joinable()) return;  // it was never in the list, or is a child's copy
   {
     const std::lock_guard held(living);
     auto& list = servers();
     list.erase(std::remove(list.begin(), list.end(), this), list.end());
   }
-  if (!thread_.joinable()) return;
   ending_.store(true);
   os::raise_signal(signal_.get());
   thread_.join();

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <latch>
 #include <memory>
 #include <string>
 #include <thread>
@@ -30,6 +31,7 @@ struct ServerOptions {
 class Server {
  public:
   // kExists when a store of that name is being served. Takes over the store of that name that some living process still has.
+  // One that fails leaves nothing here, and no file.
   static Result<std::unique_ptr<Server>> start(const ServerOptions& options);
   // Ends the service and removes its socket; the store lives on in its clients.
   ~Server();
@@ -60,6 +62,7 @@ class Server {
   os::Fd lock_, listening_, signal_;
   os::Poller poller_;
   std::thread thread_;
+  std::latch begin_{1};  // the start is over
   std::atomic<bool> ending_{false};
   std::atomic<uint32_t> stop_asked_{0};
   std::atomic<uint64_t> clients_{0};

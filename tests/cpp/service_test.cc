@@ -298,6 +298,77 @@ TEST_F(Service, NamesOfTooLongPathsAreAnErrorThatSaysSo) {
   EXPECT_NE(server.status().what().find("longer than"), std::string::npos);
 }
 
+std::ptrdiff_t entries(const std::string& directory) {
+  return std::distance(std::filesystem::directory_iterator(directory), {});
+}
+
+// More often than a process may have pools.
+TEST_F(Service, AStartThatFailsLeavesNothing) {
+  const std::string socket = service::socket_path("store");
+  (void)start("other");
+  // Where the socket should be: noticed when the store has been made.
+  std::filesystem::create_directories(socket);
+  const auto files = entries(service::directory()), open = entries("/proc/self/fd");
+  for (int i = 0; i < 40; ++i) {
+    auto server = Server::start(options());
+    ASSERT_EQ(server.code(), Code::kSystem) << i << ": " << server.status().what();
+    ASSERT_EQ(entries(service::directory()), files);
+    ASSERT_EQ(entries("/proc/self/fd"), open);
+  }
+  std::filesystem::remove(socket);
+  auto server = start();
+  ASSERT_NE(server, nullptr);
+  EXPECT_FALSE(server->took_over());
+}
+
+TEST_F(Service, AStartThatFailsLeavesTheStoreItWouldHaveTakenOver) {
+  const std::string socket = service::socket_path("store");
+  const pid_t pid = daemon(options());
+  int ready[2];
+  ASSERT_EQ(::pipe(ready), 0);
+  const pid_t keeper = tests::start([&] {
+    auto client = reach(20 * kSecond);
+    if (!client || !save(*client->member, *client->catalogue, "kept", 7) || ::write(ready[1], "", 1) != 1) return false;
+    for (;;) ::pause();
+  });
+  ::close(ready[1]);
+  char told;
+  ASSERT_EQ(::read(ready[0], &told, 1), 1);
+  ::close(ready[0]);
+  ::kill(pid, SIGKILL);
+  (void)tests::wait_for(pid);
+  std::filesystem::remove(socket);
+  std::filesystem::create_directories(socket);
+  const auto open = entries("/proc/self/fd");
+  for (int i = 0; i < 40; ++i) {
+    auto server = Server::start(options());
+    ASSERT_EQ(server.code(), Code::kSystem) << i << ": " << server.status().what();
+    ASSERT_EQ(entries("/proc/self/fd"), open);
+  }
+  std::filesystem::remove(socket);
+  auto server = start();
+  ASSERT_TRUE(server != nullptr && server->took_over());
+  EXPECT_EQ(server->member().stats().leases.size(), 2U);
+  auto client = reach();
+  ASSERT_TRUE(client.ok());
+  EXPECT_EQ(load(*client, "kept"), 7);
+  ::kill(keeper, SIGKILL);
+  (void)tests::wait_for(keeper);
+}
+
+TEST_F(Service, AStartWithoutAThreadLeavesNothing) {
+  std::filesystem::create_directory(service::directory());
+  std::filesystem::permissions(service::directory(), std::filesystem::perms::owner_all);
+  EXPECT_TRUE(tests::succeeds([&] {
+    if (!tests::refuse(SYS_clone3, EAGAIN) || !tests::refuse(SYS_clone, EAGAIN)) return false;
+    for (int i = 0; i < 40; ++i) {
+      auto server = Server::start(options());
+      if (server.status().what().find("no thread") == std::string::npos) return false;
+    }
+    return entries(service::directory()) == 0;
+  }));
+}
+
 #if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
 
 TEST_F(Service, KilledAtAnyPointOfItsStartItIsReplaced) {

@@ -11,6 +11,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -73,7 +74,9 @@ class Program:
     """A C++ process that obeys commands, one line each."""
 
     def __init__(self, path):
-        self.process = subprocess.Popen([path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, errors="surrogatepass"
+        )
 
     def __call__(self, *command):
         print(*command, file=self.process.stdin, flush=True)
@@ -239,6 +242,16 @@ def test_a_state_dict_saved_in_python_is_named_arrays_in_cpp(store, cpp, libtorc
     assert cpp("keys", "n").startswith("nest n")
 
 
+def test_what_python_writes_beyond_json_does_not_hide_the_arrays_beside_it(store, cpp):
+    store["x"] = {
+        "loss": float("nan"),
+        "best": [float("inf"), float("-inf"), 1e-320, 10**300],
+        os.fsdecode(b"caf\xe9.npy"): np.ones(2),  # a lone surrogate
+        "\ud83d": np.ones(3),
+    }
+    assert cpp("load_all", "x") == "caf\udce9.npy=float64:2 \ud83d=float64:3"
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"a", b"ab", b"abc", bytes(range(256)), b"long" * 1000], ids=lambda data: str(len(data))
 )
@@ -316,6 +329,85 @@ def test_a_holder_keeps_its_memory_after_the_name_is_gone(store, cpp):
     assert store.info()["live_bytes"] < full
 
 
+# ---- working together
+
+
+def test_a_lock_held_in_cpp_keeps_python_out(store, cpp):
+    assert cpp("lock", "alone", 0, "x") == "held"
+    with pytest.raises(TimeoutError):
+        store.lock("x", shared=True, timeout=0).acquire()
+    store.lock("y", timeout=0).acquire()
+    store.lock(timeout=0).acquire()
+    assert cpp("fork_locked", "x") == "0 held"
+    with pytest.raises(TimeoutError):
+        store.lock("x", timeout=0).acquire()
+    assert cpp("unlock", "x") == "done"
+    assert cpp("unlock", "x") == "! Error: torchshm: the lock is not held"
+    with store.lock("x", timeout=0):
+        pass
+    assert cpp("lock", "shared", 0, "x") == "held"
+    with store.lock("x", shared=True, timeout=0), pytest.raises(TimeoutError):
+        store.lock("x", timeout=0).acquire()
+    assert cpp("drop_lock", "x") == "done"
+    with store.lock("x", timeout=0):
+        pass
+    assert cpp("lock", "alone", 0) == "held"  # the store's own
+    with pytest.raises(TimeoutError):
+        store.lock(timeout=0).acquire()
+    cpp.process.kill()
+    with store.lock(timeout=PATIENCE):
+        pass
+
+
+def test_a_lock_held_in_python_keeps_cpp_out(store, cpp):
+    with store.lock("x"):
+        said = cpp("lock", "shared", 0.05, "x")
+        assert said == "! TimeoutError: torchshm: somebody else has held the lock of 'x' for 0.050000 s"
+        print("lock", "alone", 60, "x", file=cpp.process.stdin, flush=True)
+        assert not select.select([cpp.process.stdout], [], [], 0.2)[0]
+    assert cpp.process.stdout.readline() == "held\n"
+    with store.lock(shared=True):
+        assert cpp("lock", "alone", 0).startswith(
+            "! TimeoutError: torchshm: somebody else has held the lock of the"
+        )
+        assert cpp("lock", "shared", 0) == "held"
+
+
+def never():
+    raise AssertionError("made twice")
+
+
+def test_what_cpp_is_making_python_waits_for(store, cpp):
+    assert cpp("create", "slowly", 0, "x") == "making"
+    with pytest.raises(TimeoutError):
+        store.get_or_create("x", never, timeout=0.1)
+    print(file=cpp.process.stdin, flush=True)
+    np.testing.assert_array_equal(store.get_or_create("x", never), [1, 2])
+    assert cpp.process.stdout.readline().strip() == told(store["x"]) + " made"
+    assert cpp("create", "fail", 0, "x") == told(store["x"]) + " found"
+    assert cpp("create", "fail", 0, "y") == "! other: out of ideas"
+    assert cpp("create", "at_once", 0, "y") == told(store["x"]) + " made"
+
+
+def test_what_python_is_making_cpp_waits_for(store, cpp):
+    def make():
+        assert cpp("create", "fail", 0.05, "x").startswith(
+            "! TimeoutError: torchshm: another process has not"
+        )
+        print("create", "fail", 60, "x", file=cpp.process.stdin, flush=True)
+        assert not select.select([cpp.process.stdout], [], [], 0.2)[0]
+        return np.arange(5)
+
+    made = store.get_or_create("x", make)
+    assert cpp.process.stdout.readline().strip() == told(made) + " found"
+
+
+def test_the_work_of_a_cpp_maker_that_dies_is_taken_over(store, cpp):
+    assert cpp("create", "slowly", 0, "x") == "making"
+    cpp.process.kill()
+    np.testing.assert_array_equal(store.get_or_create("x", lambda: np.zeros(2), timeout=PATIENCE), [0, 0])
+
+
 # ---- names
 
 
@@ -387,7 +479,7 @@ def test_a_damaged_entry_is_an_error_in_cpp(store, cpp):
         tree = {"regions": [[0, 0, 1 << 40]], "leaves": [leaf], "value": {"x": 0}}
         core.save("y", b"J" + json.dumps(tree).encode(), [block], True, 0, False)
         assert cpp("load", "y", "r").startswith("! Error: torchshm: the entry of 'y' is damaged"), leaf
-    for text in (b"J", b"J[", b"J" + b"[" * 100_000, b'J{"regions":[]', b'J{"a":"\\ud8', b"Jnull", b'J"\\'):
+    for text in (b"J", b"J[", b"J" + b"[" * 1_000_000, b'J{"regions":[]', b'J{"a":"\\ud8', b"Jnull", b'J"\\'):
         core.save("y", text, [], True, 0, False)
         assert cpp("load", "y", "r").startswith("! Error: torchshm: the entry of 'y' is damaged"), text[:20]
 
@@ -570,14 +662,18 @@ def test_a_killed_daemon_s_store_is_taken_over_by_the_next(daemon):
         (["--name", "x", "--ttl", "2y"], "not a time: '2y'"),
         (["--name", "x", "--ttl", "-1"], "not a time"),
         (["--name", "x", "--mode", "rw"], "not permissions: 'rw'"),
+        (["--name", "x", "--mode", "7777"], "not permissions: '7777'"),
         (["--name", "x", "--group", "nobody of that name"], "no group named"),
     ],
 )
-def test_wrong_usage_of_the_daemon_says_what_is_right(prefix, arguments, why):
+def test_wrong_usage_of_the_daemon_says_what_is_right(prefix, runtime, arguments, why):
     done = subprocess.run(
         [prefix / "bin" / "torchshmd", *arguments], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 2 and why in done.stderr and "Usage: torchshmd" in done.stderr
+    serve = [sys.executable, "-m", "torchshm._cli", "serve", *arguments]
+    done = subprocess.run(serve, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2, done.stderr
 
 
 def test_the_package_has_the_version_of_the_wheel(prefix):

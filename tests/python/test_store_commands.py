@@ -1,6 +1,7 @@
 """serve, stop, ls, info and rm as a shell sees them."""
 
 import contextlib
+import grp
 import json
 import os
 import re
@@ -167,19 +168,53 @@ def test_a_store_served_by_a_program_stops_on_request(runtime):
         ("serve", "x", "--limit", "much"),
         ("serve", "x", "--ttl", "soon"),
         ("serve", "x", "--mode", "9"),
+        ("serve", "x", "--mode", "7777"),
+        ("serve", "x", "--limit", "9999999999999 TB"),
+        ("serve", "x", "--ttl", "nan"),
+        ("serve", "x", "--ttl", "1e300d"),
+        ("serve", "x", "--group", "nosuchgroup"),
+        ("serve", "x", "--name", "y"),
     ],
 )
 def test_wrong_usage(runtime, arguments):
     assert "Usage" in command(*arguments, code=2)
 
 
-def test_a_bad_name_and_a_bad_group(runtime):
+def test_a_bad_name_can_t_be_served(runtime):
     assert "letters" in command("serve", "a/b", code=1)
-    assert "nosuchgroup" in command("serve", "x", "--group", "nosuchgroup", code=1)
+
+
+def test_a_group_is_given_by_name_or_number(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # which is the group's from then on
+    for group in (grp.getgrgid(os.getgid()).gr_name, str(os.getgid())):
+        asked("serve", "ours", "--mode", "0660", "--group", group)
+        command("stop", "ours")
 
 
 def files_of(pid, pattern):
     return next(fd for fd in Path(f"/proc/{pid}/fd").iterdir() if re.search(pattern, os.readlink(fd)))
+
+
+def test_check_tells_messages_from_what_names_keep(served, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    store = torchshm.connect("shell")
+    store["a"], store["b"] = np.ones(100_000), [np.ones(3), np.ones(100_000)]
+    script = (
+        "import sys, numpy as np, torchshm\n"
+        "torchshm.register(store='shell')\n"
+        "messages = [torchshm.dumps(np.ones(5000)) for _ in range(5)]\n"
+        "print('sent', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as sender:
+        assert sender.stdout.readline() == "sent\n"
+        (found,) = asked("check", "--store", "shell")["pools"]
+        assert found["sound"] and found["messages"] == 5 and found["tickets"] > 5
+        lines = command("check", "--store", "shell").splitlines()
+    (row,) = [line for line in lines if found["pool"] in line]
+    assert row.split("│")[4].strip() == "5"
 
 
 def test_check_knows_the_catalogue(served, tmp_path):

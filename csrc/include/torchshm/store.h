@@ -14,6 +14,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -59,7 +60,7 @@ class TORCHSHM_API StoreUnavailableError : public Error {
  public:
   using Error::Error;
 };
-/// Nobody has saved the name in time.
+/// Nobody has saved the name, or let go of the lock, in time.
 class TORCHSHM_API TimeoutError : public Error {
  public:
   using Error::Error;
@@ -267,6 +268,12 @@ struct LoadOptions {
   Nanoseconds timeout{0};  ///< to wait for a name that is not there yet
 };
 
+struct MakeOptions {
+  Mode mode = Mode::kRead;
+  Nanoseconds timeout = kForever;  ///< to wait for who is making it
+  Nanoseconds ttl{0};              ///< after which the name goes, where it is made here; 0: the store's default
+};
+
 /// Figures about a name.
 struct KeyInfo {
   std::string kind;     ///< "array", "values" or "object", as Python's Store.info() says
@@ -284,6 +291,25 @@ struct StoreInfo {
   uint64_t live_bytes = 0, committed_bytes = 0, limit_bytes = 0;
   uint64_t saved = 0, removed = 0, expired = 0;  ///< names, since the store was made
   uint32_t service_pid = 0;                      ///< of the service, or of the last one
+};
+
+/// A lock of a store that is held, from Store::lock(): until release(), until this object is destroyed, or until the process dies, however
+/// it dies. A forked child does not have what its parent holds.
+class TORCHSHM_API Lock {
+ public:
+  Lock(Lock&& from) noexcept;
+  Lock& operator=(Lock&& from) noexcept;
+  ~Lock();
+  /// Lets others have it. Throws Error when it is not held here: also in a forked child, where it was held in the parent.
+  void release();
+  /// Whether this object holds it, in this process.
+  bool held() const;
+
+ private:
+  friend class Store;
+  struct Impl;
+  explicit Lock(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
 };
 
 /// A client of a store; with start() its service too. Copies are the same client, and the service ends with the last of them.
@@ -316,6 +342,17 @@ class TORCHSHM_API Store {
   /// Returns the arrays and tensors in a list, tuple or dict, such as a state_dict, in their order; nested ones by their path, joined with
   /// '.'. Plain values in it are left out, an array alone has the path "". Errors as above.
   std::vector<std::pair<std::string, Array>> load_all(std::string_view key, const LoadOptions& options = {}) const;
+
+  /// Returns what a name stands for; where there is none, exactly one process makes it by `make` and saves it, and the others, C++ or Python
+  /// (`get_or_create`), wait and get the same memory. When the one at work fails, its caller gets what `make` has thrown; when it fails or
+  /// dies, one of those who wait takes over. Throws TimeoutError when the time is up and another process is still at it. Errors of load()
+  /// and save().
+  Array get_or_create(std::string_view key, const std::function<Array()>& make, const MakeOptions& options = {}) const;
+  /// Waits for an advisory lock and takes it: Python's `store.lock(key)`. It keeps out those who take it too, in this and in other processes,
+  /// also this thread, and nobody else: values can be loaded and saved without. Many may hold it shared at once; or one, not shared. An empty
+  /// key: the store's own lock, which has nothing to do with those of keys.
+  /// Throws TimeoutError when the time is up and somebody else has it; a timeout of 0 is one try.
+  Lock lock(std::string_view key = {}, bool shared = false, Nanoseconds timeout = kForever) const;
 
   /// An uninitialised array in the store's memory: filled and then saved, it is not copied. Writing to it later changes what others have
   /// loaded. Throws PoolFullError, std::invalid_argument.

@@ -38,6 +38,7 @@ using torchshm::DType;
 std::optional<torchshm::Store> store;
 std::map<std::string, Array> held;
 std::map<std::string, torchshm::Blob> blobs;
+std::map<std::string, torchshm::Lock> locks;
 
 // Elements in C order, whatever the strides.
 std::string elements(const Array& a) {
@@ -153,6 +154,54 @@ std::string export_dlpack(std::istringstream& from) {
   return told + (store->info().live_bytes < before ? " freed" : " kept");
 }
 
+torchshm::Nanoseconds time_in(std::istringstream& from) {
+  double seconds = 0;
+  from >> seconds;
+  return torchshm::Nanoseconds(static_cast<int64_t>(seconds * 1e9));
+}
+
+// How a name comes to be: in the store's memory; by an error; or when a line comes.
+std::string create(std::istringstream& from) {
+  const std::string how = word(from);
+  torchshm::MakeOptions options;
+  options.timeout = time_in(from);
+  const std::string key = word(from);
+  bool made = false;
+  const auto make = [&] {
+    made = true;
+    if (how == "fail") throw std::runtime_error("out of ideas");
+    if (how == "slowly") {
+      std::cout << "making" << std::endl;
+      std::string line;
+      std::getline(std::cin, line);
+    }
+    Array array = store->empty(torchshm::dtype_of<double>(), {2});
+    array.data_as<double>()[0] = 1;
+    array.data_as<double>()[1] = 2;
+    return array;
+  };
+  const Array got = store->get_or_create(key, make, options);
+  return told(got) + (made ? " made" : " found");
+}
+
+// A child that is forked while a lock is held.
+std::string fork_locked(std::istringstream& from) {
+  torchshm::Lock& lock = locks.at(word(from));
+  const pid_t pid = ::fork();
+  if (pid == 0) {
+    bool refused = false;
+    try {
+      lock.release();
+    } catch (const torchshm::Error&) {
+      refused = true;
+    }
+    ::_exit(refused && !lock.held() ? 0 : 1);
+  }
+  int status = -1;
+  ::waitpid(pid, &status, 0);
+  return std::to_string(status) + (lock.held() ? " held" : " lost");
+}
+
 std::string seconds_of(const torchshm::KeyInfo& info) {
   return info.expires_in ? std::to_string(info.expires_in->count() / 1'000'000'000) : "never";
 }
@@ -193,10 +242,8 @@ int main() {
       {"wait",
        [](auto& from) {
          const std::string key = word(from);
-         double seconds = 0;
-         from >> seconds;
          torchshm::LoadOptions options;
-         options.timeout = torchshm::Nanoseconds(static_cast<int64_t>(seconds * 1e9));
+         options.timeout = time_in(from);
          return told(store->load(key, options));
        }},
       {"load_all",
@@ -301,6 +348,27 @@ int main() {
          ::waitpid(pid, &status, 0);
          return std::to_string(status);
        }},
+      // ---- working together
+      {"create", create},
+      {"lock",  // without a key: the store's own
+       [](auto& from) {
+         const bool shared = word(from) == "shared";
+         const auto time = time_in(from);
+         const std::string key = word(from);
+         locks.insert_or_assign(key, store->lock(key, shared, time));
+         return std::string(locks.at(key).held() ? "held" : "not held");
+       }},
+      {"unlock",
+       [](auto& from) {
+         locks.at(word(from)).release();
+         return std::string("done");
+       }},
+      {"drop_lock",
+       [](auto& from) {
+         locks.erase(word(from));
+         return std::string("done");
+       }},
+      {"fork_locked", fork_locked},
       // ---- names
       {"contains", [](auto& from) { return std::string(store->contains(word(from)) ? "yes" : "no"); }},
       {"remove", [](auto& from) { return std::string(store->remove(word(from)) ? "yes" : "no"); }},

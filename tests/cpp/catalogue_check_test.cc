@@ -133,6 +133,8 @@ struct Damage {
   int invariant;
   bool at_rest;                        // not wrong while clients are at work
   std::function<Texts(Scene&)> cause;  // returns what the message says
+
+  friend void PrintTo(const Damage& damage, std::ostream* to) { *to << damage.name; }
 };
 
 const Damage kDamages[] = {

@@ -529,7 +529,12 @@ uint64_t scrambled(uint64_t i) {
   return i ^ i >> 29;
 }
 
-class Garbage : public testing::TestWithParam<std::function<uint64_t(uint64_t)>> {};
+uint64_t (*const kGarbage[])(uint64_t) = {[](uint64_t) { return uint64_t{0}; }, [](uint64_t) { return ~uint64_t{0}; },
+                                          scrambled,
+                                          // Sparse, so that more than the header is looked at.
+                                          [](uint64_t i) { return scrambled(i) % 65536 == 0 ? scrambled(~i) : 0; }};
+
+class Garbage : public testing::TestWithParam<size_t> {};
 
 TEST_P(Garbage, EndsInAReport) {
   const tests::Watchdog watchdog(60);
@@ -537,7 +542,7 @@ TEST_P(Garbage, EndsInAReport) {
   auto other = join(*member);  // a copy of what is in the header stays with the arena, so the rest is looked at as well
   const auto size = pool::Offsets::of(member->arena().chunks()).total;
   auto* words = reinterpret_cast<uint64_t*>(&member->arena().header());
-  for (uint64_t i = 0; i < size / 8; ++i) words[i] = GetParam()(i);
+  for (uint64_t i = 0; i < size / 8; ++i) words[i] = kGarbage[GetParam()](i);
   for (const bool at_rest : {false, true}) {
     const CheckReport report = pool::check(other->arena(), {.at_rest = at_rest});
     EXPECT_FALSE(report.ok());
@@ -548,11 +553,7 @@ TEST_P(Garbage, EndsInAReport) {
   EXPECT_FALSE(opened.ok());
 }
 
-INSTANTIATE_TEST_SUITE_P(Checker, Garbage,
-                         testing::Values([](uint64_t) { return uint64_t{0}; }, [](uint64_t) { return ~uint64_t{0}; },
-                                         [](uint64_t i) { return scrambled(i); },
-                                         // Sparse, so that more than the header is looked at.
-                                         [](uint64_t i) { return scrambled(i) % 65536 == 0 ? scrambled(~i) : 0; }));
+INSTANTIATE_TEST_SUITE_P(Checker, Garbage, testing::Range(size_t{0}, std::size(kGarbage)));
 
 class GarbageTable : public testing::TestWithParam<int> {};
 

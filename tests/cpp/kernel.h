@@ -47,7 +47,7 @@ inline bool refuse(long call, int error, int argument = -1, uint32_t value = 0, 
 // A mount namespace of this process's own.
 inline bool private_mounts() {
   if (::unshare(CLONE_NEWNS) != 0 && ::unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0) return false;
-  return ::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0;
+  return ::mount("none", "/", "none", MS_REC | MS_PRIVATE, nullptr) == 0;
 }
 
 inline bool write_file(const std::string& path, const std::string& content) {
@@ -80,7 +80,7 @@ inline bool show(const std::string& path, const std::string& content) {
   const int fd = ::mkstemp(name);
   if (fd < 0) return false;
   ::close(fd);
-  const bool shown = write_file(name, content) && ::mount(name, path.c_str(), nullptr, MS_BIND, nullptr) == 0;
+  const bool shown = write_file(name, content) && ::mount(name, path.c_str(), "none", MS_BIND, nullptr) == 0;
   ::unlink(name);
   return shown;
 }

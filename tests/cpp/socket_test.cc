@@ -133,7 +133,7 @@ TEST_F(Socket, EachStepThatFailsIsNamed) {
 // ---- messages
 
 TEST_F(Socket, WhoDoesNotReadIsFullAndWhoIsGoneIsAnError) {
-  char bytes[16];
+  const char bytes[16] = {};
   Status sent;
   for (int i = 0; i < 100000 && sent; ++i) sent = os::send_message(here_.get(), bytes, sizeof bytes);
   EXPECT_EQ(sent.code(), Code::kFull);

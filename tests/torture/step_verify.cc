@@ -137,20 +137,19 @@ std::string receive(Scene& s, bool reaped) {
 // The survivor gets all that nobody else has, in one block, and writes to it.
 std::string all_memory(Scene& s) {
   (void)s.survivor->trim(0);
-  std::set<uint64_t> small;  // chunks
+  // A run takes the pages that its chunks have, which may be more than it needs: those of an idle chunk.
+  std::set<uint64_t> chunks;
   uint64_t taken = 0;
   for (const Held& h : s.held) {
     const auto& arena = s.survivor->arena();
     const auto extent = arena.extent(h.block);
     if (!extent) continue;
-    const uint64_t chunk = extent->offset / pool::kChunk;
-    if (pool::ChunkValue::of(arena.chunk(static_cast<uint32_t>(chunk)).value.load()).state == pool::ChunkState::kRun) {
-      taken += (extent->length + os::kPageBytes - 1) / os::kPageBytes * os::kPageBytes;
-    } else {
-      small.insert(chunk);
+    for (uint64_t c = extent->offset / pool::kChunk; c <= (extent->offset + extent->length - 1) / pool::kChunk; ++c) {
+      if (!chunks.insert(c).second) continue;
+      const auto chunk = pool::ChunkValue::of(arena.chunk(static_cast<uint32_t>(c)).value.load());
+      taken += chunk.state == pool::ChunkState::kRun ? chunk.committed * os::kPageBytes : pool::kChunk;
     }
   }
-  taken += small.size() * pool::kChunk;
   const uint64_t limit = s.survivor->arena().header().limit.load();
   if (taken > limit) return "; what the survivor holds takes more than the limit";
   if (taken == limit) return {};

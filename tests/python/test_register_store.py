@@ -120,6 +120,43 @@ class Items:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_tensors_are_named_and_sent_in_one_memory(runtime, tmp_path, method):
+    passes(
+        script(
+            """
+import torch
+store = torchshm.start("tensors", limit="256MiB")
+torchshm.register(store=store)
+context = multiprocessing.get_context(method)
+pipe, theirs = context.Pipe()
+child = context.Process(target=echo, args=(theirs,), daemon=True)
+child.start()
+with store.storage():
+    x = torch.ones(1_000_000)
+made = live(store)
+store["x"] = x  # only named
+pipe.send(x)  # only sent
+y = pipe.recv()
+assert live(store) == made, (live(store), made)
+x[3] = 7
+assert y[3] == 7
+z = store["x"]  # its own writes are its own
+pipe.send(z)
+again = pipe.recv()
+assert live(store) == made
+z[3] = 9
+assert x[3] == 7 and again[3] == 9  # one private view in a process
+pipe.send(None)
+child.join()
+store.close()
+"""
+        ),
+        tmp_path,
+        method,
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_pool_of_before_goes_on(runtime, tmp_path, method):
     """What lies there stays, and stays shared with whoever gets it; what is made now is the store's."""
     passes(

@@ -291,7 +291,7 @@ def main() -> None:
     for wrong in stock.wrong:
         print("without torchshm:", wrong)
     if chosen.json:
-        figures |= {f"stock, {n}": wrong[:2000] for n, wrong in enumerate(stock.wrong)}
+        figures |= {f"stock, {n}": wrong.split("\n")[0][:120] for n, wrong in enumerate(stock.wrong)}
         took = time.monotonic() - began
         ResultFile("loader_deaths", chosen.seed, chosen.full, took, figures, ours.wrong).write(chosen.json)
     sys.exit(1 if ours.wrong else 0)

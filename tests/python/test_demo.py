@@ -18,11 +18,12 @@ from torchshm.demo.libraries import missing
 if lacking := missing():
     pytest.skip(f"the demo needs {', '.join(lacking)}", allow_module_level=True)
 
-# A hang is a failure too; a quick demo takes about half a minute, most of it imports of eleven processes.
+# A hang is a failure too; a quick demo takes about half a minute, most of it imports of thirteen processes.
 PATIENCE = 300
 
 WAYS = {
     "numpy": ["stock", "register", "pooled"],
+    "tensor": ["stock", "register"],
     "xarray": ["stock", "register", "share"],
     "pandas": ["stock", "register"],
     "train": ["stock", "register", "pooled"],
@@ -102,7 +103,7 @@ def test_without_a_terminal_progress_is_plain_lines(quick):
     out = quick[0]
     assert "\x1b" not in out
     assert "\r" not in out
-    assert re.search(r"^ +[\d.]+ s  33/33  train: ", out, re.MULTILINE)
+    assert re.search(r"^ +[\d.]+ s  39/39  train: ", out, re.MULTILINE)
 
 
 def test_picture_is_a_png_that_shows_something(quick):

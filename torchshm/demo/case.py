@@ -28,6 +28,7 @@ WAYS = {
 # Case -> the ways it is measured in, stock first.
 CASES = {
     "numpy": ("stock", "register", "pooled"),
+    "tensor": ("stock", "register"),
     "xarray": ("stock", "register", "share"),
     "pandas": ("stock", "register"),
     "train": ("stock", "register", "pooled"),
@@ -44,7 +45,7 @@ class NumpyCase:
 
         self.settings = settings
         self.dataset = Crops(xr.load_dataset(data / FIELDS_FILE)[VARIABLE].values, settings.crop)
-        self.collate = collate.stack_pooled if way == "pooled" else collate.stack
+        self.collate: Any = collate.stack_pooled if way == "pooled" else collate.stack
         self.batch_bytes = self._expected(0).nbytes
 
     def loader(self) -> Any:
@@ -68,6 +69,25 @@ class NumpyCase:
     def _expected(self, index: int) -> np.ndarray:
         size = self.settings.batch_size
         return np.stack([self.dataset[i] for i in range(index * size, (index + 1) * size)])
+
+
+class TensorCase(NumpyCase):
+    """The same crops as PyTorch's default_collate has them: batches are tensors."""
+
+    def __init__(self, data: Path, way: str, settings: Settings) -> None:
+        super().__init__(data, way, settings)
+        self.collate = None
+
+    def check(self, batch: Any, index: int) -> None:
+        """Raise AssertionError unless the `index`-th batch has arrived as the dataset has it."""
+        import torch
+
+        assert type(batch) is torch.Tensor, type(batch)
+        super().check(batch.numpy(), index)
+
+    def array(self, batch: Any) -> np.ndarray:
+        """The memory of the tensor."""
+        return batch.numpy()
 
 
 class TrainCase(NumpyCase):
@@ -175,6 +195,7 @@ def build(name: str, data: Path, way: str, settings: Settings) -> Case:
     """
     kinds: dict[str, type[Case]] = {
         "numpy": NumpyCase,
+        "tensor": TensorCase,
         "train": TrainCase,
         "xarray": XarrayCase,
         "pandas": PandasCase,

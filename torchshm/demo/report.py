@@ -19,6 +19,7 @@ from torchshm.demo.settings import Settings
 
 TITLES = {
     "numpy": "numpy, climate crops",
+    "tensor": "torch, climate crops",
     "xarray": "xarray, climate field",
     "pandas": "pandas, flights",
     "train": "training on numpy",

@@ -40,7 +40,7 @@ class Settings:
     crop: tuple[int, int, int] = (3, 224, 224)
     batch_size: int = 64
     flights: int | None = None
-    # A compromise: ten or more batches of most arms, and eleven arms in three rounds stay under two minutes.
+    # A compromise: ten or more batches of most arms, and thirteen arms in three rounds stay under two minutes.
     seconds: float = 1.0
     batches: int = 3
     rounds: int = 3

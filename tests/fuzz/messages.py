@@ -1,4 +1,4 @@
-"""Messages of arrays, forged and damaged, and what may come of unpickling them."""
+"""Messages of arrays and tensors, forged and damaged, and what may come of unpickling them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.lib.array_utils import byte_bounds
 
 import torchshm
-from torchshm import _C
+from torchshm import _C, _tensors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 from forgery import ORDER_C, ORDER_FORTRAN, ORDER_STRIDED, secret, signed, with_extent
@@ -49,13 +50,20 @@ class Choices(Protocol):
 
 
 class _Reduced:
-    """Pickles as a call of torchshm._C.array with these arguments."""
+    """Pickles as a call with these arguments."""
 
-    def __init__(self, arguments: tuple[Any, ...]) -> None:
-        self.arguments = arguments
+    def __init__(self, function: Any, arguments: tuple[Any, ...]) -> None:
+        self.function, self.arguments = function, arguments
 
     def __reduce__(self) -> Any:
-        return _C.array, self.arguments
+        return self.function, self.arguments
+
+
+_torch = _tensors.compiled()
+
+
+def _tensor(wire: Any, *arguments: Any) -> Any:
+    return _torch.tensor(_torch.storage(wire), *arguments)
 
 
 class Target:
@@ -77,6 +85,8 @@ class Target:
             torchshm.share(np.array(["text"] * 99), "r+"),
         ]
         self.originals = shared
+        self.tensors = [torch.ones(n) for n in (10, 1000, 20_000)]
+        self.storages = [_torch.reduce_storage(x.untyped_storage())[1][0] for x in self.tensors]
         self.secrets = [torchshm.share(np.full(size, -7.25)) for size in (10, 100, 5000, 100_000) * 2]
         self.arguments = [_C.reduce_ndarray(x)[1] for x in shared]
         torchshm.register(1 << 40)
@@ -84,12 +94,17 @@ class Target:
         torchshm.register(0)
         for arguments in self.arguments:
             _C.array(*arguments)  # uses the tickets up; from here on a wire opens a block that is held
+        for wire in self.storages:
+            _torch.storage(wire)
         self.key = secret()
         self.blocks = torchshm.stats()["blocks"]
         self.opened = 0
         self.done = 0
 
     def one(self, choices: Choices) -> None:
+        if choices.integer(0, 3) == 1:
+            self._one_tensor(choices)
+            return
         true = choices.pick(self.arguments)
         wire = self._wire(choices, true[0])
         arguments: tuple[Any, ...] = (wire, *true[1:])
@@ -103,11 +118,39 @@ class Target:
         elif beside == 4:
             arguments = ()
         try:
-            array = self._open(choices.integer(0, 3), arguments)
+            array = self._open(choices.integer(0, 3), _C.array, arguments)
         except ALLOWED:
             return
         self.opened += 1
         self._look_at(array)
+
+    def _one_tensor(self, choices: Choices) -> None:
+        wire = choices.pick(self.storages)
+        if choices.integer(0, 3) == 1:
+            wire = self._wire(choices, wire)
+        ndim = choices.integer(0, 5)
+
+        def number() -> int:
+            return choices.pick(INTERESTING) if choices.integer(0, 3) == 1 else choices.integer(0, 40)
+
+        size: Any = tuple(number() for _ in range(ndim))
+        stride: Any = (
+            None if choices.integer(0, 1) else tuple(number() for _ in range(choices.pick([ndim, ndim, 2])))
+        )
+        dtype = choices.pick([torch.float32, torch.bool, torch.complex128, torch.quint8, "f4", None])
+        flags = choices.pick([0, 0, 1, 2, 3, -1, 2**40, 2**70])
+        try:
+            tensor = self._open(choices.integer(0, 3), _tensor, (wire, dtype, number(), size, stride, flags))
+        except (*ALLOWED, RuntimeError, OverflowError):
+            return
+        self.opened += 1
+        whole = tensor.untyped_storage()
+        if tensor.numel():
+            last = tensor.storage_offset() + sum(
+                (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            assert (last + 1) * tensor.element_size() <= whole.nbytes(), (tensor.shape, tensor.stride())
+        assert bytes(whole[:4]) and bytes(whole[-4:])
 
     def _wire(self, choices: Choices, true: bytes) -> bytes:
         wire = true
@@ -138,10 +181,10 @@ class Target:
             wire = true[: len(wire)][:8] + wire[8:]  # another pool is looked for in all of /proc
         return signed(wire, self.key) if choices.integer(0, 3) else wire
 
-    def _open(self, way: int, arguments: tuple[Any, ...]) -> Any:
+    def _open(self, way: int, function: Any, arguments: tuple[Any, ...]) -> Any:
         if way == 0:
-            return _C.array(*arguments)
-        message = pickle.dumps([_Reduced(arguments)], protocol=2 + way)
+            return function(*arguments)
+        message = pickle.dumps([_Reduced(function, arguments)], protocol=2 + way)
         return (torchshm.loads if way == 1 else pickle.loads)(message)[0]
 
     def _look_at(self, array: Any) -> None:
@@ -160,6 +203,7 @@ class Target:
         for x in self.originals:
             if x.dtype.names is None and x.dtype.kind != "U":
                 assert (np.asarray(x) == 1).all()
+        assert all((x == 1).all() for x in self.tensors)
         assert all((x == -7.25).all() for x in self.secrets)
         assert torchshm.stats()["blocks"] == self.blocks
         report = _C.check(*_C.fds())

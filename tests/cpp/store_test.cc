@@ -111,11 +111,11 @@ TEST(Store, HoldsManyNames) {
 
 TEST(Store, ExpiredNamesAreMissingAndFree) {
   auto store = fresh_store();
-  ASSERT_TRUE(save_filled(store, "soon", 1, 5000, {.ttl = kSecond / 20}));
+  ASSERT_TRUE(save_filled(store, "soon", 1, 5000, {.ttl = kSecond / 2}));
   ASSERT_TRUE(save_filled(store, "later", 2, 5000, {.ttl = 1000 * kSecond}));
-  ASSERT_TRUE(save_filled(store, "swept", 3, 5000, {.ttl = kSecond / 20}));
+  ASSERT_TRUE(save_filled(store, "swept", 3, 5000, {.ttl = kSecond / 2}));
   EXPECT_EQ(loaded(store, "soon"), 1);
-  ::usleep(60000);
+  ::usleep(600000);
   EXPECT_FALSE(store->contains("soon"));
   EXPECT_EQ(store->sweep(), 1U);
   EXPECT_EQ(store.member->stats().blocks, 1U);

@@ -25,7 +25,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build/torture"
 
-# What is about _C, and neither about other packages (which bring extension modules of their own), nor about limits on
+# What is about _C and _torch, and neither about other packages (which bring extension modules of their own), nor about limits on
 # address space or counts of mappings, of which the sanitizers have many of their own.
 PYTHON_SUITES = (
     "dtypes",
@@ -44,6 +44,7 @@ PYTHON_SUITES = (
     "stateful",
     "stats",
     "strangers",
+    "tensors",
 )
 # With threads of Python at work in one member.
 PYTHON_THREADS = ("threads",)
@@ -159,7 +160,7 @@ def runtime(name: str) -> str:
 def python(
     preset: str, library: str, suites: tuple[str, ...], jobs: int, **options: str
 ) -> tuple[int, list[str]]:
-    build(preset, jobs, "_C")
+    build(preset, jobs, "python_modules")
     done = run(
         *(
             sys.executable,

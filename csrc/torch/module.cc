@@ -94,7 +94,7 @@ PyObject* reduce_storage(PyObject*, PyObject* object) {
   if (shared < 0) return nullptr;
   if (shared > 0) return leave_to_python("reduce_other_storage", object);
   pool::ModuleApi::Sent sent;
-  const Way way = api().send(impl->mutable_data(), storage.nbytes(), sent);
+  const Way way = api().send(impl->mutable_data(), storage.nbytes(), !is_ours(impl->data_ptr()), sent);
   if (way == Way::kRaised) return nullptr;
   if (way == Way::kNot) return leave_to_python("reduce_other_storage", object);
   if (way == Way::kMoved) impl->set_data_ptr_noswap(over(sent.moved));

@@ -75,6 +75,8 @@ def collate(
         _add_tables(functions)
     if numpy:
         functions = {kind: _NUMPY.get(function, function) for kind, function in functions.items()}
+        if collate_fn_map is None:
+            functions.setdefault(np.generic, _scalars_to_numpy)  # datetimes and structs
     if pad is not None:
         functions = _padding(functions, pad, numpy)
     return _torch.collate(batch, collate_fn_map=functions)
@@ -156,7 +158,7 @@ def _as_array(x: Any) -> Any:
 
 def _stack(arrays: list[Any]) -> Any:
     dtype = arrays[0].dtype
-    if any(x.dtype != dtype for x in arrays):
+    if not dtype.isnative or any(x.dtype != dtype for x in arrays):
         dtype = np.result_type(*arrays)
     shape = arrays[0].shape
     if type(dtype).__module__ != "numpy.dtypes" or any(x.shape != shape for x in arrays):

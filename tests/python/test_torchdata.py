@@ -84,29 +84,36 @@ class Numbers(torch.utils.data.Dataset):
         return array(index)
 
 
-@pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("numpy", [False, True])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stateful_loader_goes_on_where_it_was(workers, numpy):
+def interrupted(workers, shuffle, collate_fn):
+    """The first of all batches, a loader's first five, and those of a second one that gets its state."""
+
     def loader():
         return StatefulDataLoader(
             Numbers(),
             batch_size=2,
-            shuffle=True,
+            shuffle=shuffle,
             num_workers=workers,
             generator=torch.Generator().manual_seed(1),
-            collate_fn=functools.partial(collate, numpy=numpy),
+            collate_fn=collate_fn,
         )
 
     whole = [x[:, 0].tolist() for x in loader()]
-    first = loader()
-    seen = []
-    for x in first:
-        seen.append(x[:, 0].tolist())
-        assert torchshm.is_shared(x)
-        if len(seen) == 5:
-            break
-    state = first.state_dict()
-    second = loader()
-    second.load_state_dict(state)
-    assert seen + [x[:, 0].tolist() for x in second] == whole
+    first, second = loader(), loader()
+    seen = [x[:, 0].tolist() for x, _ in zip(first, range(5), strict=False)]
+    second.load_state_dict(first.state_dict())
+    return whole, seen, [x[:, 0].tolist() for x in second]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("numpy", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_loader_goes_on_where_it_was(workers, numpy, shuffle):
+    torchshm.unregister()
+    stock = interrupted(workers, shuffle, None)
+    torchshm.register()
+    try:
+        whole, seen, rest = interrupted(workers, shuffle, functools.partial(collate, numpy=numpy))
+    finally:
+        torchshm.unregister()
+    assert (whole, seen, rest) == stock
+    assert shuffle or (len(rest) > 5 and whole[-len(rest) :] == rest)

@@ -161,7 +161,7 @@ def _stack(arrays: list[Any]) -> Any:
     if not dtype.isnative or any(x.dtype != dtype for x in arrays):
         dtype = np.result_type(*arrays)
     shape = arrays[0].shape
-    if type(dtype).__module__ != "numpy.dtypes" or any(x.shape != shape for x in arrays):
+    if type(dtype).__module__.split(".")[0] != "numpy" or any(x.shape != shape for x in arrays):
         return np.stack(arrays)  # its own errors
     out = _blank_array(dtype, (len(arrays), *shape))
     return np.stack(arrays, out=out)
@@ -389,7 +389,7 @@ def _dense(x: list[Any], value: Any) -> Any:
         return np.stack(rows)  # raises where inner lists differ
     out = np.full((len(rows), *largest), value, np.result_type(*rows))
     for i, row in enumerate(rows):
-        out[(i, *(slice(n) for n in row.shape))] = row
+        out[i][tuple(slice(n) for n in row.shape)] = row
     return out
 
 

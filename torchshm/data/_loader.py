@@ -53,7 +53,7 @@ class DataLoader(torch.utils.data.DataLoader):
             return super()._get_iterator()
         if not _reducers.registered():
             torchshm.register()
-        given = self.multiprocessing_context
+        given: Any = self.multiprocessing_context  # type: ignore[has-type]
         self.multiprocessing_context = _context(given)
         try:
             if not self.pooled or not _C.is_member():
@@ -66,13 +66,12 @@ class DataLoader(torch.utils.data.DataLoader):
 
 def _context(given: Any) -> Any:
     """Ours of the same start method, in the place of multiprocessing's own; contexts of a program's are left alone."""
-    if not _C.is_member() or not hasattr(torchshm, "get_context"):
+    make: Any = getattr(torchshm, "get_context", None)
+    if make is None or not _C.is_member():
         return given
     if given is None:
-        return torchshm.get_context(multiprocessing.get_start_method())
-    if type(given).__module__ == "multiprocessing.context":
-        return torchshm.get_context(given.get_start_method())
-    return given
+        return make(multiprocessing.get_start_method())
+    return make(given.get_start_method()) if type(given).__module__ == "multiprocessing.context" else given
 
 
 class _PooledIterator(_stock._MultiProcessingDataLoaderIter):

@@ -129,9 +129,9 @@ PyObject* blank(PyObject*, PyObject* object) {
 
 // Nothing but sizes and strides over a storage of this process's memory.
 bool usual(PyObject* object, const at::Tensor& tensor) {
-  const c10::DispatchKeySet known(
-      {c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU});
-  return tensor.defined() && tensor.key_set().has(c10::DispatchKey::CPU) && (tensor.key_set() - known).empty() &&
+  const c10::DispatchKeySet known({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                   c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+  return tensor.defined() && tensor.key_set().has(c10::DispatchKey::CPU) && (tensor.key_set() | known) == known &&
          tensor.layout() == at::kStrided && tensor.has_storage() && !(tensor.requires_grad() && !tensor.is_leaf()) &&
          reinterpret_cast<THPVariable*>(object)->backward_hooks == nullptr;
 }

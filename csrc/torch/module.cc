@@ -33,7 +33,8 @@ PyObject* leave_to_python(const char* function, PyObject* object) {
   return module == nullptr ? nullptr : PyObject_CallMethod(module, function, "O", object);
 }
 
-// ---- types and not functions, since pickle writes types by name at once and asks a builtin function for its __reduce_ex__ first
+// ---- named as of torchshm._tensors, which imports torch before this module: a receiver may have neither yet
+// Types and not functions, since pickle writes types by name at once and asks a builtin function for its __reduce_ex__ first
 
 PyTypeObject callable(const char* name, const char* doc, newfunc call) {
   PyTypeObject type{};
@@ -66,7 +67,7 @@ PyObject* new_storage(PyTypeObject*, PyObject* arguments, PyObject*) {
 }
 
 PyTypeObject storage_type =
-    callable("torchshm._torch.storage",
+    callable("torchshm._tensors.storage",
              "storage(wire)\n--\n\nThe torch.UntypedStorage that a handle in a pickle stands for. Called by pickle.",
              new_storage);
 
@@ -212,7 +213,7 @@ PyObject* new_tensor(PyTypeObject*, PyObject* arguments, PyObject*) {
 }
 
 PyTypeObject tensor_type = callable(
-    "torchshm._torch.tensor",
+    "torchshm._tensors.tensor",
     "tensor(storage, dtype, offset, size, stride, flags)\n--\n\nThe torch.Tensor over a storage. Called by pickle.",
     new_tensor);
 

@@ -156,10 +156,10 @@ def _serve(pipe):
 
 
 class Child:
-    """A forked process, with torch's pickler at both ends, or ours."""
+    """A process with torch's pickler at both ends, or ours. Spawned: torch's own way needs a thread, whose locks a fork may find taken."""
 
     def __init__(self):
-        context = torch.multiprocessing.get_context("fork")
+        context = torch.multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()

@@ -26,7 +26,7 @@ class Plan:
 
 
 class Epochs:
-    """`read` gets every batch in the consumer, which then drops it."""
+    """`read` gets every batch in the consumer, which then drops it. `loader`: in the place of torch's DataLoader."""
 
     def __init__(
         self,
@@ -36,12 +36,13 @@ class Epochs:
         *,
         workers: int,
         batch_size: int,
+        loader: Callable[..., Any] | None = None,
     ) -> None:
         from torch.utils.data import DataLoader
 
         self._plan = Plan(batch_size)
         self._read = read
-        self._loader = DataLoader(
+        self._loader = (loader or DataLoader)(
             dataset,
             batch_sampler=self._plan,
             collate_fn=collate,

@@ -38,3 +38,11 @@ __all__ = [
     "trim",
     "unregister",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "data":  # imports torch
+        import importlib
+
+        return importlib.import_module("torchshm.data")
+    raise AttributeError(f"module 'torchshm' has no attribute {name!r}")

@@ -45,6 +45,17 @@ def compiled() -> Any:
         return None
 
 
+def __getattr__(name: str) -> Any:
+    """The types of ``_torch`` that messages name, in a receiver that may not have imported torch yet."""
+    if name not in ("storage", "tensor"):
+        raise AttributeError(f"module 'torchshm._tensors' has no attribute {name!r}")
+    importlib.import_module("torch")
+    module = compiled()
+    if module is None:
+        raise ImportError(f"torchshm: a tensor came through the pool: {_missing}")
+    return getattr(module, name)
+
+
 def _check_build(version: str) -> None:
     """Raise ImportError before a build for other classes is loaded."""
     spec = importlib.util.find_spec("torchshm._torch")

@@ -468,6 +468,11 @@ bool Member::is_private(uint32_t block) {
   return block < arena_.pages() && holds_.count(block) != 0 && holds_.is_private(block);
 }
 
+uint32_t Member::objects(uint32_t block) {
+  const std::lock_guard lock(mutex_);
+  return block < arena_.pages() ? holds_.count(block) : 0;
+}
+
 // ---- the rest
 
 uint32_t Member::reap() {

@@ -79,6 +79,8 @@ class Member final : public FreedSink {
   bool can_be_named(const Found& found, const std::byte* low, const std::byte* high);
   // Whether what is written here in kReadWrite mode would be seen by nobody else: the block is private since a fork, or since it was named.
   bool is_private(uint32_t block);
+  // How many objects of this process look at a block.
+  uint32_t objects(uint32_t block);
   // A further view of a held block under another mode. Fails with kUnsupported where the block does not consist of whole pages (for
   // kCopyOnWrite) or the face can't be mapped.
   Result<View> view(uint32_t block, Mode mode);

@@ -14,7 +14,7 @@ namespace torchshm::pool {
 constexpr const char* kModuleApi = "torchshm._C.module_api";
 
 struct ModuleApi {
-  static constexpr uint32_t kVersion = 1;
+  static constexpr uint32_t kVersion = 2;
   uint32_t version = kVersion;
 
   // Memory that this process holds once for writing. Null where the pool has none, or where there is no pool. member: whose pool; null: the
@@ -35,8 +35,9 @@ struct ModuleApi {
     size_t length;
     void* moved;
   };
-  // Bytes that are written to by sender and receivers alike, as torch's storages are.
-  Way (*send)(void* data, uint64_t bytes, Sent& sent);
+  // Bytes that are written to by sender and receivers alike, as torch's storages are. borrowed: the memory is not torch's, and others may look
+  // at it who are no tensors.
+  Way (*send)(void* data, uint64_t bytes, bool borrowed, Sent& sent);
 
   struct Received {
     void* data;

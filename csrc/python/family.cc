@@ -1,5 +1,7 @@
 #include "python/family.h"
 
+#include <algorithm>
+
 #include "python/errors.h"
 
 namespace torchshm::python {
@@ -13,6 +15,34 @@ std::vector<pool::Member*> former;  // rarely more than one
 Settings& settings() {
   static Settings values;
   return values;
+}
+
+bool Batch::refer(pool::Member& member, const pool::Member::Found& found, uint64_t bytes, Kind kind) {
+  // A small part would keep all of it, where a copy of the part is quicker than new pages.
+  if (kind != Kind::kStorage && bytes < found.length / 2) return false;
+  for (const Referred& other : to_copy) {
+    // Storages that were borrowed are torch's own when they come back from the first pickle.
+    if (other.member == &member && other.block == found.block &&
+        (kind == Kind::kArray || other.kind == Kind::kBorrowed)) {
+      return false;
+    }
+  }
+  referred.push_back({&member, found.block, kind});
+  return true;
+}
+
+bool Batch::look() {
+  std::sort(referred.begin(), referred.end(),
+            [](const Referred& a, const Referred& b) { return a.place() < b.place(); });
+  for (size_t i = 0; i < referred.size(); ++i) {
+    const Referred& now = referred[i];
+    if (now.kind == Kind::kStorage) continue;
+    const bool twice = (i > 0 && referred[i - 1].place() == now.place()) ||
+                       (i + 1 < referred.size() && referred[i + 1].place() == now.place());
+    if (twice || now.member->objects(now.block) > 0) to_copy.push_back(now);
+  }
+  referred.clear();
+  return !to_copy.empty();
 }
 
 Scope& scope() {

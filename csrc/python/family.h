@@ -3,6 +3,7 @@
 // Private to the process. Thread safety: with the GIL.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "pool/members.h"
@@ -29,12 +30,37 @@ const std::vector<pool::Member*>& former_members();
 // exception set when there is none.
 pool::Member* member_of(uint64_t pool_id);
 
+// A worker's batch on its way out (torchshm/data/_parcel.py): memory for everybody to write goes by reference only where nobody else looks at
+// it, neither in this process once the batch is gone nor in the same message. All else is copied, as it is without a pool.
+struct Batch {
+  enum class Kind {
+    kArray,
+    kBorrowed,  // a storage over an array's memory
+    kStorage    // torch's own, which it shares with the receiver anyhow
+  };
+  struct Referred {
+    pool::Member* member;
+    uint32_t block;
+    Kind kind;
+    auto place() const { return std::pair(member, block); }
+  };
+  bool on = false;
+  std::vector<Referred> referred;
+  std::vector<Referred> to_copy;
+
+  // Whether it may go by reference; notes it if so.
+  bool refer(pool::Member& member, const pool::Member::Found& found, uint64_t bytes, Kind kind);
+  // After the batch is gone: fills to_copy, returns whether there is anything in it.
+  bool look();
+};
+
 // What this thread is doing to the pickles it makes.
 struct Scope {
   int inline_depth = 0;              // with torchshm.inline()
   std::vector<pool::Handle> issued;  // while sharing: what a failure has to take back
   bool sharing = false;              // inside share(): every array goes to the pool, in whole pages, or it is an error
   pool::Mode mode = pool::Mode::kReadWrite;  // of the arrays that share() makes
+  Batch batch;
 };
 Scope& scope();
 

@@ -201,6 +201,9 @@ PYBIND11_MODULE(unchecked, m) {
         owner->release(view->block, pool::Mode::kReadWrite);
     }
   });
+  m.def("batch_begin", [] { scope().batch = Batch{true, {}, {}}; });
+  m.def("batch_look", [] { return scope().batch.look(); });
+  m.def("batch_end", [] { scope().batch = Batch{}; });
   m.def(
       "set_sharing",
       [](bool sharing, uint8_t mode) {

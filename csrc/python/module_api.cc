@@ -75,15 +75,20 @@ Way refuse(const Status& status) {
   return Way::kNot;
 }
 
-Way send(void* memory, uint64_t bytes, pool::ModuleApi::Sent& sent) {
+Way send(void* memory, uint64_t bytes, bool borrowed, pool::ModuleApi::Sent& sent) {
   const auto* data = static_cast<const std::byte*>(memory);
-  const Scope& now = scope();
+  Scope& now = scope();
   pool::Member* target = member();
   if (target == nullptr || bytes == 0 || now.inline_depth > 0) return Way::kNot;
   pool::Member* owner = target->arena().locate(data) ? target : now.sharing ? nullptr : former_member(data);
   if (owner != nullptr) {
     const auto found = owner->find(data);
-    if (const auto mode = found ? mode_by_reference(*owner, *found, data, bytes) : std::nullopt) {
+    auto mode = found ? mode_by_reference(*owner, *found, data, bytes) : std::nullopt;
+    if (mode == Mode::kReadWrite && now.batch.on &&
+        !now.batch.refer(*owner, *found, bytes, borrowed ? Batch::Kind::kBorrowed : Batch::Kind::kStorage)) {
+      mode.reset();
+    }
+    if (mode) {
       auto handle = owner->issue(found->block);
       if (!handle) return refuse(handle.status());
       write(*owner, *handle, *mode, found->offset, bytes, sent);

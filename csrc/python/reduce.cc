@@ -102,7 +102,15 @@ std::optional<Status> by_reference(const Source& source, ArrayWire& wire, bool n
              : found->mode == pool::Mode::kCopyOnWrite && source.member->modified(*found, low, high)) {
     return std::nullopt;
   }
-  const Scope& now = scope();
+  Scope& now = scope();
+  if (now.batch.on && found->mode == pool::Mode::kReadWrite) {
+    // As it is delivered without a pool: contiguous and writeable.
+    const bool plain = PyArray_ISONESEGMENT(array) && PyArray_ISWRITEABLE(array);
+    if (!plain || static_cast<uint64_t>(source.bytes) < settings().min_bytes ||
+        !now.batch.refer(*source.member, *found, static_cast<uint64_t>(source.bytes), Batch::Kind::kArray)) {
+      return std::nullopt;
+    }
+  }
   // Others may rely on nobody writing there.
   if (now.sharing && now.mode == pool::Mode::kReadWrite && found->mode != pool::Mode::kReadWrite) return std::nullopt;
   wire.mode = now.sharing ? now.mode : found->mode;

@@ -61,6 +61,8 @@ Target switch_to(Target target) {
 
 at::DataPtr over(void* data) { return {data, data, &release, at::Device(at::kCPU)}; }
 
+bool is_ours(const at::DataPtr& memory) { return memory.get_deleter() == &release; }
+
 c10::Storage make_storage(void* data, uint64_t bytes) {
   return c10::Storage(
       c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, over(data), nullptr, false));

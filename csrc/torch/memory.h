@@ -24,6 +24,7 @@ Target switch_to(Target target);
 
 // Memory of the pool, as storages hold it.
 at::DataPtr over(void* data);
+bool is_ours(const at::DataPtr& memory);
 // As torch makes the storages that it shares: they can't be resized, for others look at them.
 c10::Storage make_storage(void* data, uint64_t bytes);
 

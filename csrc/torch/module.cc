@@ -33,7 +33,8 @@ PyObject* leave_to_python(const char* function, PyObject* object) {
   return module == nullptr ? nullptr : PyObject_CallMethod(module, function, "O", object);
 }
 
-// ---- types and not functions, since pickle writes types by name at once and asks a builtin function for its __reduce_ex__ first
+// ---- named as of torchshm._tensors, which imports torch before this module: a receiver may have neither yet
+// Types and not functions, since pickle writes types by name at once and asks a builtin function for its __reduce_ex__ first
 
 PyTypeObject callable(const char* name, const char* doc, newfunc call) {
   PyTypeObject type{};
@@ -66,7 +67,7 @@ PyObject* new_storage(PyTypeObject*, PyObject* arguments, PyObject*) {
 }
 
 PyTypeObject storage_type =
-    callable("torchshm._torch.storage",
+    callable("torchshm._tensors.storage",
              "storage(wire)\n--\n\nThe torch.UntypedStorage that a handle in a pickle stands for. Called by pickle.",
              new_storage);
 
@@ -94,7 +95,7 @@ PyObject* reduce_storage(PyObject*, PyObject* object) {
   if (shared < 0) return nullptr;
   if (shared > 0) return leave_to_python("reduce_other_storage", object);
   pool::ModuleApi::Sent sent;
-  const Way way = api().send(impl->mutable_data(), storage.nbytes(), sent);
+  const Way way = api().send(impl->mutable_data(), storage.nbytes(), !is_ours(impl->data_ptr()), sent);
   if (way == Way::kRaised) return nullptr;
   if (way == Way::kNot) return leave_to_python("reduce_other_storage", object);
   if (way == Way::kMoved) impl->set_data_ptr_noswap(over(sent.moved));
@@ -129,9 +130,9 @@ PyObject* blank(PyObject*, PyObject* object) {
 
 // Nothing but sizes and strides over a storage of this process's memory.
 bool usual(PyObject* object, const at::Tensor& tensor) {
-  const c10::DispatchKeySet known(
-      {c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU});
-  return tensor.defined() && tensor.key_set().has(c10::DispatchKey::CPU) && (tensor.key_set() - known).empty() &&
+  const c10::DispatchKeySet known({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                   c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+  return tensor.defined() && tensor.key_set().has(c10::DispatchKey::CPU) && (tensor.key_set() | known) == known &&
          tensor.layout() == at::kStrided && tensor.has_storage() && !(tensor.requires_grad() && !tensor.is_leaf()) &&
          reinterpret_cast<THPVariable*>(object)->backward_hooks == nullptr;
 }
@@ -212,7 +213,7 @@ PyObject* new_tensor(PyTypeObject*, PyObject* arguments, PyObject*) {
 }
 
 PyTypeObject tensor_type = callable(
-    "torchshm._torch.tensor",
+    "torchshm._tensors.tensor",
     "tensor(storage, dtype, offset, size, stride, flags)\n--\n\nThe torch.Tensor over a storage. Called by pickle.",
     new_tensor);
 

@@ -150,6 +150,12 @@ def test_every_dtype_arrives(peer, dtype):
     assert same(peer.call(give, x), x)
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "part", "grad", "parameter"])
+def test_usual_tensors_are_reduced_without_python(kind):
+    module = _tensors.compiled()
+    assert module.reduce_tensor(STRIDED[kind]())[0] is module.tensor
+
+
 def test_a_tensor_on_the_meta_device_goes_as_torch_sends_it(peer):
     got = peer.call(give, OTHERS["meta"]())
     assert got.is_meta and got.shape == (ROWS,)

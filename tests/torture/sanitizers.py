@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -227,12 +228,41 @@ def memcheck(jobs: int) -> tuple[int, list[str]]:
     return len(tests), [text for _, wrong in done for text in wrong]
 
 
+PRESETS = {
+    Kind.address: "asan-ubsan",
+    Kind.thread: "tsan",
+    Kind.address_python: "asan-python",
+    Kind.thread_python: "tsan-python",
+}
+
+
+def before(kinds: list[Kind], full: bool) -> ResultFile:
+    """What the file has of the kinds that are not run now."""
+    path = OUT / "sanitizers.json"
+    old = ResultFile(**json.loads(path.read_text())) if path.exists() else None
+    if old is None or old.full is not full:
+        return ResultFile("sanitizers", None, full, 0.0, {}, [])
+    figures = {
+        name: count
+        for name, count in old.figures.items()
+        if name not in [f"tests under {kind.value}" for kind in kinds]
+    }
+    again = tuple(f"{text}: " for kind in kinds for text in (PRESETS.get(kind), kind.value))
+    violations = [text for text in old.violations if not text.startswith(again)]
+    return ResultFile("sanitizers", None, full, old.seconds if figures else 0.0, figures, violations)
+
+
 def write(name: str, seconds: float, full: bool, figures: dict[str, int], violations: list[str]) -> None:
     ResultFile(name, None, full, seconds, figures, violations).write(OUT / f"{name}.json")
 
 
 def main(
-    only: Annotated[list[Kind] | None, typer.Option(help="What to run; all but valgrind without it")] = None,
+    only: Annotated[
+        list[Kind] | None,
+        typer.Option(
+            help="What to run; all but valgrind without it. Of the others the file keeps what it has"
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Tests at a time")] = 1,
     full: Annotated[
         bool, typer.Option("--full", help="The long form: more steps of the crowd of threads")
@@ -253,7 +283,8 @@ def main(
     violations: list[str] = []
     found = 0
     start = time.monotonic()
-    for kind in only or [Kind.address, Kind.thread, Kind.address_python, Kind.thread_python]:
+    kinds = only or list(PRESETS)
+    for kind in kinds:
         began = time.monotonic()
         if kind is Kind.address:
             tests, wrong = cpp(
@@ -283,7 +314,9 @@ def main(
         for text in wrong:
             console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
     if figures:
-        write("sanitizers", time.monotonic() - start, full, figures, violations)
+        rest = before(kinds, full)
+        seconds = rest.seconds + time.monotonic() - start
+        write("sanitizers", seconds, full, {**rest.figures, **figures}, rest.violations + violations)
     console.print(table)
     sys.exit(1 if found else 0)
 

@@ -19,6 +19,12 @@ def pytest_collection_finish():
     gc.freeze()  # collections during tests look at what the tests made
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_left_by_the_module_before():
+    """Cycles may keep blocks, and a later test counts them."""
+    gc.collect()
+
+
 @pytest.fixture
 def registered():
     """Register this process for one test. It stays a member of its pool afterwards, as every process does."""

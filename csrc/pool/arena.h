@@ -65,6 +65,8 @@ class Arena {
   // Byte range of a block in the data file, or nothing when its descriptor contradicts the file's size.
   struct Extent {
     uint64_t offset, length;
+    // Else it shares a page with others, and can't be mapped under a face of its own.
+    bool whole_pages() const { return offset % kPage == 0 && length % kPage == 0; }
   };
   std::optional<Extent> extent(uint32_t block) const;
 

@@ -338,7 +338,7 @@ Result<Member::View> Member::attach_locked(uint32_t block, uint64_t generation, 
   }
   const auto extent = arena_.extent(block);
   // Seen copy-on-write, a block must not share its pages with another.
-  const bool whole = extent && extent->offset % kPage == 0 && extent->length % kPage == 0;
+  const bool whole = extent && extent->whole_pages();
   const bool seen = extent && (mode != Mode::kCopyOnWrite || (whole && copy_is_clean(*extent)));
   std::byte* data = seen ? arena_.address(mode, extent->offset) : nullptr;
   if (data == nullptr) {
@@ -405,7 +405,7 @@ Result<Member::View> Member::view(uint32_t block, Mode mode) {
     return Status(Code::kStale, "the block was lost in a fork that ran no handlers");
   const auto extent = arena_.extent(block);
   if (!extent) return Status(Code::kCorrupt, "the block's descriptor contradicts the pool's size");
-  if (mode == Mode::kCopyOnWrite && (extent->offset % kPage != 0 || extent->length % kPage != 0)) {
+  if (mode == Mode::kCopyOnWrite && !extent->whole_pages()) {
     return Status(Code::kUnsupported, "the block shares pages with others");
   }
   if (mode == Mode::kCopyOnWrite && !copy_is_clean(*extent))

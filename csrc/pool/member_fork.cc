@@ -48,8 +48,7 @@ void Member::part_with_child() {
   each_held(arena_, membership_.slot(), [&](uint32_t block) {
     if (!mapped || !holds_.is_exclusive(block) || holds_.is_private(block)) return;
     const auto extent = arena_.extent(block);
-    if (!extent || extent->offset % kPage != 0 || extent->length % kPage != 0)
-      return;                // small: shares pages with others
+    if (!extent || !extent->whole_pages()) return;
     if (--room < 0) return;  // docs/differences.md: beyond so many, writes are shared
     if (extent->offset != end || end == start) {
       mapped = flush();
@@ -63,7 +62,7 @@ void Member::part_with_child() {
 // As after a fork, for one block: whatever is written here from now on stays here.
 bool Member::part(uint32_t block) {
   const auto extent = arena_.extent(block);
-  if (!extent || extent->offset % kPage != 0 || extent->length % kPage != 0) return false;
+  if (!extent || !extent->whole_pages()) return false;
   if (holds_.private_blocks() >= kPrivateMost || !arena_.make_private(extent->offset, extent->length, true))
     return false;
   holds_.mark_private(block, true);

@@ -6,6 +6,7 @@
 #include "os/mapping.h"
 #include "python/errors.h"
 #include "python/family.h"
+#include "python/numpy_memory.h"
 #include "python/reduce.h"
 
 namespace torchshm::python {
@@ -13,27 +14,6 @@ namespace {
 
 using pool::Mode;
 using Way = pool::ModuleApi::Way;
-
-constexpr uint64_t kCopyUnderGil = uint64_t{2} << 20;  // as for arrays
-
-void* allocate(void* member_of_pool, uint64_t bytes) {
-  auto* pool = member_of_pool != nullptr ? static_cast<pool::Member*>(member_of_pool) : member();
-  if (pool == nullptr) return nullptr;
-  auto block = pool->allocate(bytes, bytes >= 4 * os::kPageBytes);
-  return block ? block->data : nullptr;
-}
-
-bool give_back(void* data) {
-  pool::Member* owner = pool::find_address(data);
-  if (owner == nullptr) return false;
-  if (const auto found = owner->find(data)) owner->release(found->block, found->mode);
-  return true;
-}
-
-bool whole_pages(pool::Member& owner, uint32_t block) {
-  const auto extent = owner.arena().extent(block);
-  return extent && extent->offset % os::kPageBytes == 0 && extent->length % os::kPageBytes == 0;
-}
 
 // The mode in which receivers see memory that lies in the pool; nothing where they must not see it.
 std::optional<Mode> mode_by_reference(pool::Member& owner, const pool::Member::Found& found, const std::byte* data,
@@ -48,7 +28,10 @@ std::optional<Mode> mode_by_reference(pool::Member& owner, const pool::Member::F
     mode = now.mode;
   }
   if (mode == Mode::kRead) mode = Mode::kCopyOnWrite;  // a tensor can't be read-only
-  if (mode == Mode::kCopyOnWrite && !whole_pages(owner, found.block)) return std::nullopt;
+  if (mode == Mode::kCopyOnWrite) {
+    const auto extent = owner.arena().extent(found.block);
+    if (!extent || !extent->whole_pages()) return std::nullopt;
+  }
   return mode;
 }
 
@@ -98,10 +81,10 @@ Way send(void* memory, uint64_t bytes, bool borrowed, pool::ModuleApi::Sent& sen
   Result<pool::Member::View> block = Status();
   Py_BEGIN_ALLOW_THREADS;  // may commit and map fresh pages
   block = target->allocate(bytes, now.sharing || bytes >= 4 * os::kPageBytes);
-  if (block && bytes >= kCopyUnderGil) torchshm::copy_bytes(block->data, data, bytes);
+  if (block && bytes >= uint64_t{kCopyUnderGil}) torchshm::copy_bytes(block->data, data, bytes);
   Py_END_ALLOW_THREADS;
   if (!block) return refuse(block.status());
-  if (bytes < kCopyUnderGil) std::memcpy(block->data, data, bytes);
+  if (bytes < uint64_t{kCopyUnderGil}) std::memcpy(block->data, data, bytes);
   auto handle = target->issue(block->block);
   if (!handle) {
     target->release(block->block, Mode::kReadWrite);
@@ -145,7 +128,7 @@ bool receive(const char* bytes, size_t length, pool::ModuleApi::Received& receiv
   return true;
 }
 
-const pool::ModuleApi table{pool::ModuleApi::kVersion, allocate, give_back, send, receive};
+const pool::ModuleApi table{pool::ModuleApi::kVersion, take_block, give_block_back, send, receive};
 
 }  // namespace
 

@@ -13,23 +13,14 @@ namespace {
 
 // context: the pool, or null for the process's own.
 void* take(void* context, size_t size) {
-  if (pool::Member* pool = context != nullptr ? static_cast<pool::Member*>(context) : member(); pool != nullptr) {
-    auto block = pool->allocate(size, size >= 4 * os::kPageBytes);
-    if (block) return block->data;
-  }
-  return std::malloc(size);
+  void* data = take_block(context, size);
+  return data != nullptr ? data : std::malloc(size);
 }
 
 void* take_zeroed(void*, size_t count, size_t size) { return std::calloc(count, size); }
 
 void give_back(void*, void* data, size_t) {
-  if (data == nullptr) return;
-  pool::Member* owner = pool::find_address(data);
-  if (owner == nullptr) {
-    std::free(data);
-  } else if (const auto found = owner->find(data)) {
-    owner->release(found->block, pool::Mode::kReadWrite);
-  }
+  if (data != nullptr && !give_block_back(data)) std::free(data);
 }
 
 void* resize(void* context, void* data, size_t size) {
@@ -53,6 +44,20 @@ PyDataMem_Handler& handler_for(pool::Member* pool) {
 }
 
 }  // namespace
+
+void* take_block(void* pool, uint64_t bytes) {
+  pool::Member* owner = pool != nullptr ? static_cast<pool::Member*>(pool) : member();
+  if (owner == nullptr) return nullptr;
+  auto block = owner->allocate(bytes, bytes >= 4 * os::kPageBytes);
+  return block ? block->data : nullptr;
+}
+
+bool give_block_back(void* data) {
+  pool::Member* owner = pool::find_address(data);
+  if (owner == nullptr) return false;
+  if (const auto found = owner->find(data)) owner->release(found->block, found->mode);
+  return true;
+}
 
 PyObject* enter_pooled(PyObject*, PyObject*) { return allocate_in(nullptr); }
 

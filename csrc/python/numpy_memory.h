@@ -10,6 +10,12 @@
 
 namespace torchshm::python {
 
+// Memory of a pool, held once for writing; null where it has none, or where there is no pool. pool: a pool::Member; null: the process's own.
+// Neither needs the GIL.
+void* take_block(void* pool, uint64_t bytes);
+// One object less that looks at the block of an address. False where it lies in no pool.
+bool give_block_back(void* data);
+
 // Switches to the process's pool, or to a given one; returns the handler before, a new reference.
 PyObject* enter_pooled(PyObject* module, PyObject*);
 PyObject* allocate_in(pool::Member* pool);

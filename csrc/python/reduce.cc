@@ -14,9 +14,6 @@
 namespace torchshm::python {
 namespace {
 
-// Copying below this is quicker than giving the GIL away and getting it back; above, the program may change the array meanwhile.
-constexpr npy_intp kCopyUnderGil = npy_intp{2} << 20;
-
 // Larger ones travel inside the pickle only where min_bytes says so, and then as NumPy sends them. Arbitrary.
 constexpr npy_intp kCarriedMost = npy_intp{64} << 10;
 
@@ -116,7 +113,7 @@ std::optional<Status> by_reference(const Source& source, ArrayWire& wire, bool n
   wire.mode = now.sharing ? now.mode : found->mode;
   if (wire.mode == pool::Mode::kCopyOnWrite && found->mode != pool::Mode::kCopyOnWrite) {
     const auto extent = source.member->arena().extent(found->block);
-    if (!extent || extent->offset % os::kPageBytes != 0 || extent->length % os::kPageBytes != 0) return std::nullopt;
+    if (!extent || !extent->whole_pages()) return std::nullopt;
   }
   wire.writeable = (PyArray_FLAGS(array) & NPY_ARRAY_WRITEABLE) != 0;
   if (now.sharing) wire.writeable = now.mode != pool::Mode::kRead;

@@ -10,6 +10,9 @@ namespace torchshm::python {
 
 using pool::ArrayWire;
 
+// Copying below this is quicker than giving the GIL away and getting it back; above, the program may change the array meanwhile.
+constexpr npy_intp kCopyUnderGil = npy_intp{2} << 20;
+
 // METH_O. A message never fails because of this: whatever the pool can't do, NumPy's own pickling does.
 PyObject* reduce_ndarray(PyObject* module, PyObject* array);
 

@@ -149,14 +149,13 @@ def into(
     """The module, or one that the function makes, over the tensors of `state`."""
     import torch
 
-    module = target if isinstance(target, torch.nn.Module) else _made(target, state)
-    found = _Found(module)
+    found = _Found(target) if isinstance(target, torch.nn.Module) else _made(target, state)
     _check(found, state, strict)
     _point(found, state)
     for at, each in found.with_extra:
         if (name := _joined(at, _EXTRA)) in state.extra:
             each.set_extra_state(state.extra[name])
-    return module
+    return found.module
 
 
 class _Found:
@@ -211,7 +210,7 @@ class _Found:
         return left + [name for name, tensor in self.attributes if tensor.is_meta]
 
 
-def _made(factory: Callable[[], torch.nn.Module], state: State) -> torch.nn.Module:
+def _made(factory: Callable[[], torch.nn.Module], state: State) -> _Found:
     """On the meta device, where that costs neither time nor memory and all of it is in `state`; else as the function makes it."""
     import torch
 
@@ -225,11 +224,12 @@ def _made(factory: Callable[[], torch.nn.Module], state: State) -> torch.nn.Modu
             module = factory()
     except Exception:  # it looks at values, which are not there; its own errors come again below
         pass
-    if not isinstance(module, torch.nn.Module) or _Found(module).left_on_meta(state):
-        module = factory()
+    if isinstance(module, torch.nn.Module) and not (found := _Found(module)).left_on_meta(state):
+        return found
+    module = factory()
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"the function made a {type(module).__name__}, not a torch.nn.Module")
-    return module
+    return _Found(module)
 
 
 def _check(found: _Found, state: State, strict: bool) -> None:

@@ -9,6 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex32,
+    torch.complex64,
+    torch.complex128,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
+
 # Names of ours that stand where torch's stand in tracebacks and messages.
 _ADDRESS = re.compile(r"0x[0-9a-f]+|pid\(s\) [\d, ]+|\(pid [^)]*\)|pid \d+")
 

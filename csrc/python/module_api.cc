@@ -84,7 +84,7 @@ Way send(void* memory, uint64_t bytes, pool::ModuleApi::Sent& sent) {
   if (owner != nullptr) {
     const auto found = owner->find(data);
     if (const auto mode = found ? mode_by_reference(*owner, *found, data, bytes) : std::nullopt) {
-      auto handle = owner->issue(found->block);
+      auto handle = issue(*owner, found->block);
       if (!handle) return refuse(handle.status());
       write(*owner, *handle, *mode, found->offset, bytes, sent);
       return Way::kByReference;
@@ -97,7 +97,7 @@ Way send(void* memory, uint64_t bytes, pool::ModuleApi::Sent& sent) {
   Py_END_ALLOW_THREADS;
   if (!block) return refuse(block.status());
   if (bytes < kCopyUnderGil) std::memcpy(block->data, data, bytes);
-  auto handle = target->issue(block->block);
+  auto handle = issue(*target, block->block);
   if (!handle) {
     target->release(block->block, Mode::kReadWrite);
     return refuse(handle.status());

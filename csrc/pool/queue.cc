@@ -12,7 +12,10 @@
 namespace torchshm::pool {
 namespace {
 
-constexpr uint64_t kSpin = 20'000;        // ns without sleeping, before a wait
+// ns without sleeping, before a wait. More where that has been of use, since a wait is a system call here and one for who wakes; and
+// less where it has not: on a busy machine it keeps a processor from whoever is to send.
+constexpr uint64_t kLeastSpin = 2000;
+constexpr uint64_t kMostSpin = 20'000;
 constexpr uint64_t kSlice = 100'000'000;  // ns; who was to wake may have died
 constexpr int kMostAttempts = 1 << 20;  // each retry means that somebody else has got on; so many mean a corrupt queue
 constexpr uint64_t kOffsetMask = 0xffffffff;
@@ -386,19 +389,28 @@ void Queue::wake_takers() {
 }
 
 void Queue::wait(For what, uint64_t nanoseconds) {
-  const uint64_t start = os::boot_time(), end = start + std::min(nanoseconds, kSpin);
+  // Relaxed: an estimate.
+  const uint64_t budget = std::min<uint64_t>(spin_.load(std::memory_order_relaxed), nanoseconds);
+  const uint64_t start = os::boot_time();
+  uint64_t spent = 0;
   do {
     for (int i = 0; i < 16; ++i) {
-      if (ready(what)) return;
+      if (ready(what)) {
+        const uint64_t useful = std::min(4 * spent, kMostSpin);
+        if (useful > budget) spin_.store(static_cast<uint32_t>(useful), std::memory_order_relaxed);
+        return;
+      }
       __builtin_ia32_pause();
     }
-  } while (os::boot_time() < end);
-  if (nanoseconds <= kSpin) return;
+    spent = os::boot_time() - start;
+  } while (spent < budget);
+  spin_.store(static_cast<uint32_t>(std::max(budget / 2, kLeastSpin)), std::memory_order_relaxed);
+  if (nanoseconds <= budget) return;
   QueueBell& slept = bell(what);
   const uint32_t seen = slept.rung.load(std::memory_order_seq_cst);  // first: see ring()
   slept.waiting.fetch_add(1, std::memory_order_seq_cst);
   TORCHSHM_POINT("queue.waiting");
-  if (!ready(what)) (void)os::wait(slept.rung, seen, std::min(nanoseconds - kSpin, kSlice));
+  if (!ready(what)) (void)os::wait(slept.rung, seen, std::min(nanoseconds - budget, kSlice));
 }
 
 }  // namespace torchshm::pool

@@ -8,12 +8,11 @@ import multiprocessing.context
 import multiprocessing.process
 import multiprocessing.util
 import pickle
-import time
 import types
 from collections import ChainMap
 from multiprocessing.reduction import ForkingPickler
 from queue import Empty, Full
-from typing import Any
+from typing import Any, ClassVar
 
 from torchshm import _C
 
@@ -24,7 +23,7 @@ _LOOK = 100_000_000  # ns; how often a taker that has closed its sending end loo
 class _Pickler(pickle.Pickler):
     """What ForkingPickler does, with its table made once and the pickler kept: most of the time that a small message takes."""
 
-    dispatch_table = ChainMap(ForkingPickler._extra_reducers, copyreg.dispatch_table)  # type: ignore[attr-defined]
+    dispatch_table: ClassVar[Any] = ChainMap(ForkingPickler._extra_reducers, copyreg.dispatch_table)  # type: ignore[attr-defined]
 
 
 # Of these nothing is reduced.

@@ -31,8 +31,9 @@ ARMS = {
 PACKAGES = {"torchshm": ("torchshm",), "multiprocessing": ()}
 
 
-def _send(queue: Any, start: Any, sender: int, count: int) -> None:
+def _send(queue: Any, ready: Any, start: Any, sender: int, count: int) -> None:
     data = b"x" * BYTES
+    ready.release()
     start.wait()
     if sender < 0:
         for _ in range(count):
@@ -89,13 +90,15 @@ class Exchange:
         return statistics.median(taken), (_cpu() - before) / count
 
     def _many(self, senders: int, each: int) -> tuple[float, float]:
-        queue, start = self._context.Queue(), self._plain.Event()
+        queue, ready, start = self._context.Queue(), self._plain.Semaphore(0), self._plain.Event()
         children = [
-            self._plain.Process(target=_send, args=(queue, start, s if senders > 1 else -1, each))
+            self._plain.Process(target=_send, args=(queue, ready, start, s if senders > 1 else -1, each))
             for s in range(senders)
         ]
         for child in children:
             child.start()
+        for _ in children:
+            ready.acquire()
         following = [0] * senders
         before, begin = _cpu(), time.perf_counter()
         start.set()

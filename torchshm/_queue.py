@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copyreg
-import io
 import multiprocessing.context
 import multiprocessing.process
 import multiprocessing.util
@@ -29,23 +28,22 @@ class _Pickler(pickle.Pickler):
 # Of these nothing is reduced.
 _PLAIN = frozenset({bytes, str, int, float, bool, type(None)})
 # Those that nobody is using. One that failed is not used again; in a thread, or in a reducer that sends, there may be several.
-_spare: list[tuple[io.BytesIO, _Pickler]] = []
+_spare: list[tuple[list[bytes], _Pickler]] = []
 
 
 def _dumps(obj: Any) -> bytes:
     if type(obj) in _PLAIN:
         return pickle.dumps(obj)
     try:
-        buffer, pickler = _spare.pop()
+        parts, pickler = _spare.pop()
     except IndexError:
-        buffer = io.BytesIO()
-        pickler = _Pickler(buffer)
+        parts = []
+        pickler = _Pickler(types.SimpleNamespace(write=parts.append))
     pickler.dump(obj)
-    data = buffer.getvalue()
-    buffer.seek(0)
-    buffer.truncate()
     pickler.clear_memo()
-    _spare.append((buffer, pickler))
+    data = parts[0] if len(parts) == 1 else b"".join(parts)
+    parts.clear()
+    _spare.append((parts, pickler))
     return data
 
 

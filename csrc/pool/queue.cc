@@ -172,7 +172,7 @@ Status Queue::install(uint64_t segment) {
                   "a queue holds " + std::to_string(uint64_t{kQueueSegments} * header().cells) + " messages at most");
   if (found.hi != 0) {  // what lay here is drained
     (void)at.exchange_if(found, {segment + 1, found.hi});
-    TORCHSHM_POINT("queue.segment_again");
+    TORCHSHM_POINT("queue.segment_in");
     return {};
   }
   auto block = spare_segment(segment);
@@ -190,7 +190,7 @@ Status Queue::install(uint64_t segment) {
     if (vacant.hi != 0 || vacant.lo == 0 || vacant.lo - 1 >= drained) continue;
     if (entry(i).exchange_if(vacant, {vacant.lo, uint64_t{*block} + 1})) break;
   }
-  TORCHSHM_POINT("queue.segment_back");
+  TORCHSHM_POINT("queue.segment_in");
   return {};
 }
 

@@ -264,21 +264,21 @@ TEST(Queue, AForkedChildSendsInParcelsOfItsOwn) {
 }
 
 TEST(Queue, ASleepingTakerIsWoken) {
-  const tests::Watchdog watchdog(60);
+  const tests::Watchdog watchdog(60);  // without the wakes it would take twice as long
   auto member = fresh_pool();
   auto queue = make(*member), answers = make(*member, 1);
   const Handle first = *queue->handle(), second = *answers->handle();
   const pid_t pid = tests::start([&] {
     auto self = join(*member);
     auto mine = open(*self, first), out = open(*self, second);
-    for (uint64_t i = 0; i < 200; ++i) {
+    for (uint64_t i = 0; i < 1000; ++i) {
       const auto note = take_within(*mine, 30 * kSecond);
       if (!note || note->number != i) return false;
       while (!put(*out, 1, i)) out->wait(Queue::For::kRoom, kSecond);
     }
     return true;
   });
-  for (uint64_t i = 0; i < 200; ++i) {
+  for (uint64_t i = 0; i < 1000; ++i) {
     if (i % 2 == 0) ::usleep(1000);  // it sleeps by now
     ASSERT_TRUE(put(*queue, 1, i));
     if (i % 2 == 1) ::usleep(1000);

@@ -1,7 +1,8 @@
 """Messages through a queue.
 
-Quantities: time per message of 1 KiB (bytes), one sender to one taker and eight senders to one taker, the queue never bounded; and the
-median time from put() until get() has returned in another process that waits, one message at a time. Unit: seconds.
+Quantities: time per message of 1 KiB (bytes), one sender to one taker and eight senders to one taker, the queue never bounded; half a
+round trip between two that answer at once; and the median time from put() until get() has returned in another process that has slept
+in it. Unit: seconds.
 Opponent: multiprocessing.Queue, the same loops. CPU per message of all processes together is in ``also``.
 """
 
@@ -49,6 +50,11 @@ def _stamp(queue: Any, answers: Any, count: int) -> None:
         answers.put(time.perf_counter())
 
 
+def _return(there: Any, back: Any, count: int) -> None:
+    for _ in range(count):
+        back.put(there.get())
+
+
 def _cpu() -> float:
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
@@ -73,6 +79,23 @@ class Exchange:
     def eight_to_one(self, count: int) -> tuple[float, float]:
         """The same, every sender's messages checked to be complete and in order."""
         return self._many(8, count // 8)
+
+    def ping_pong(self, count: int) -> tuple[float, float]:
+        """Mean seconds of one way of a round trip; each side answers at once."""
+        there, back = self._context.Queue(), self._context.Queue()
+        child = self._plain.Process(target=_return, args=(there, back, count + 100))
+        child.start()
+        data = b"x" * BYTES
+        for _ in range(100):
+            there.put(data)
+            back.get()
+        before, begin = _cpu(), time.perf_counter()
+        for _ in range(count):
+            there.put(data)
+            back.get()
+        seconds = time.perf_counter() - begin
+        child.join()
+        return seconds / (2 * count), (_cpu() - before) / (2 * count)
 
     def latency(self, count: int) -> tuple[float, float]:
         """Median seconds from put() until get() has returned elsewhere."""
@@ -117,7 +140,8 @@ class Exchange:
 CASES = {  # the loop, its messages, and the figure
     "one to one": ("one_to_one", 20_000, 2.0),
     "8 to one": ("eight_to_one", 20_000, 3.0),
-    "latency": ("latency", 1_000, 2.5),
+    "ping-pong, one way": ("ping_pong", 5_000, 2.5),
+    "latency to one that sleeps": ("latency", 1_000, 2.5),
 }
 
 

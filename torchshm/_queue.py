@@ -22,7 +22,10 @@ _LOOK = 100_000_000  # ns; how often a taker that has closed its sending end loo
 class _Pickler(pickle.Pickler):
     """What ForkingPickler does, with its table made once and the pickler kept: most of the time that a small message takes."""
 
-    dispatch_table: ClassVar[Any] = ChainMap(ForkingPickler._extra_reducers, copyreg.dispatch_table)  # type: ignore[attr-defined]
+    dispatch_table: ClassVar[Any] = ChainMap(  # type: ignore[misc]
+        ForkingPickler._extra_reducers,  # type: ignore[attr-defined]
+        copyreg.dispatch_table,
+    )
 
 
 # Of these nothing is reduced.
@@ -85,7 +88,8 @@ class Reader(_End):
     def __init__(self, core: _C.Queue) -> None:
         super().__init__(core)
         self._draining = False
-        self._writer: Writer | None = None
+        self._alone = False  # the other end is closed in this process
+        self._plain = True  # neither of them
 
     def _get(self, get: Any, *arguments: Any) -> Any:
         self._check()
@@ -94,7 +98,7 @@ class Reader(_End):
                 return get(*arguments, 0)
             except Empty:
                 return None
-        if self._writer is None or not self._writer.closed:
+        if not self._alone:
             return get(*arguments, _FOREVER)
         # Who has closed its own sending end relies on others to send, and these may all be gone.
         parent = multiprocessing.process.parent_process()
@@ -131,6 +135,15 @@ class Reader(_End):
 class Writer(_End):
     """The sending end."""
 
+    def __init__(self, core: _C.Queue, reader: Reader) -> None:
+        super().__init__(core)
+        self._reader = reader
+
+    def close(self) -> None:
+        """Use it no more in this process."""
+        super().close()
+        self._reader._alone, self._reader._plain = True, False
+
     def send(self, obj: Any) -> None:
         """Pickle and send."""
         self._check()
@@ -152,12 +165,12 @@ class _NoLock:
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """Who acquires it without ``with``, as ``multiprocessing.Pool`` does at its end, drains what is there."""
         if self._reader is not None:
-            self._reader._draining = True
+            self._reader._draining, self._reader._plain = True, False
         return True
 
     def release(self) -> None:
         if self._reader is not None:
-            self._reader._draining = False
+            self._reader._draining, self._reader._plain = False, not self._reader._alone
 
     def __enter__(self) -> bool:
         return True
@@ -194,8 +207,8 @@ class SimpleQueue(_Shared):
 
     def _attach(self, core: _C.Queue) -> None:
         super()._attach(core)
-        self._reader, self._writer = Reader(core), Writer(core)
-        self._reader._writer = self._writer
+        self._reader = Reader(core)
+        self._writer = Writer(core, self._reader)
         self._poll = self._reader.poll
         self._rlock, self._wlock = _NoLock(self._reader), _NoLock()
 
@@ -217,7 +230,7 @@ class SimpleQueue(_Shared):
         self._writer.close()
         self._core.close_parcel()
 
-    __class_getitem__ = classmethod(types.GenericAlias)
+    __class_getitem__: Any = classmethod(types.GenericAlias)
 
 
 class Queue(_Shared):
@@ -240,7 +253,8 @@ class Queue(_Shared):
         super()._attach(core)
         self._closed = False
         self._ignore_epipe = False
-        self._reader, self._writer = Reader(core), Writer(core)
+        self._reader = Reader(core)
+        self._writer = Writer(core, self._reader)
         self._rlock, self._wlock, self._sem = _NoLock(self._reader), _NoLock(), _NoLock()
         self._send, self._take = core.put, core.get
 
@@ -295,10 +309,8 @@ class Queue(_Shared):
         """
         if self._closed:
             raise ValueError(f"Queue {self!r} is closed")
-        if block and timeout is None and not self._reader._draining and not self._writer.closed:
-            return self._take(_loads, _FOREVER)
         if block and timeout is None:
-            return self._reader.recv()
+            return self._take(_loads, _FOREVER) if self._reader._plain else self._reader.recv()
         return self._take(_loads, _nanoseconds(block, timeout))
 
     def put_nowait(self, obj: Any) -> None:
@@ -333,7 +345,7 @@ class Queue(_Shared):
     def cancel_join_thread(self) -> None:
         """Do nothing: there is no thread."""
 
-    __class_getitem__ = classmethod(types.GenericAlias)
+    __class_getitem__: Any = classmethod(types.GenericAlias)
 
 
 class JoinableQueue(Queue):

@@ -115,7 +115,7 @@ class Queue {
     uint64_t put = 0;
   } open_;
   std::atomic<uint32_t> spin_{2000};  // ns, before a wait
-  uint64_t epoch_ = 0;  // of the process that fills it
+  uint64_t epoch_ = 0;                // of the process that fills it
 };
 
 }  // namespace torchshm::pool

@@ -12,10 +12,12 @@
 namespace torchshm::pool {
 namespace {
 
-// ns without sleeping, before a wait. More where that has been of use, since a wait is a system call here and one for who wakes; and
-// less where it has not: on a busy machine it keeps a processor from whoever is to send.
-constexpr uint64_t kLeastSpin = 2000;
+// ns without sleeping, before a wait. Sleeping costs a system call here, one for who wakes, and the processor; looking keeps a processor
+// from whoever is to send, when it is the same. So it is longer after it was of use, and shorter after it was not; and now and then, after
+// a short sleep, it is tried whether it would be.
+constexpr uint64_t kLeastSpin = 500;
 constexpr uint64_t kMostSpin = 20'000;
+constexpr uint32_t kWaitsPerTrial = 64;
 constexpr uint64_t kSlice = 100'000'000;  // ns; who was to wake may have died
 constexpr int kMostAttempts = 1 << 20;  // each retry means that somebody else has got on; so many mean a corrupt queue
 constexpr uint64_t kOffsetMask = 0xffffffff;
@@ -411,6 +413,9 @@ void Queue::wait(For what, uint64_t nanoseconds) {
   slept.waiting.fetch_add(1, std::memory_order_seq_cst);
   TORCHSHM_POINT("queue.waiting");
   if (!ready(what)) (void)os::wait(slept.rung, seen, std::min(nanoseconds - budget, kSlice));
+  if (waits_.fetch_add(1, std::memory_order_relaxed) % kWaitsPerTrial != 0) return;
+  if (const uint64_t took = os::boot_time() - start; took < kMostSpin)
+    spin_.store(static_cast<uint32_t>(std::min(2 * took, kMostSpin)), std::memory_order_relaxed);
 }
 
 }  // namespace torchshm::pool

@@ -114,6 +114,7 @@ class Queue {
     uint64_t used = 0;
     uint64_t put = 0;
   } open_;
+  std::atomic<uint32_t> waits_{0};
   std::atomic<uint32_t> spin_{2000};  // ns, before a wait
   uint64_t epoch_ = 0;                // of the process that fills it
 };

@@ -5,6 +5,7 @@
 """
 
 import torchshm._C  # noqa: F401 - before NumPy, which has less to say to a subinterpreter  # isort: skip
+from torchshm._context import get_context
 from torchshm._reducers import is_shared, register, unregister
 from torchshm._sharing import dumps, empty, inline, loads, pooled, share, stats, trim
 from torchshm._store import Store, connect, key, start
@@ -26,6 +27,7 @@ __all__ = [
     "connect",
     "dumps",
     "empty",
+    "get_context",
     "inline",
     "is_shared",
     "key",

@@ -27,6 +27,11 @@ Wait wait(const std::atomic<uint32_t>& word, uint32_t seen, uint64_t nanoseconds
   return errno == EINTR ? Wait::kInterrupted : Wait::kTimedOut;
 }
 
+uint32_t wake_one(const std::atomic<uint32_t>& word) {
+  const long woken = ::syscall(SYS_futex, &word, FUTEX_WAKE, 1, nullptr, nullptr, 0);
+  return woken > 0 ? static_cast<uint32_t>(woken) : 0;
+}
+
 void wake_all(const std::atomic<uint32_t>& word) {
   (void)::syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }

@@ -13,6 +13,8 @@ enum class Wait : uint8_t { kChanged, kTimedOut, kInterrupted };
 
 // Sleeps while `word` is `seen`, for `nanoseconds` at most. kChanged may come without a change.
 Wait wait(const std::atomic<uint32_t>& word, uint32_t seen, uint64_t nanoseconds);
+// Returns how many have been woken.
+uint32_t wake_one(const std::atomic<uint32_t>& word);
 void wake_all(const std::atomic<uint32_t>& word);
 
 uint64_t boot_time();  // ns; goes on while the machine is suspended

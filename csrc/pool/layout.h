@@ -19,7 +19,7 @@
 namespace torchshm::pool {
 
 constexpr uint64_t kMagic = 0x4d48535f48435254;  // "TRCH_SHM"
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
 constexpr uint64_t kGranule = 1024;  // with blocks of at least 4 KiB: at most 20 % internal waste
 constexpr uint64_t kPage = 4096;
@@ -33,7 +33,7 @@ constexpr uint32_t kTickets = 1u << 22;  // one for every unreceived message, an
 constexpr uint32_t kHints = 1024;        // a dict of a thousand arrays may be released at once
 constexpr uint32_t kNobody = 0xfff;
 
-static_assert(kMaxLeases < kNobody);
+static_assert(kMaxLeases < kNobody - 1);
 
 // What a lease is doing to which block, written before the first step and cleared after the last one. If the lease dies in between, the
 // reaper settles exactly that block.
@@ -145,7 +145,14 @@ struct BlockValue {
 struct Block {
   AtomicPair value;
   std::atomic<uint32_t> granules;  // length of a large block; written before it is live
-  std::atomic<uint32_t> reserved[3];
+  std::atomic<uint32_t> queue;     // low half of the generation in which the block is a queue (queue.h); 0: never
+  std::atomic<uint32_t> reserved[2];
+};
+
+// Which queue a ticket belongs to.
+struct QueueRef {
+  uint32_t block = 0;
+  uint64_t generation = 0;
 };
 
 static_assert(kSmallMax / kGranule < 1024, "fits BlockValue::granules");
@@ -162,6 +169,13 @@ struct TicketValue {
   }
   // In the place of a sender: a name keeps the block alive, and neither a death nor time takes the ticket back.
   static constexpr uint32_t kName = kNobody;
+  // The block belongs to a queue, or to a message in one: out as long as that queue is, and no longer. `second` is the queue's block, and
+  // the upper half of `sender` the low bits of its generation.
+  static constexpr uint32_t kQueue = kNobody - 1;
+  static uint32_t sender_of_queue(uint64_t generation) {
+    return static_cast<uint32_t>(generation & 0xfff) << 12 | kQueue;
+  }
+  bool of_queue() const { return (sender & 0xfff) == kQueue; }
   static TicketValue of(Pair p) {
     return {p.lo >> 24, static_cast<uint32_t>(p.lo & 0xffffff), static_cast<uint32_t>(p.hi),
             static_cast<uint32_t>(p.hi >> 32)};

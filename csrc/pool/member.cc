@@ -166,6 +166,7 @@ void Member::keep_few_empty() {
 // Whether the same step again may give more.
 bool Member::make_room_step(int step, uint64_t bytes) {
   (void)work_->reaper.reap_all();
+  end_queues(true);
   switch (step) {
     case 0:
       release_empty();
@@ -234,6 +235,8 @@ Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages, bool in_
 // ---- release
 
 void Member::freed(uint32_t block, uint64_t generation) {
+  if (arena_.block(block).queue.load(std::memory_order_relaxed) == static_cast<uint32_t>(generation))
+    work_->queue_ended = true;
   const ChunkValue chunk = work_->space.value(block / kPagesPerChunk);
   if (chunk.state == ChunkState::kRun) {
     work_->space.release_run(block, generation);
@@ -308,19 +311,41 @@ void Member::release_locked(uint32_t block, Mode mode) {
     holds_.mark_private(block, false);
   }
   work_->ledger.drop(block);
+  end_queues();
   keep_few_empty();
+}
+
+// Once the block of a queue is free, what belonged to the queue comes back. If this process dies before that, whoever reaps it does it.
+// look: there may be such a one that nobody here has seen.
+void Member::end_queues(bool look) {
+  while (look || work_->queue_ended) {
+    look = false;
+    work_->queue_ended = false;
+    TORCHSHM_POINT("end_queues.begin");
+    (void)work_->tickets.end_queues();
+  }
+}
+
+QueueRef Member::make_queue(uint32_t block) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  const uint64_t generation = work_->ledger.value(block).generation;
+  // Zero says that it is none: the tickets of one queue in 2^32 are found by whoever reaps only.
+  arena_.block(block).queue.store(static_cast<uint32_t>(generation), std::memory_order_relaxed);
+  TORCHSHM_POINT("queue.marked");
+  return {block, generation};
 }
 
 // ---- hand over
 
-Result<Handle> Member::issue(uint32_t block) {
+Result<Handle> Member::issue(uint32_t block, const QueueRef* queue) {
   const std::lock_guard lock(mutex_);
   notice_fork();
   if (stranded_) return Status(Code::kNoSlot, stranded_why_);
   if (!work_->ledger.holds(membership_.slot(), block))
     return Status(Code::kStale, "the block was lost in a fork that ran no handlers");
   const uint64_t generation = work_->ledger.value(block).generation;
-  const auto ticket = work_->tickets.issue(block, generation);
+  const auto ticket = work_->tickets.issue(block, generation, queue);
   if (!ticket) return Status(Code::kFull, "all tickets are out: too many unreceived messages");
   return Handle{pool_id_, generation, block, ticket->index, ticket->nonce};
 }
@@ -375,6 +400,7 @@ void Member::give_up(const Handle& handle) {
   notice_fork();
   if (stranded_ || handle.ticket >= kTickets || handle.block >= arena_.pages()) return;
   (void)work_->tickets.redeem({handle.ticket, handle.nonce}, handle.block, handle.generation);
+  end_queues();
 }
 
 Result<Member::View> Member::attach(uint32_t block, uint64_t generation, Mode mode) {
@@ -478,7 +504,10 @@ uint32_t Member::objects(uint32_t block) {
 uint32_t Member::reap() {
   const std::lock_guard lock(mutex_);
   notice_fork();
-  return stranded_ ? 0 : work_->reaper.reap_all();
+  if (stranded_) return 0;
+  const uint32_t reaped = work_->reaper.reap_all();
+  end_queues(true);
+  return reaped;
 }
 
 uint64_t Member::trim(uint64_t keep) {
@@ -486,6 +515,7 @@ uint64_t Member::trim(uint64_t keep) {
   notice_fork();
   if (stranded_) return 0;
   (void)work_->reaper.reap_all();
+  end_queues(true);
   release_empty();
   return work_->space.trim(keep);
 }

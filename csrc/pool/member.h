@@ -46,7 +46,10 @@ class Member final : public FreedSink {
   void release(uint32_t block, Mode mode);
 
   // A handle with a ticket of its own. REQUIRES: held.
-  Result<Handle> issue(uint32_t block);
+  // queue: the ticket belongs to it, and ends with it.
+  Result<Handle> issue(uint32_t block, const QueueRef* queue = nullptr);
+  // From here on the block is a queue: when it is free, all tickets that belong to it are taken back. REQUIRES: held.
+  QueueRef make_queue(uint32_t block);
   // The block of a handle, held once more. kStale, kForeign and kInvalid are told apart.
   // exclusive: the block was made for this message and belongs to whoever receives it.
   Result<View> redeem(const Handle& handle, Mode mode, bool exclusive = false);
@@ -117,6 +120,7 @@ class Member final : public FreedSink {
   void release_empty();
   void keep_few_empty();
   void release_locked(uint32_t block, Mode mode);
+  void end_queues(bool look = false);
   bool drop_copy(const Arena::Extent& extent);
   bool copy_is_clean(const Arena::Extent& extent);
   void part_with_child();

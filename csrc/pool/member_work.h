@@ -29,6 +29,7 @@ struct Member::Work {
   Janitor janitor;
   uint32_t hints_seen = 0;
   bool hints_uncertain = false;
+  bool queue_ended = false;  // a queue has become free: its tickets are to be taken back
 };
 
 }  // namespace torchshm::pool

@@ -24,7 +24,8 @@ class BasicTickets {
   BasicTickets(Shared& arena, BasicLedger<Shared>& ledger, uint32_t slot);
 
   // REQUIRES: this lease holds the block. Nothing when the table is full.
-  std::optional<TicketId> issue(uint32_t block, uint64_t generation);
+  // queue: of whose message, or parts, the block is one; the ticket then ends with that queue, and not before unless it is redeemed.
+  std::optional<TicketId> issue(uint32_t block, uint64_t generation, const QueueRef* queue = nullptr);
   // Uses a ticket up, if it is still out.
   bool redeem(TicketId id, uint32_t block, uint64_t generation);
   // From here on the ticket belongs to a name: it is out until it is redeemed. False when it was taken back already.
@@ -33,10 +34,13 @@ class BasicTickets {
   // have become free. Returns how many tickets were taken.
   uint32_t take_back(uint32_t older_than, bool dead_only, uint64_t enough);
 
+  // Takes back what belongs to queues that have ended. Whoever notices does it; a second time it does nothing.
+  uint32_t end_queues();
+
   static uint32_t now();
 
  private:
-  std::optional<TicketId> claim(uint32_t block);
+  std::optional<TicketId> claim(uint32_t block, const QueueRef* queue);
   bool clear(uint32_t index, uint64_t nonce, uint32_t block);
   Shared& arena_;
   BasicLedger<Shared>& ledger_;

@@ -33,7 +33,7 @@ uint32_t BasicTickets<Shared>::now() {
 }
 
 template <class Shared>
-std::optional<TicketId> BasicTickets<Shared>::claim(uint32_t block) {
+std::optional<TicketId> BasicTickets<Shared>::claim(uint32_t block, const QueueRef* queue) {
   for (;;) {
     for (uint32_t probes = 0; probes < window_; ++probes) {
       const uint32_t index = (base_ + cursor_) % Shared::kTicketSlots;
@@ -44,7 +44,9 @@ std::optional<TicketId> BasicTickets<Shared>::claim(uint32_t block) {
       raise(arena_.header().tickets_used, index + 1);
       TORCHSHM_POINT("issue.in_sight");
       const uint64_t incarnation = arena_.lease(slot_).word.load(std::memory_order_relaxed) >> 8;
-      ticket = {(ticket.nonce + 1) & TicketValue::kNonceMask, TicketValue::sender_of(slot_, incarnation), block, now()};
+      const uint32_t sender = queue != nullptr ? TicketValue::sender_of_queue(queue->generation)
+                                               : TicketValue::sender_of(slot_, incarnation);
+      ticket = {(ticket.nonce + 1) & TicketValue::kNonceMask, sender, block, queue != nullptr ? queue->block : now()};
       if (!arena_.ticket(index).value.exchange_if(found, ticket.pair())) continue;
       // Crowded: look over a wider stretch from now on.
       if (probes > 32 && window_ < Shared::kTicketSlots) window_ *= 2;
@@ -56,12 +58,12 @@ std::optional<TicketId> BasicTickets<Shared>::claim(uint32_t block) {
 }
 
 template <class Shared>
-std::optional<TicketId> BasicTickets<Shared>::issue(uint32_t block, uint64_t generation) {
+std::optional<TicketId> BasicTickets<Shared>::issue(uint32_t block, uint64_t generation, const QueueRef* queue) {
   ledger_.begin(Op::kIssue, block, generation);
   std::optional<TicketId> id;
   if (ledger_.count_up(block, generation)) {
     TORCHSHM_POINT("issue.counted");
-    id = claim(block);
+    id = claim(block, queue);
     TORCHSHM_POINT("issue.out");
     if (!id) ledger_.count_down(block);
   }
@@ -147,6 +149,28 @@ uint32_t BasicTickets<Shared>::take_back(uint32_t older_than, bool dead_only, ui
   }
   arena_.header().taken_back.fetch_add(taken, std::memory_order_relaxed);
   TORCHSHM_POINT("take_back.done");
+  return taken;
+}
+
+template <class Shared>
+uint32_t BasicTickets<Shared>::end_queues() {
+  uint32_t taken = 0;
+  const uint32_t used = arena_.tickets_used();
+  for (uint32_t i = 0; i < used; ++i) {
+    const TicketValue ticket = TicketValue::of(arena_.ticket(i).value.load());
+    if (!ticket.of_queue() || ticket.block >= arena_.pages() || ticket.second >= arena_.pages()) continue;
+    // A queue that has ended does not come back: its block's generation moves on.
+    const BlockValue queue = ledger_.value(ticket.second);
+    if (queue.live && (queue.generation & 0xfff) == ticket.sender >> 12) continue;
+    ledger_.begin(Op::kRetake, ticket.block, ledger_.value(ticket.block).generation);
+    TORCHSHM_POINT("end_queues.intent");
+    if (clear(i, ticket.nonce, ticket.block)) {
+      ++taken;
+      TORCHSHM_POINT("end_queues.cleared");
+      ledger_.count_down(ticket.block);
+    }
+    ledger_.end();
+  }
   return taken;
 }
 

@@ -50,6 +50,14 @@ Scope& scope() {
   return mine;
 }
 
+Result<pool::Handle> issue(pool::Member& member, uint32_t block) {
+  Scope& now = scope();
+  if (now.queue == nullptr || now.queue_member != &member || now.sharing) return member.issue(block);
+  auto handle = member.issue(block, now.queue);
+  if (handle) now.in_message.push_back(*handle);
+  return handle;
+}
+
 pool::Member* member() { return current; }
 void set_member(pool::Member* member) {
   std::erase(former, member);

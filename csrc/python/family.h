@@ -61,7 +61,14 @@ struct Scope {
   bool sharing = false;              // inside share(): every array goes to the pool, in whole pages, or it is an error
   pool::Mode mode = pool::Mode::kReadWrite;  // of the arrays that share() makes
   Batch batch;
+  // While a message for a queue is pickled: tickets of that pool belong to the queue.
+  const pool::QueueRef* queue = nullptr;
+  pool::Member* queue_member = nullptr;
+  std::vector<pool::Handle> in_message;
 };
+// A ticket for what is being pickled.
+Result<pool::Handle> issue(pool::Member& member, uint32_t block);
+
 Scope& scope();
 
 }  // namespace torchshm::python

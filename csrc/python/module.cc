@@ -12,6 +12,7 @@
 #include "python/family.h"
 #include "python/module_api.h"
 #include "python/numpy_memory.h"
+#include "python/queue_binding.h"
 #include "python/rebuild.h"
 #include "python/reduce.h"
 #include "python/store_binding.h"
@@ -167,6 +168,7 @@ PYBIND11_MODULE(unchecked, m) {
     throw py::error_already_set();
   }
   add_store(m);
+  add_queue(m);
   add_check(m);
   m.def("create", &create, py::arg("family"), py::arg("limit") = 0, py::arg("warm") = 0);
   m.def("attach", &attach, py::arg("data_fd"), py::arg("control_fd"), py::arg("current") = false);

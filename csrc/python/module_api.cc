@@ -72,7 +72,7 @@ Way send(void* memory, uint64_t bytes, bool borrowed, pool::ModuleApi::Sent& sen
       mode.reset();
     }
     if (mode) {
-      auto handle = owner->issue(found->block);
+      auto handle = issue(*owner, found->block);
       if (!handle) return refuse(handle.status());
       write(*owner, *handle, *mode, found->offset, bytes, sent);
       return Way::kByReference;
@@ -85,7 +85,7 @@ Way send(void* memory, uint64_t bytes, bool borrowed, pool::ModuleApi::Sent& sen
   Py_END_ALLOW_THREADS;
   if (!block) return refuse(block.status());
   if (bytes < uint64_t{kCopyUnderGil}) std::memcpy(block->data, data, bytes);
-  auto handle = target->issue(block->block);
+  auto handle = issue(*target, block->block);
   if (!handle) {
     target->release(block->block, Mode::kReadWrite);
     return refuse(handle.status());

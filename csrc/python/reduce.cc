@@ -120,7 +120,7 @@ std::optional<Status> by_reference(const Source& source, ArrayWire& wire, bool n
   wire.offset = found->offset;
   wire.order = PyArray_IS_C_CONTIGUOUS(array) ? ArrayWire::Order::kC : ArrayWire::Order::kStrided;
   if (wire.order == ArrayWire::Order::kStrided) std::copy_n(PyArray_STRIDES(array), wire.ndim, wire.strides.begin());
-  auto handle = source.member->issue(found->block);
+  auto handle = issue(*source.member, found->block);
   if (!handle) return std::move(handle.status());
   wire.handle = *handle;
   return Status();
@@ -176,7 +176,7 @@ int by_copy(const Source& source, ArrayWire& wire, Status& status) {
   wire.offset = 0;
   wire.order = fortran ? ArrayWire::Order::kFortran : ArrayWire::Order::kC;
   const int copied = fill(array, block->data, source.bytes, c_order || fortran);
-  auto handle = copied == 0 ? source.member->issue(block->block) : Result<pool::Handle>(Status(Code::kInvalid, ""));
+  auto handle = copied == 0 ? issue(*source.member, block->block) : Result<pool::Handle>(Status(Code::kInvalid, ""));
   source.member->release_made(block->block);  // from here on the ticket keeps it
   if (copied != 0) return -1;
   if (!handle) {

@@ -7,10 +7,12 @@
 
 #include <csignal>
 
+#include "os/event_fd.h"
 #include "os/lock.h"
 #include "os/memfd.h"
 #include "points_scene.h"
 #include "pool/checker.h"
+#include "pool/queue.h"
 
 namespace torchshm::torture {
 namespace {
@@ -131,6 +133,42 @@ void holding(Scene& v) {
   v.hold(kSmallBytes);
   v.hold(kLargeBytes);
   (void)v.member->issue(v.hold(9000).block);
+}
+
+Status put(pool::Queue& queue, uint64_t bytes) {
+  auto message = queue.reserve(bytes);
+  if (!message) return std::move(message.status());
+  std::memset(message->data, 5, bytes);
+  auto done = queue.publish(*message);
+  if (!done) {
+    queue.cancel(*message);
+    return std::move(done.status());
+  }
+  return Status();
+}
+
+Status take(Scene& s, pool::Queue& queue) {
+  auto message = queue.take();
+  if (!message) return std::move(message.status());
+  if (!*message) return Status();
+  if ((*message)->data[(*message)->length - 1] != std::byte{5}) s.wrong("a message arrived with other data");
+  queue.finish(**message);
+  (void)queue.task_done();
+  return Status();
+}
+
+// At the end of a queue's first segment, so that the second is made of it once it is drained.
+std::unique_ptr<pool::Queue> worn_queue(Scene& s) {
+  auto made = pool::Queue::create(*s.member, 40);
+  if (!made) {
+    s.wrong("queue: %s", made.status().what().c_str());
+    return nullptr;
+  }
+  for (int i = 0; i < 255; ++i) {
+    (void)put(**made, 64);
+    (void)take(s, **made);
+  }
+  return made.take();
 }
 
 std::vector<Operation> make() {
@@ -323,6 +361,37 @@ std::vector<Operation> make() {
         if (view) s.wrong("twelve MiB were allocated over the limit");
         return Status();
       });
+
+  // -- queues
+  add("queue_life", 0, nothing, [](Scene& s) {
+    auto made = pool::Queue::create(*s.member, 4);
+    if (!made) return std::move(made.status());
+    pool::Queue& queue = **made;
+    queue.wait(pool::Queue::For::kMessage, 5000);
+    Status done = put(queue, 700);
+    if (done) done = put(queue, 30000);
+    if (done) done = take(s, queue);
+    if (done) done = take(s, queue);
+    if (done) done = put(queue, 30000);  // unreceived
+    queue.set_flag(true);
+    return done;
+  });
+  static std::unique_ptr<pool::Queue> worn;
+  add(
+      "queue_next_segment", 0, [](Scene& s) { worn = worn_queue(s); },
+      [](Scene& s) {
+        if (!worn) return Status();
+        Status done = put(*worn, 64);
+        if (done) done = take(s, *worn);
+        for (int i = 0; done && i < 2; ++i) done = put(*worn, 64);
+        if (done) done = take(s, *worn);
+        worn.reset();
+        return done;
+      });
+  add("event_fd", 0, nothing, [](Scene&) {
+    auto made = os::create_event_fd();
+    return made ? Status() : std::move(made.status());
+  });
 
   // -- receive
   add("redeem_small", kInbox, nothing, [](Scene& s) { return redeem(s, here.board->inbox[0]); });

@@ -1,0 +1,70 @@
+#include "pool/queue_watch.h"
+
+#include <csignal>
+#include <exception>
+
+#include "os/futex.h"
+
+namespace torchshm::pool {
+
+constexpr uint64_t kNap = 100'000'000;  // ns
+
+Result<std::unique_ptr<QueueWatch>> QueueWatch::start(Queue& queue) {
+  auto fd = os::create_event_fd();
+  if (!fd) return std::move(fd.status());
+  std::unique_ptr<QueueWatch> watch(new QueueWatch(queue, fd.take()));
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_BLOCK, &all, &before);
+  bool started = true;
+  try {
+    watch->thread_ = std::thread([at = watch.get()] { at->run(); });
+  } catch (const std::exception&) {
+    started = false;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  if (!started) return Status(Code::kSystem, "no thread could be started to watch the queue");
+  return watch;
+}
+
+QueueWatch::~QueueWatch() {
+  if (!thread_.joinable()) return;
+  ending_.store(true, std::memory_order_release);
+  turned_off_.fetch_add(1, std::memory_order_release);
+  os::wake_all(turned_off_);
+  queue_.wake_takers();
+  thread_.join();
+}
+
+bool QueueWatch::left_behind() const { return epoch_ != Queue::epoch(); }
+
+void QueueWatch::settle() {
+  const std::lock_guard lock(mutex_);
+  const bool on = !queue_.empty();
+  if (on == on_) return;
+  on_ = on;
+  os::turn(fd_, on);
+  if (on) return;
+  turned_off_.fetch_add(1, std::memory_order_release);
+  os::wake_all(turned_off_);
+}
+
+void QueueWatch::run() {
+  while (!ending_.load(std::memory_order_acquire)) {
+    const uint32_t seen = turned_off_.load(std::memory_order_acquire);
+    settle();
+    bool on = false;
+    {
+      const std::lock_guard lock(mutex_);
+      on = on_;
+    }
+    // Nothing to do while it is on, but to see that others have taken all.
+    if (on) {
+      (void)os::wait(turned_off_, seen, kNap);
+    } else {
+      queue_.wait(Queue::For::kMessage, kNap);
+    }
+  }
+}
+
+}  // namespace torchshm::pool

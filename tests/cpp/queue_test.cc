@@ -1,0 +1,552 @@
+// What a queue promises: order, nothing lost, nothing left, whoever is killed and wherever.
+#include "pool/queue.h"
+
+#include <poll.h>
+
+#include <cstring>
+#include <thread>
+
+#include "base/failpoint.h"
+#include "os/futex.h"
+#include "pool/members.h"
+#include "pool/queue_watch.h"
+#include "processes.h"
+
+namespace torchshm {
+namespace {
+
+using pool::Handle;
+using pool::Member;
+using pool::Mode;
+using pool::Queue;
+using tests::fresh_pool;
+using tests::join;
+
+constexpr uint64_t kSecond = 1'000'000'000;
+
+struct Note {
+  uint64_t sender = 0, number = 0, bytes = 0;
+};
+
+std::unique_ptr<Queue> make(Member& member, uint64_t maxsize = 0) {
+  auto queue = Queue::create(member, maxsize);
+  EXPECT_TRUE(queue.ok()) << queue.status().what();
+  return queue.take();
+}
+
+std::unique_ptr<Queue> open(Member& member, const Handle& handle) {
+  auto queue = Queue::open(member, handle);
+  EXPECT_TRUE(queue.ok()) << queue.status().what();
+  return queue.take();
+}
+
+bool put(Queue& queue, uint64_t sender, uint64_t number, uint64_t bytes = sizeof(Note)) {
+  auto message = queue.reserve(bytes);
+  if (!message) return false;
+  const Note note{sender, number, bytes};
+  std::memcpy(message->data, &note, sizeof note);
+  std::memset(message->data + sizeof note, static_cast<int>(number & 0xff), bytes - sizeof note);
+  auto done = queue.publish(*message);
+  if (done && *done) return true;
+  queue.cancel(*message);
+  return false;
+}
+
+std::optional<Note> take(Queue& queue) {
+  auto message = queue.take();
+  EXPECT_TRUE(message.ok()) << message.status().what();
+  if (!message || !*message) return std::nullopt;
+  Note note;
+  std::memcpy(&note, (*message)->data, sizeof note);
+  EXPECT_EQ((*message)->length, note.bytes);
+  for (uint64_t i = sizeof note; i < note.bytes; i += 97)
+    EXPECT_EQ(static_cast<uint64_t>((*message)->data[i]), note.number & 0xff);
+  queue.finish(**message);
+  return note;
+}
+
+// Waits for one.
+std::optional<Note> take_within(Queue& queue, uint64_t nanoseconds) {
+  const uint64_t end = os::boot_time() + nanoseconds;
+  for (;;) {
+    if (auto note = take(queue)) return note;
+    if (os::boot_time() > end) return std::nullopt;
+    queue.wait(Queue::For::kMessage, kSecond / 10);
+  }
+}
+
+void expect_nothing_left(Member& member) {
+  const auto stats = member.stats();
+  EXPECT_EQ(stats.blocks, 0U);
+  EXPECT_EQ(stats.tickets, 0U);
+}
+
+TEST(QueueLayout, Stays) {
+  EXPECT_EQ(sizeof(pool::QueueHeader), 256U);
+  EXPECT_EQ(offsetof(pool::QueueHeader, cells), 12U);
+  EXPECT_EQ(offsetof(pool::QueueHeader, maxsize), 16U);
+  EXPECT_EQ(offsetof(pool::QueueHeader, flag), 24U);
+  EXPECT_EQ(offsetof(pool::QueueHeader, tail), 64U);
+  EXPECT_EQ(offsetof(pool::QueueHeader, head), 128U);
+  EXPECT_EQ(offsetof(pool::QueueHeader, done), 192U);
+  EXPECT_EQ(offsetof(pool::QueueHeader, arrived), 200U);
+  EXPECT_EQ(offsetof(pool::QueueHeader, left), 208U);
+  EXPECT_EQ(offsetof(pool::QueueHeader, finished), 216U);
+  EXPECT_EQ(offsetof(pool::ParcelHeader, ticket), 4U);
+  EXPECT_EQ(offsetof(pool::ParcelHeader, nonce), 8U);
+  EXPECT_EQ(offsetof(pool::ParcelHeader, generation), 16U);
+  EXPECT_EQ(offsetof(pool::ParcelHeader, left), 24U);
+  EXPECT_EQ(pool::kQueueTableAt, 256U);
+  EXPECT_EQ(pool::kQueueBytes, 256U + 2048 * 16);
+}
+
+TEST(Queue, GivesInOrderWhatWasPut) {
+  auto member = fresh_pool();
+  auto queue = make(*member);
+  uint64_t taken = 0;
+  for (uint64_t i = 0; i < 20000; ++i) {
+    ASSERT_TRUE(put(*queue, 1, i, sizeof(Note) + i * 37 % 40000));
+    if (i % 3 == 0) continue;
+    const auto note = take(*queue);
+    ASSERT_TRUE(note);
+    ASSERT_EQ(note->number, taken++);
+  }
+  EXPECT_EQ(queue->size(), 20000 - taken);
+  while (const auto note = take(*queue)) ASSERT_EQ(note->number, taken++);
+  EXPECT_EQ(taken, 20000U);
+  EXPECT_TRUE(queue->empty());
+  queue.reset();
+  expect_nothing_left(*member);
+}
+
+TEST(Queue, UsesItsSegmentsAgainAndAgain) {
+  auto member = fresh_pool();
+  auto queue = make(*member, 300);
+  const uint64_t rounds = uint64_t{pool::kQueueSegments} * 512 + 5000;  // beyond the end of the table
+  uint64_t most = 0;
+  for (uint64_t i = 0; i < rounds; ++i) {
+    ASSERT_TRUE(put(*queue, 1, i));
+    if (i >= 200) {
+      ASSERT_EQ(take(*queue)->number, i - 200);
+    }
+    if (i % 10000 == 5000) most = std::max(most, member->stats().blocks);
+  }
+  EXPECT_LE(most, 5U);
+  queue.reset();
+  expect_nothing_left(*member);
+}
+
+TEST(Queue, IsFullAtItsSizeExactly) {
+  auto member = fresh_pool();
+  for (const uint64_t maxsize : {1, 2, 255, 256, 257, 3000}) {
+    auto queue = make(*member, maxsize);
+    for (int round = 0; round < 3; ++round) {
+      for (uint64_t i = 0; i < maxsize; ++i) {
+        EXPECT_FALSE(queue->full());
+        ASSERT_TRUE(put(*queue, 1, i)) << maxsize;
+      }
+      EXPECT_TRUE(queue->full());
+      EXPECT_FALSE(put(*queue, 1, 0));
+      for (uint64_t i = 0; i < maxsize; ++i) ASSERT_EQ(take(*queue)->number, i);
+      EXPECT_FALSE(take(*queue));
+    }
+  }
+  expect_nothing_left(*member);
+}
+
+TEST(Queue, WhatIsUnreceivedWhenItEndsComesBack) {
+  auto member = fresh_pool();
+  auto queue = make(*member);
+  auto block = member->allocate(5000, false);
+  ASSERT_TRUE(member->issue(block->block, &queue->ref()).ok());  // as of an array in a message
+  member->release(block->block, Mode::kReadWrite);
+  for (uint64_t i = 0; i < 5000; ++i) ASSERT_TRUE(put(*queue, 1, i, i % 100 == 0 ? 100000 : 900));
+  EXPECT_GT(member->stats().blocks, 100U);
+  queue.reset();
+  expect_nothing_left(*member);
+}
+
+TEST(Queue, TicketsInItAreNotTakenBackWhileItLives) {
+  auto member = fresh_pool(uint64_t{8} << 20);
+  auto queue = make(*member);
+  for (uint64_t i = 0; i < 4; ++i) ASSERT_TRUE(put(*queue, 1, i, uint64_t{1} << 20));
+  member->set_ticket_age(0);
+  while (member->allocate(uint64_t{1} << 20, false)) {
+  }
+  for (uint64_t i = 0; i < 4; ++i) ASSERT_EQ(take(*queue)->number, i);
+}
+
+TEST(Queue, FailsWithAFullPoolAndGoesOnAfterwards) {
+  auto member = fresh_pool(uint64_t{8} << 20);
+  auto queue = make(*member);
+  uint64_t sent = 0;
+  while (put(*queue, 1, sent, 20000)) ++sent;
+  EXPECT_GT(sent, 100U);
+  for (uint64_t i = 0; i < sent; ++i) ASSERT_EQ(take(*queue)->number, i);
+  EXPECT_TRUE(put(*queue, 1, 0, 20000));
+}
+
+TEST(Queue, AHandleOfSomethingElseIsRefused) {
+  auto member = fresh_pool();
+  auto block = member->allocate(100000, false);
+  std::memset(block->data, 0, 100000);
+  auto handle = member->issue(block->block);
+  auto opened = Queue::open(*member, *handle);
+  ASSERT_FALSE(opened.ok());
+  EXPECT_EQ(opened.code(), Code::kInvalid);
+}
+
+TEST(Queue, ManySendersAndTakersLoseNothing) {
+  constexpr uint64_t kSenders = 4, kTakers = 3, kEach = 5000;
+  auto member = fresh_pool();
+  auto queue = make(*member, 100), results = make(*member);
+  std::vector<pid_t> children;
+  std::vector<Handle> handles;
+  const auto start = [&](const std::function<bool(Queue&, Queue&)>& body) {
+    const Handle first = *queue->handle(), second = *results->handle();
+    children.push_back(tests::start([&, first, second] {
+      auto self = join(*member);
+      auto mine = open(*self, first), out = open(*self, second);
+      return body(*mine, *out);
+    }));
+  };
+  for (uint64_t s = 0; s < kSenders; ++s)
+    start([s](Queue& mine, Queue&) {
+      for (uint64_t i = 0; i < kEach; ++i) {
+        while (!put(mine, s, i, sizeof(Note) + i % 2000)) mine.wait(Queue::For::kRoom, kSecond);
+      }
+      return true;
+    });
+  for (uint64_t t = 0; t < kTakers; ++t)
+    start([](Queue& mine, Queue& out) {
+      uint64_t next[kSenders] = {};
+      for (;;) {
+        const auto note = take_within(mine, 30 * kSecond);
+        if (!note) return false;
+        if (note->sender == kSenders) return true;
+        if (note->number < next[note->sender]) return false;  // in order for each sender
+        next[note->sender] = note->number + 1;
+        if (!put(out, note->sender, note->number)) return false;
+      }
+    });
+  std::vector<std::vector<bool>> seen(kSenders, std::vector<bool>(kEach));
+  for (uint64_t i = 0; i < kSenders * kEach; ++i) {
+    const auto note = take_within(*results, 30 * kSecond);
+    ASSERT_TRUE(note);
+    ASSERT_FALSE(seen[note->sender][note->number]);
+    seen[note->sender][note->number] = true;
+  }
+  for (uint64_t t = 0; t < kTakers; ++t) ASSERT_TRUE(put(*queue, kSenders, 0));
+  for (const pid_t pid : children) EXPECT_EQ(tests::wait_for(pid), 0);
+  EXPECT_TRUE(queue->empty());
+  queue.reset();
+  results.reset();
+  expect_nothing_left(*member);
+}
+
+TEST(Queue, AForkedChildSendsInParcelsOfItsOwn) {
+  Member* member = pool::adopt(fresh_pool());
+  auto queue = make(*member);
+  for (uint64_t i = 0; i < 10; ++i) ASSERT_TRUE(put(*queue, 1, i, 500));
+  const pid_t pid = tests::start([&] {
+    for (uint64_t i = 0; i < 1000; ++i)
+      if (!put(*queue, 2, i, 500)) return false;
+    return true;
+  });
+  for (uint64_t i = 10; i < 1000; ++i) ASSERT_TRUE(put(*queue, 1, i, 500));
+  EXPECT_EQ(tests::wait_for(pid), 0);
+  uint64_t next[3] = {};
+  while (const auto note = take(*queue)) ASSERT_EQ(note->number, next[note->sender]++);
+  EXPECT_EQ(next[1], 1000U);
+  EXPECT_EQ(next[2], 1000U);
+  queue.reset();
+  expect_nothing_left(*member);
+}
+
+TEST(Queue, ASleepingTakerIsWoken) {
+  const tests::Watchdog watchdog(60);  // without the wakes it would take twice as long
+  auto member = fresh_pool();
+  auto queue = make(*member), answers = make(*member, 1);
+  const Handle first = *queue->handle(), second = *answers->handle();
+  const pid_t pid = tests::start([&] {
+    auto self = join(*member);
+    auto mine = open(*self, first), out = open(*self, second);
+    for (uint64_t i = 0; i < 1000; ++i) {
+      const auto note = take_within(*mine, 30 * kSecond);
+      if (!note || note->number != i) return false;
+      while (!put(*out, 1, i)) out->wait(Queue::For::kRoom, kSecond);
+    }
+    return true;
+  });
+  for (uint64_t i = 0; i < 1000; ++i) {
+    if (i % 2 == 0) ::usleep(1000);  // it sleeps by now
+    ASSERT_TRUE(put(*queue, 1, i));
+    if (i % 2 == 1) ::usleep(1000);
+    ASSERT_EQ(take_within(*answers, 30 * kSecond)->number, i);
+  }
+  EXPECT_EQ(tests::wait_for(pid), 0);
+}
+
+TEST(Queue, CountsWhatIsDone) {
+  auto member = fresh_pool();
+  auto queue = make(*member);
+  EXPECT_TRUE(queue->all_done());
+  EXPECT_FALSE(queue->task_done());
+  ASSERT_TRUE(put(*queue, 1, 0));
+  ASSERT_TRUE(put(*queue, 1, 1));
+  EXPECT_FALSE(queue->all_done());
+  EXPECT_TRUE(queue->task_done());
+  EXPECT_FALSE(queue->all_done());
+  EXPECT_TRUE(queue->task_done());
+  EXPECT_TRUE(queue->all_done());
+  EXPECT_FALSE(queue->task_done());
+}
+
+TEST(Queue, ItsDescriptorIsReadableWhileSomethingIsThere) {
+  const tests::Watchdog watchdog(60);
+  auto member = fresh_pool();
+  auto queue = make(*member);
+  auto watch = pool::QueueWatch::start(*queue);
+  ASSERT_TRUE(watch.ok());
+  const auto readable = [&](int milliseconds) {
+    pollfd one{(*watch)->fd(), POLLIN, 0};
+    return ::poll(&one, 1, milliseconds) == 1;
+  };
+  for (uint64_t i = 0; i < 100; ++i) {
+    (*watch)->settle();
+    ASSERT_FALSE(readable(0));
+    const Handle handle = *queue->handle();
+    const auto sender = [&] {
+      auto self = join(*member);
+      auto mine = open(*self, handle);
+      return put(*mine, 1, i);
+    };
+    if (i % 20 == 0) {
+      ASSERT_TRUE(tests::succeeds(sender));
+    } else {
+      member->give_up(handle);
+      ASSERT_TRUE(put(*queue, 1, i));
+    }
+    ASSERT_TRUE(readable(30000));
+    ASSERT_EQ(take(*queue)->number, i);
+  }
+}
+
+TEST(QueueDeath, OfTheLastOneThatHasItGivesAllBack) {
+  auto member = fresh_pool();
+  const pid_t pid = tests::start([&] {
+    auto self = join(*member);
+    auto queue = make(*self);
+    for (uint64_t i = 0; i < 100; ++i) (void)put(*queue, 1, i, i % 10 == 0 ? 100000 : 900);
+    std::raise(SIGKILL);
+    return true;
+  });
+  EXPECT_TRUE(WIFSIGNALED(tests::wait_for(pid)));
+  expect_nothing_left(*member);
+}
+
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+
+// All that a process does with a queue.
+bool live(Member& survivor, const Handle& handle) {
+  auto self = join(survivor);
+  auto opened = Queue::open(*self, handle);
+  if (!opened) return false;
+  Queue& queue = **opened;
+  for (uint64_t i = 0; i < 12; ++i) (void)put(queue, 2, i, i % 4 == 3 ? 30000 : 700);
+  for (int i = 0; i < 6; ++i) {
+    (void)take(queue);
+    (void)queue.task_done();
+  }
+  queue.set_flag(true);
+  queue.wait(Queue::For::kMessage, 0);
+  while (put(queue, 2, 100, 64)) {
+  }
+  return true;
+}
+
+TEST(QueueDeath, AtEveryPointStopsNobodyAndLeavesNothing) {
+  auto survivor = fresh_pool(uint64_t{64} << 20);
+  uint64_t kills = 0;
+  for (uint64_t at = 1;; ++at) {
+    auto queue = make(*survivor, 40);
+    // Near the end of the first segment, so that the next is made, and then of the second, which is made of the first.
+    for (uint64_t i = 0; i < (at % 2 == 0 ? 250U : 506U); ++i) {
+      ASSERT_TRUE(put(*queue, 1, i));
+      ASSERT_TRUE(take(*queue));
+      ASSERT_TRUE(queue->task_done());
+    }
+    const Handle handle = *queue->handle();
+    failpoint::Plan plan;
+    plan.action = failpoint::Action::kKill;
+    plan.at = at;
+    const int status = tests::wait_for(tests::start([&] {
+      failpoint::arm(plan);
+      return live(*survivor, handle);
+    }));
+    survivor->give_up(handle);  // it may not have come to open it
+    ASSERT_EQ(survivor->stats().leases.size(), 1U) << at;
+    // What it sent arrives in order, without gaps before what it took, and the survivor's after it.
+    while (queue->full()) ASSERT_TRUE(take(*queue));
+    ASSERT_TRUE(put(*queue, 3, 0)) << at;
+    uint64_t last = 0;
+    for (;;) {
+      const auto note = take_within(*queue, 10 * kSecond);
+      ASSERT_TRUE(note) << at;
+      if (note->sender == 3) break;
+      ASSERT_EQ(note->sender, 2U);
+      ASSERT_GE(note->number, last) << at;
+      last = note->number;
+    }
+    ASSERT_TRUE(queue->empty()) << at;
+    ASSERT_EQ(queue->size(), 0U) << at;
+    while (queue->task_done()) {
+    }
+    ASSERT_TRUE(queue->all_done());
+    // What the dead left is bounded, and goes with the queue; half of the time it is a further process that dies in doing that.
+    ASSERT_LE(survivor->stats().blocks, 8U) << at;
+    queue.reset();
+    expect_nothing_left(*survivor);
+    if (HasFailure() || !WIFSIGNALED(status)) {
+      ASSERT_EQ(status, 0);
+      break;
+    }
+    ++kills;
+  }
+  EXPECT_GT(kills, 200U);
+}
+
+TEST(QueueDeath, WhileItsEndIsCarriedOutLeavesTheRestToOthers) {
+  auto survivor = fresh_pool(uint64_t{64} << 20);
+  for (uint64_t at = 1;; ++at) {
+    failpoint::Plan plan;
+    plan.action = failpoint::Action::kKill;
+    plan.at = at;
+    const int status = tests::wait_for(tests::start([&] {
+      auto self = join(*survivor);
+      auto queue = make(*self);
+      for (uint64_t i = 0; i < 4; ++i) (void)put(*queue, 1, i, 30000);
+      failpoint::arm(plan);
+      queue.reset();
+      return true;
+    }));
+    (void)tests::wait_for(tests::start([&] {
+      auto reaper = join(*survivor);
+      auto nested = plan;
+      nested.at = at % 7 + 1;
+      nested.only = at % 2 == 0 ? "end_queues.cleared" : nullptr;
+      failpoint::arm(nested);
+      (void)reaper->reap();
+      return true;
+    }));
+    expect_nothing_left(*survivor);
+    ASSERT_FALSE(HasFailure()) << at;
+    if (!WIFSIGNALED(status)) break;
+  }
+}
+
+TEST(QueueDeath, OfASenderBeforeItsWakeCostsNoMoreThanASlice) {
+  const tests::Watchdog watchdog(60);
+  auto member = fresh_pool();
+  for (const char* point : {"queue.published", "queue.tail_moved", "queue.rung"}) {
+    auto queue = make(*member);
+    const Handle handle = *queue->handle();
+    const pid_t pid = tests::start([&] {
+      auto self = join(*member);
+      auto mine = open(*self, handle);
+      failpoint::Plan plan;
+      plan.action = failpoint::Action::kKill;
+      plan.only = point;
+      failpoint::arm(plan);
+      ::usleep(20000);  // the taker sleeps by then
+      return put(*mine, 1, 7);
+    });
+    const auto note = take_within(*queue, 30 * kSecond);
+    ASSERT_TRUE(note);
+    EXPECT_EQ(note->number, 7U);
+    EXPECT_TRUE(WIFSIGNALED(tests::wait_for(pid))) << point;
+  }
+}
+
+TEST(QueueDeath, AStoppedSenderOrTakerStopsNobody) {
+  auto member = fresh_pool();
+  for (const char* point : {"queue.put", "queue.published", "queue.take", "queue.taken", "queue.block"}) {
+    auto queue = make(*member);
+    ASSERT_TRUE(put(*queue, 1, 0));
+    const Handle handle = *queue->handle();
+    const pid_t pid = tests::start([&] {
+      auto self = join(*member);
+      auto mine = open(*self, handle);
+      failpoint::Plan plan;
+      plan.action = failpoint::Action::kStop;
+      plan.only = point;
+      failpoint::arm(plan);
+      return put(*mine, 2, 0) && take(*mine).has_value();
+    });
+    int status = 0;
+    ASSERT_EQ(::waitpid(pid, &status, WUNTRACED), pid);
+    ASSERT_TRUE(WIFSTOPPED(status)) << point;
+    for (uint64_t i = 1; i < 3000; ++i) {
+      ASSERT_TRUE(put(*queue, 1, i));
+      ASSERT_TRUE(take(*queue)) << point;
+    }
+    ::kill(pid, SIGCONT);
+    EXPECT_EQ(tests::wait_for(pid), 0) << point;
+    queue.reset();
+    expect_nothing_left(*member);
+  }
+}
+
+#endif
+
+TEST(QueueDeath, AtRandomMomentsLosesOnlyWhatTheDeadHadInHand) {
+  const tests::Watchdog watchdog(110);
+  auto member = fresh_pool();
+  auto queue = make(*member, 50), results = make(*member);
+  unsigned seed = 12345;
+  for (int round = 0; round < 25; ++round) {
+    std::vector<pid_t> children;
+    for (uint64_t s = 0; s < 3; ++s) {
+      const Handle first = *queue->handle(), second = *results->handle();
+      children.push_back(tests::start([&, first, second, s] {
+        auto self = join(*member);
+        auto mine = open(*self, first), out = open(*self, second);
+        for (uint64_t i = 0;; ++i) {
+          if (s == 0) {
+            while (!put(*mine, s, i, sizeof(Note) + i * 31 % 30000)) mine->wait(Queue::For::kRoom, kSecond);
+          } else if (const auto note = take_within(*mine, 20 * kSecond)) {
+            (void)put(*out, s, note->number);
+          }
+        }
+        return true;
+      }));
+    }
+    ::usleep(20000 + rand_r(&seed) % 20000);
+    uint64_t last[3] = {};
+    for (uint64_t i = 0; i < 50; ++i) {
+      const auto note = take_within(*results, 20 * kSecond);
+      ASSERT_TRUE(note);
+      ASSERT_TRUE(last[note->sender] == 0 || note->number > last[note->sender]);
+      last[note->sender] = note->number;
+    }
+    for (const pid_t pid : children) ::kill(pid, SIGKILL);
+    for (const pid_t pid : children) (void)tests::wait_for(pid);
+    // The survivor finds both as they should be.
+    while (queue->full()) ASSERT_TRUE(take(*queue));
+    ASSERT_TRUE(put(*queue, 9, 1));
+    for (;;) {
+      const auto note = take(*queue);
+      ASSERT_TRUE(note);
+      if (note->sender == 9) break;
+    }
+    while (take(*results)) {
+    }
+    ASSERT_EQ(queue->size(), 0U);
+  }
+  queue.reset();
+  results.reset();
+  EXPECT_EQ(member->stats().leases.size(), 1U);
+}
+
+}  // namespace
+}  // namespace torchshm

@@ -103,6 +103,12 @@ Result<Fd> reopen(int fd) {
   return Fd(raw);
 }
 
+Status give_to_group(int fd, uint32_t group) {
+  if (::fchown(fd, static_cast<uid_t>(-1), group) != 0 || ::fchmod(fd, 0660) != 0)
+    return Status::system("fchown", "to group " + std::to_string(group), errno);
+  return {};
+}
+
 Result<Fd> duplicate(int fd) {
   int error = TORCHSHM_INJECT("os.duplicate");
   int raw = -1;

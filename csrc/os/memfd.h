@@ -34,6 +34,9 @@ Range next_data(int fd, uint64_t from, uint64_t size);
 // A new open file description of the same file (through /proc/self/fd), for locks of its own.
 Result<Fd> reopen(int fd);
 
+// From now on members of the group can open the file as its user can.
+Status give_to_group(int fd, uint32_t group);
+
 // A close-on-exec duplicate.
 Result<Fd> duplicate(int fd);
 

@@ -48,7 +48,7 @@ Result<Fd> open_socket() {
 
 }  // namespace
 
-Result<Fd> listen_at(const std::string& path, uint32_t mode) {
+Result<Fd> listen_at(const std::string& path, uint32_t mode, int64_t group) {
   auto address = address_of(path);
   if (!address) return std::move(address.status());
   auto socket = open_socket();
@@ -57,6 +57,8 @@ Result<Fd> listen_at(const std::string& path, uint32_t mode) {
   int error = TORCHSHM_INJECT("os.bind");
   if (error == 0 && ::fchmod(socket->get(), mode) != 0) error = errno;
   if (error == 0 && ::bind(socket->get(), reinterpret_cast<const sockaddr*>(&*address), sizeof *address) != 0)
+    error = errno;
+  if (error == 0 && group >= 0 && ::chown(path.c_str(), static_cast<uid_t>(-1), static_cast<gid_t>(group)) != 0)
     error = errno;
   if (error == 0 && ::chmod(path.c_str(), mode) != 0) error = errno;
   if (error == 0 && ::listen(socket->get(), 128) != 0) error = errno;
@@ -172,26 +174,28 @@ Result<Fd> watch_peer(int socket, uint32_t pid) {
 }
 
 Status private_directory(const std::string& path, int64_t group) {
-  const mode_t mode = group >= 0 ? 0750 : 0700;
   int error = TORCHSHM_INJECT("os.mkdir");
-  if (error == 0 && ::mkdir(path.c_str(), mode) != 0 && errno != EEXIST) error = errno;
+  if (error == 0 && ::mkdir(path.c_str(), 0700) != 0 && errno != EEXIST) error = errno;
   if (error != 0) return Status::system("mkdir", path, error);
   struct stat found {};
   if (::lstat(path.c_str(), &found) != 0) return Status::system("lstat", path, errno);
-  const mode_t forbidden = group >= 0 ? 0027 : 0077;
-  if (!S_ISDIR(found.st_mode) || found.st_uid != ::geteuid() || (found.st_mode & forbidden & 0022) != 0) {
+  if (!S_ISDIR(found.st_mode) || found.st_uid != ::geteuid() || (found.st_mode & 0022) != 0) {
     return Status(Code::kInvalid, path +
                                       " is not a directory that only this user can write to; remove it, or set "
                                       "XDG_RUNTIME_DIR to one");
   }
-  if ((found.st_mode & 0777) != mode && group < 0 && (found.st_mode & forbidden) != 0) {
+  if (group >= 0) {
+    if (::chmod(path.c_str(), 0711) != 0) return Status::system("chmod", path, errno);
+  } else if ((found.st_mode & 0044) != 0) {
     return Status(Code::kInvalid, path + " can be read by others; chmod 700 it, or set XDG_RUNTIME_DIR");
   }
-  if (group >= 0 && (::chown(path.c_str(), static_cast<uid_t>(-1), static_cast<gid_t>(group)) != 0 ||
-                     ::chmod(path.c_str(), mode) != 0)) {
-    return Status::system("chown", path, errno);
-  }
   return {};
+}
+
+bool only_writer(const std::string& path, uint32_t uid) {
+  struct stat found {};
+  if (::lstat(path.c_str(), &found) != 0 || !S_ISDIR(found.st_mode)) return false;
+  return (found.st_uid == uid || found.st_uid == 0) && (found.st_mode & 0022) == 0;
 }
 
 void remove_file(const std::string& path) { (void)::unlink(path.c_str()); }

@@ -17,7 +17,7 @@
 namespace torchshm::os {
 
 // A listening socket at `path`, created with `mode`. REQUIRES: nothing is there.
-Result<Fd> listen_at(const std::string& path, uint32_t mode);
+Result<Fd> listen_at(const std::string& path, uint32_t mode, int64_t group = -1);
 // kMissing when nothing is there or nobody listens.
 Result<Fd> connect_to(const std::string& path);
 // Not valid when nobody is waiting.
@@ -42,8 +42,12 @@ Result<Peer> peer_of(int socket);
 // Readable once the process has ended. Of the process at the other end of a socket where the kernel tells (6.5), else of the pid.
 Result<Fd> watch_peer(int socket, uint32_t pid);
 
-// A directory that only this user, and `group` if it is not -1, can use; made if it is not there. kInvalid when somebody else could.
+// A directory in which only this user can make, list and remove files; made if it is not there, kInvalid if others could. group: that of
+// something in it that others are to open by name, or -1. The files say who they are for; several groups may have some side by side.
 Status private_directory(const std::string& path, int64_t group);
+
+// Whether it is a directory of that user in which nobody else but root can make files.
+bool only_writer(const std::string& path, uint32_t uid);
 
 // Device and inode as one number; 0 when there is no such file.
 uint64_t identity_of(const std::string& path);

@@ -15,6 +15,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char* kSocketEnding = ".sock";
+constexpr const char* kOfRoot = "/run/torchshm";
 
 std::string hex(uint64_t value) {
   static const char* digits = "0123456789abcdef";
@@ -51,10 +52,23 @@ std::string directory() {
   if (const char* runtime = std::getenv("XDG_RUNTIME_DIR"); runtime != nullptr && *runtime == '/')
     return std::string(runtime) + "/torchshm";
   const uint32_t uid = os::effective_user();
-  return uid == 0 ? "/run/torchshm" : "/tmp/torchshm-" + std::to_string(uid);
+  return uid == 0 ? kOfRoot : "/tmp/torchshm-" + std::to_string(uid);
 }
 
 std::string socket_path(const std::string& name) { return directory() + "/" + name + kSocketEnding; }
+std::vector<std::string> places_to_look(const std::string& name) {
+  std::vector<std::string> paths = {socket_path(name)};
+  if (directory() != kOfRoot) paths.push_back(std::string(kOfRoot) + "/" + name + kSocketEnding);
+  return paths;
+}
+
+bool trusted(const std::string& path, uint32_t uid) {
+  if (uid == os::effective_user() || uid == 0) return true;
+  const char* runtime = std::getenv("XDG_RUNTIME_DIR");
+  return runtime != nullptr && *runtime == '/' && path == socket_path(fs::path(path).stem().native()) &&
+         os::only_writer(runtime, uid) && os::only_writer(directory(), uid);
+}
+
 std::string lock_path(const std::string& name) { return directory() + "/" + name + ".lock"; }
 
 std::vector<std::string> names() {

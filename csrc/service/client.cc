@@ -23,12 +23,20 @@ struct Answered {
 
 Result<Answered> talk(const std::string& name, Ask ask) {
   if (Status named = check_name(name); !named) return named;
-  auto socket = os::connect_to(socket_path(name));
+  std::string path;
+  Result<os::Fd> socket = Status(Code::kMissing, "");
+  for (const std::string& place : places_to_look(name)) {
+    auto there = os::connect_to(place);
+    if (!path.empty() && !there) break;  // what is wrong with the user's own says more
+    path = place;
+    socket = std::move(there);
+    if (socket || socket.code() != Code::kMissing) break;
+  }
   if (!socket) return std::move(socket.status());
   // A socket's name proves nothing: /tmp is everybody's.
   auto peer = os::peer_of(socket->get());
   if (!peer) return std::move(peer.status());
-  if (peer->uid != os::effective_user() && peer->uid != 0)
+  if (!trusted(path, peer->uid))
     return Status(Code::kInvalid,
                   "the store " + name + " is served by another user, with uid " + std::to_string(peer->uid));
   Request request;

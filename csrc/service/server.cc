@@ -68,7 +68,11 @@ struct Server::Connections {
 };
 
 Server::Server(const ServerOptions& options, pool::Member& member)
-    : options_(options), member_(member), connections_(std::make_unique<Connections>()) {}
+    : options_(options),
+      socket_path_(socket_path(options.name)),
+      lock_path_(lock_path(options.name)),
+      member_(member),
+      connections_(std::make_unique<Connections>()) {}
 
 Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
   if (Status named = check_name(options.name); !named) return named;
@@ -109,10 +113,15 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
   if (!catalogue) return std::move(catalogue.status());
   server->catalogue_ = catalogue.take();
   TORCHSHM_POINT("serve.store");
+  if (options.group >= 0) {  // each client opens them again, for locks of its own
+    for (const int fd : {member->arena().data_fd(), member->arena().control_fd(), server->catalogue_->fd()}) {
+      if (Status given = os::give_to_group(fd, static_cast<uint32_t>(options.group)); !given) return given;
+    }
+  }
 
-  const std::string path = socket_path(options.name);
+  const std::string& path = server->socket_path_;
   os::remove_file(path);
-  auto listening = os::listen_at(path, options.mode);
+  auto listening = os::listen_at(path, options.mode, options.group);
   if (!listening) return std::move(listening.status());
   server->listening_ = listening.take();
   attempt.listening = true;
@@ -312,10 +321,10 @@ void Server::run() {
     tidied = os::boot_time();
   }
   // The socket first: the lock says that nobody serves, and the next one may begin.
-  os::remove_file(socket_path(options_.name));
+  os::remove_file(socket_path_);
   TORCHSHM_POINT("serve.unreachable");
   listening_.reset();
-  os::remove_file(lock_path(options_.name));
+  os::remove_file(lock_path_);
   lock_.reset();
 }
 

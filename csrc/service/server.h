@@ -57,6 +57,7 @@ class Server {
   void tidy();
 
   ServerOptions options_;
+  std::string socket_path_, lock_path_;  // as they were at the start, whatever becomes of the environment
   pool::Member& member_;
   std::shared_ptr<store::Catalogue> catalogue_;
   os::Fd lock_, listening_, signal_;

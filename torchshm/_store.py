@@ -267,7 +267,7 @@ class Store(MutableMapping[str, Any]):
         """
         core = self._core
         lifetime = _ttl(ttl)
-        mark = "\0" + _checked(key)  # csrc/api/store.cc puts up the same
+        mark = "\0" + _checked(key)  # csrc/api/locks.cc puts up the same
         deadline = None if timeout < 0 else time.monotonic() + timeout
         while True:
             bell = core.bell(key)

@@ -85,7 +85,8 @@ Stats collect(const Arena& arena) {
     }
   }
   for (uint32_t i = 0, used = arena.tickets_used(); i < used; ++i) {
-    stats.tickets += TicketValue::of(arena.ticket(i).value.load()).sender != 0 ? 1 : 0;
+    const TicketValue ticket = TicketValue::of(arena.ticket(i).value.load());
+    if (ticket.sender != 0) ++(ticket.sender == TicketValue::kName ? stats.named : stats.tickets);
   }
   for (uint32_t slot = 0, used = arena.slots_used(); slot < used; ++slot) {
     if ((arena.lease(slot).word.load(std::memory_order_acquire) & 0xff) == kLeaseLive)
@@ -100,7 +101,8 @@ Stats collect(const Arena& arena) {
 std::string summary(const Stats& stats) {
   std::string text = readable(stats.live) + " live in " + std::to_string(stats.blocks) + " blocks, " +
                      readable(stats.warm) + " warm, limit " + readable(stats.limit) + ", " +
-                     std::to_string(stats.tickets) + " unreceived";
+                     std::to_string(stats.tickets) + " unreceived" +
+                     (stats.named != 0 ? ", " + std::to_string(stats.named) + " kept by names" : "");
   std::vector<LeaseStats> largest = stats.leases;
   std::sort(largest.begin(), largest.end(), [](const auto& a, const auto& b) { return a.held_bytes > b.held_bytes; });
   if (largest.size() > 4) largest.resize(4);

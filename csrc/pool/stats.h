@@ -21,7 +21,8 @@ struct Stats {
   uint64_t committed = 0;  // bytes with pages behind them
   uint64_t live = 0;       // bytes of live blocks
   uint64_t warm = 0;       // bytes of idle chunks
-  uint64_t blocks = 0, tickets = 0;
+  uint64_t blocks = 0;
+  uint64_t tickets = 0, named = 0;  // that are out: with messages and queues, and with names
   uint64_t reaped = 0, taken_back = 0;
   uint64_t control = 0;  // bytes of the control file in use by live blocks' descriptors and tables
   std::vector<LeaseStats> leases;

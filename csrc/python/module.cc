@@ -114,6 +114,7 @@ py::dict stats() {
   out["blocks"] = s.blocks;
   out["leases"] = s.leases.size();
   out["tickets"] = s.tickets;
+  out["named"] = s.named;
   out["reaped"] = s.reaped;
   out["tickets_taken_back"] = s.taken_back;
   out["processes"] = processes;

@@ -197,8 +197,8 @@ Status Catalogue::publish(uint32_t cell, uint32_t life, const Key& key, bool ove
 
 Status Catalogue::save(std::string_view name, std::string_view text, const std::vector<uint32_t>& blocks,
                        const SaveOptions& options) {
-  if (name.empty() || name.size() > kMaxKey)
-    return Status(Code::kInvalid, "a name has 1 to " + std::to_string(kMaxKey) + " bytes");
+  if (name.empty() || name.size() > (name[0] == 0 ? kMaxKey : kMaxName))
+    return Status(Code::kInvalid, "a name has 1 to " + std::to_string(kMaxName) + " bytes");
   if (blocks.size() > kMaxParts || text.size() > kMaxText)
     return Status(Code::kInvalid, "too many parts for one name; save them under several");
   const Key key(name);

@@ -30,7 +30,8 @@ constexpr uint32_t kSlots = level_start(kLevels);
 constexpr uint32_t kCells = uint32_t{1} << 22;
 constexpr uint32_t kBells = 1024;
 constexpr uint32_t kInline = 160;                  // bytes of key and description in the cell itself
-constexpr uint32_t kMaxKey = 64u << 10;            // bytes
+constexpr uint32_t kMaxName = 64u << 10;           // bytes
+constexpr uint32_t kMaxKey = kMaxName + 1;         // of a name, or of a mark for one: a zero byte and the name
 constexpr uint32_t kMaxParts = 1u << 20;           // blocks of one value
 constexpr uint64_t kMaxText = uint64_t{64} << 20;  // bytes of key and description
 

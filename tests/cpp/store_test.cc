@@ -67,7 +67,7 @@ TEST(Store, NamesOfManyBlocksAndLongKeysAndTexts) {
   std::vector<uint32_t> blocks;
   for (int i = 0; i < 300; ++i) blocks.push_back(store.member->allocate(4096, true)->block);
   blocks.push_back(blocks[0]);  // one block may be there twice
-  const std::string key(store::kMaxKey, 'k'), text(100000, 't');
+  const std::string key(store::kMaxName, 'k'), text(100000, 't');
   ASSERT_TRUE(store->save(key, text, blocks));
   ASSERT_TRUE(store->save(key.substr(1), "", {}));
   ASSERT_TRUE(store->save("short", text, {blocks[1]}));

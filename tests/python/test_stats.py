@@ -24,6 +24,7 @@ KEYS = {
     "blocks",
     "leases",
     "tickets",
+    "named",
     "reaped",
     "tickets_taken_back",
     "processes",

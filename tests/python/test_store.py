@@ -90,6 +90,10 @@ def test_long_and_foreign_names(store):
         store[key] = np.arange(5)
         assert store[key].tolist() == [0, 1, 2, 3, 4] and store.keys(key[:1]) == [key]
         del store[key]
+    longest = "k" * 65_536
+    assert store.get_or_create(longest, lambda: 7) == 7 and store.keys() == [longest]
+    with pytest.raises(ValueError, match="1 to 65536 bytes"):
+        store[longest + "k"] = 1
 
 
 def test_modes(store):

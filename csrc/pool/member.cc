@@ -395,6 +395,12 @@ bool Member::keep(const Handle& handle) {
   return !stranded_ && work_->tickets.keep({handle.ticket, handle.nonce}, handle.block);
 }
 
+void Member::adopt(uint32_t ticket, uint64_t nonce) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  if (!stranded_ && ticket < kTickets) (void)work_->tickets.adopt({ticket, nonce});
+}
+
 void Member::give_up(const Handle& handle) {
   const std::lock_guard lock(mutex_);
   notice_fork();

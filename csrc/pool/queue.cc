@@ -22,6 +22,9 @@ constexpr uint64_t kSlice = 100'000'000;  // ns; who was to wake may have died
 constexpr int kMostAttempts = 1 << 20;  // each retry means that somebody else has got on; so many mean a corrupt queue
 constexpr uint64_t kOffsetMask = 0xffffffff;
 
+uint64_t tickets_bytes(uint64_t tickets) {
+  return (tickets * sizeof(MessageTicket) + kMessageUnit - 1) / kMessageUnit * kMessageUnit;
+}
 uint64_t rounded(uint64_t bytes) { return (bytes + kMessageUnit - 1) / kMessageUnit * kMessageUnit; }
 
 void advance(std::atomic<uint64_t>& counter, uint64_t from) {
@@ -43,6 +46,7 @@ uint64_t Queue::epoch() {
 
 Queue::Queue(Member& member, Member::View view, QueueRef ref) : member_(member), view_(view), ref_(ref) {
   epoch_ = epoch();
+  deaths_.store(member.arena().header().reaped.load(std::memory_order_relaxed), std::memory_order_relaxed);
 }
 
 Queue::~Queue() {
@@ -74,7 +78,9 @@ Result<std::unique_ptr<Queue>> Queue::open(Member& member, const Handle& handle)
     member.release(view->block, Mode::kReadWrite);
     return Status(Code::kInvalid, "the handle's block is no queue of this version");
   }
-  return std::unique_ptr<Queue>(new Queue(member, *view, {view->block, handle.generation}));
+  std::unique_ptr<Queue> queue(new Queue(member, *view, {view->block, handle.generation}));
+  queue->deaths_.store(0, std::memory_order_relaxed);  // who knows what others have seen
+  return queue;
 }
 
 // ---- cells
@@ -83,8 +89,9 @@ AtomicPair* Queue::cell_in(uint64_t block, uint64_t position) const {
   const auto& arena = member_.arena();
   if (block >= arena.pages()) return nullptr;
   const auto extent = arena.extent(static_cast<uint32_t>(block));
-  if (!extent || extent->length < header().cells * sizeof(AtomicPair)) return nullptr;
-  return reinterpret_cast<AtomicPair*>(arena.data() + extent->offset) + position % header().cells;
+  if (!extent || extent->length < sizeof(SegmentHeader) + header().cells * sizeof(AtomicPair)) return nullptr;
+  return reinterpret_cast<AtomicPair*>(arena.data() + extent->offset + sizeof(SegmentHeader)) +
+         position % header().cells;
 }
 
 Queue::Found Queue::look(uint64_t position) const {
@@ -157,10 +164,11 @@ Result<uint32_t> Queue::spare_segment(uint64_t segment) {
   }
   Handle handle;
   uint32_t block = 0;
-  const uint64_t bytes = header().cells * sizeof(AtomicPair);
+  const uint64_t bytes = sizeof(SegmentHeader) + header().cells * sizeof(AtomicPair);
   auto data = make_block(bytes, block, handle);
   if (!data) return std::move(data.status());
   std::memset(*data, 0, bytes);
+  new (*data) SegmentHeader{kSegmentMagic};
   return block;
 }
 
@@ -205,18 +213,24 @@ void Queue::notice_fork() {
   open_ = {};  // the parent's
 }
 
-ParcelHeader* Queue::parcel(uint64_t place) const {
+std::optional<Queue::At> Queue::at(uint64_t place) const {
   const auto& arena = member_.arena();
   const uint64_t block = place >> 32;
-  if (block >= arena.pages()) return nullptr;
+  if (block >= arena.pages()) return std::nullopt;
   const auto extent = arena.extent(static_cast<uint32_t>(block));
-  if (!extent) return nullptr;
-  const uint64_t at = (place & kOffsetMask) * kMessageUnit;
-  if (at < sizeof(ParcelHeader) || at + sizeof(MessageHeader) > extent->length) return nullptr;
-  auto* header = reinterpret_cast<ParcelHeader*>(arena.data() + extent->offset);
-  const auto* message = reinterpret_cast<const MessageHeader*>(arena.data() + extent->offset + at);
-  const bool fits = message->length <= extent->length - at - sizeof(MessageHeader);
-  return header->magic == kParcelMagic && fits ? header : nullptr;
+  if (!extent) return std::nullopt;
+  const uint64_t offset = (place & kOffsetMask) * kMessageUnit;
+  if (offset < sizeof(ParcelHeader) || offset + sizeof(MessageHeader) > extent->length) return std::nullopt;
+  std::byte* start = arena.data() + extent->offset;
+  const auto* header = reinterpret_cast<const MessageHeader*>(start + offset);
+  const uint64_t room = extent->length - offset - sizeof(MessageHeader), tickets = header->tickets;
+  if (reinterpret_cast<ParcelHeader*>(start)->magic != kParcelMagic || tickets > kTickets ||
+      tickets_bytes(tickets) > room || header->length > room - tickets_bytes(tickets))
+    return std::nullopt;
+  std::byte* list = start + offset + sizeof(MessageHeader);
+  return At{
+      reinterpret_cast<ParcelHeader*>(start),
+      {list + tickets_bytes(tickets), header->length, place, 0, {reinterpret_cast<MessageTicket*>(list), tickets}}};
 }
 
 void Queue::end_if_read(ParcelHeader& parcel, uint32_t block, uint64_t less) {
@@ -229,26 +243,47 @@ void Queue::end_if_read(ParcelHeader& parcel, uint32_t block, uint64_t less) {
 void Queue::close_parcel() {
   notice_fork();
   if (open_.data == nullptr) return;
+  const Busy busy(*this);
+  close_open();
+}
+
+void Queue::close_open() {
   const Open open = std::exchange(open_, {});
-  end_if_read(*reinterpret_cast<ParcelHeader*>(open.data), open.block, kOpenParcel - open.put);
+  auto& parcel = *reinterpret_cast<ParcelHeader*>(open.data);
+  parcel.filler.store(0, std::memory_order_release);
+  end_if_read(parcel, open.block, kOpenParcel - open.put);
 }
 
-Result<Queue::Message> Queue::reserve_in(std::byte* parcel, uint32_t block, uint64_t offset, uint64_t length) {
-  auto* message = new (parcel + offset) MessageHeader{length};
-  return Message{reinterpret_cast<std::byte*>(message + 1), length, uint64_t{block} << 32 | offset / kMessageUnit};
+Queue::Message Queue::write_header(std::byte* parcel, uint32_t block, uint64_t offset, uint64_t length,
+                                   std::span<const Handle> tickets, uint64_t epoch) {
+  auto* header = new (parcel + offset) MessageHeader{length, tickets.size()};
+  auto* list = reinterpret_cast<MessageTicket*>(header + 1);
+  for (size_t i = 0; i < tickets.size(); ++i) list[i] = tickets[i].nonce << 24 | tickets[i].ticket;
+  return {reinterpret_cast<std::byte*>(list) + tickets_bytes(tickets.size()),
+          length,
+          uint64_t{block} << 32 | offset / kMessageUnit,
+          epoch,
+          {list, tickets.size()}};
 }
 
-Result<Queue::Message> Queue::reserve(uint64_t length) {
+Result<Queue::Message> Queue::reserve(uint64_t length, std::span<const Handle> tickets) {
   notice_fork();
   if (length > uint64_t{1} << 42) return Status(Code::kFull, "larger than 4 TiB");
-  const uint64_t bytes = rounded(sizeof(MessageHeader) + length);
+  const uint64_t epoch = enter();
+  auto message = reserve_busy(length, tickets, epoch);
+  if (!message) leave(epoch);
+  return message;
+}
+
+Result<Queue::Message> Queue::reserve_busy(uint64_t length, std::span<const Handle> tickets, uint64_t epoch) {
+  const uint64_t bytes = rounded(sizeof(MessageHeader) + tickets_bytes(tickets.size()) + length);
   Handle handle;
   uint32_t block = 0;
   if (bytes > kParcel / 4) {
     auto data = make_block(sizeof(ParcelHeader) + bytes, block, handle);
     if (!data) return std::move(data.status());
-    new (*data) ParcelHeader{kParcelMagic, handle.ticket, handle.nonce, handle.generation, 1};
-    return reserve_in(*data, block, sizeof(ParcelHeader), length);
+    new (*data) ParcelHeader{kParcelMagic, handle.ticket, handle.nonce, handle.generation, 0, 1};
+    return write_header(*data, block, sizeof(ParcelHeader), length, tickets, epoch);
   }
   if (open_.data != nullptr && open_.used + bytes > kParcel) {
     auto& left = reinterpret_cast<ParcelHeader*>(open_.data)->left;
@@ -257,19 +292,19 @@ Result<Queue::Message> Queue::reserve(uint64_t length) {
       open_.used = sizeof(ParcelHeader);
       open_.put = 0;
     } else {
-      close_parcel();
+      close_open();
     }
   }
   if (open_.data == nullptr) {
     auto data = make_block(kParcel, block, handle);
     if (!data) return std::move(data.status());
-    new (*data) ParcelHeader{kParcelMagic, handle.ticket, handle.nonce, handle.generation, kOpenParcel};
+    new (*data) ParcelHeader{kParcelMagic, handle.ticket, handle.nonce, handle.generation, identity(), kOpenParcel};
     open_ = {*data, block, sizeof(ParcelHeader), 0};
   }
   const uint64_t offset = open_.used;
   open_.used += bytes;
   ++open_.put;
-  return reserve_in(open_.data, open_.block, offset, length);
+  return write_header(open_.data, open_.block, offset, length, tickets, epoch);
 }
 
 // ---- messages
@@ -300,6 +335,7 @@ Result<bool> Queue::publish(const Message& message) {
     advance(queue.tail, tail);
     TORCHSHM_POINT("queue.tail_moved");
     ring(queue.arrived);
+    leave(message.epoch);
     return true;
   }
   return Status(Code::kCorrupt, "the queue contradicts itself");
@@ -307,31 +343,34 @@ Result<bool> Queue::publish(const Message& message) {
 
 Result<std::optional<Queue::Message>> Queue::take() {
   QueueHeader& queue = header();
+  std::optional<Busy> busy;
   for (int attempt = 0; attempt < kMostAttempts; ++attempt) {
     const uint64_t head = queue.head.load(std::memory_order_acquire);
-    Found at = look(head);
-    if (at.state == Found::kCorrupt) break;
-    if (at.state == Found::kNone || at.state == Found::kBefore) return std::optional<Message>();
-    if (at.state == Found::kMessage) {
+    Found found = look(head);
+    if (found.state == Found::kCorrupt) break;
+    if (found.state == Found::kNone || found.state == Found::kBefore) return std::optional<Message>();
+    if (found.state == Found::kMessage) {
+      if (!busy) busy.emplace(*this);
       TORCHSHM_POINT("queue.take");
-      if (!at.cell->exchange_if(at.value, {2 * head + 2, 0})) continue;
+      if (!found.cell->exchange_if(found.value, {2 * head + 2, 0})) continue;
       TORCHSHM_POINT("queue.taken");
     }
     advance(queue.head, head);
     TORCHSHM_POINT("queue.head_moved");
-    if (at.state != Found::kMessage) continue;
+    if (found.state != Found::kMessage) continue;
     if (queue.maxsize != 0) ring(queue.left);
-    auto* header = parcel(at.value.hi);
-    if (header == nullptr) return Status(Code::kCorrupt, "a message of the queue lies outside its block");
-    auto* message = reinterpret_cast<MessageHeader*>(reinterpret_cast<std::byte*>(header) +
-                                                     (at.value.hi & kOffsetMask) * kMessageUnit);
-    return std::optional<Message>({reinterpret_cast<std::byte*>(message + 1), message->length, at.value.hi});
+    auto there = at(found.value.hi);
+    if (!there) return Status(Code::kCorrupt, "a message of the queue lies outside its block");
+    there->message.epoch = busy->keep();
+    return std::optional<Message>(there->message);
   }
   return Status(Code::kCorrupt, "the queue contradicts itself");
 }
 
 void Queue::finish(const Message& message) {
-  if (ParcelHeader* header = parcel(message.place)) end_if_read(*header, static_cast<uint32_t>(message.place >> 32), 1);
+  if (message.epoch != epoch()) return;  // the parent's
+  if (const auto there = at(message.place)) end_if_read(*there->parcel, static_cast<uint32_t>(message.place >> 32), 1);
+  leave(message.epoch);
 }
 
 bool Queue::task_done() {
@@ -413,6 +452,7 @@ void Queue::wait(For what, uint64_t nanoseconds) {
   slept.waiting.fetch_add(1, std::memory_order_seq_cst);
   TORCHSHM_POINT("queue.waiting");
   if (!ready(what)) (void)os::wait(slept.rung, seen, std::min(nanoseconds - budget, kSlice));
+  salvage();
   if (waits_.fetch_add(1, std::memory_order_relaxed) % kWaitsPerTrial != 0) return;
   if (const uint64_t took = os::boot_time() - start; took < kMostSpin)
     spin_.store(static_cast<uint32_t>(std::min(2 * took, kMostSpin)), std::memory_order_relaxed);

@@ -6,14 +6,18 @@
 //
 // The queue's block is held by the processes that have the queue. All else that it consists of, and the arrays in its messages, are kept
 // by tickets that belong to it (TicketValue::kQueue): when the last process has let go of the block, however it ended, they are void.
-// When a process dies here: it has sent or it has not, it has taken or it has not. The room of what it was writing or reading, and the
-// parcel that it was filling, come back when the queue ends. Sleepers wait in slices, so a wake that died with its sender costs one slice.
+// When a process dies here: it has sent or it has not, it has taken or it has not. What it was writing or reading, with all that the message
+// refers to, and the parcel that it was filling, are given back by the others (salvage()), or when the queue ends. Sleepers wait in slices,
+// so a wake that died with its sender costs one slice.
 // A forked child has the queue by its own lease, and fills parcels of its own.
 // Thread safety: reserve(), publish(), cancel(), finish() and close_parcel() by one thread at a time; all else from any thread.
 #pragma once
 
 #include <memory>
 #include <optional>
+#include <span>
+#include <utility>
+#include <vector>
 
 #include "base/status.h"
 #include "pool/member.h"
@@ -41,15 +45,44 @@ class Queue {
     std::byte* data = nullptr;
     uint64_t length = 0;
     uint64_t place = 0;  // a cell's `hi`
+    uint64_t epoch = 0;  // of the process that has it in hand: a forked child has not
+    std::span<const MessageTicket> tickets;
   };
-  Result<Message> reserve(uint64_t length);
-  // False when the queue is full; it can be tried again.
+  // tickets: of the blocks that the message refers to, issued for this queue while it was busy.
+  Result<Message> reserve(uint64_t length, std::span<const Handle> tickets = {});
+  // False when the queue is full; it can be tried again, after wait_for_room().
   Result<bool> publish(const Message& message);
+  void wait_for_room(const Message& message, uint64_t nanoseconds);
   void cancel(const Message& message) { finish(message); }
 
   // The first message, or none. It is this process's alone, and readable until finish().
   Result<std::optional<Message>> take();
   void finish(const Message& message);
+  // Before finish(): what the message refers to is not received now, but by whoever reads a copy of its bytes, some time.
+  void keep_for_later(const Message& message);
+
+  // While one lives this process has a message in hand. Whoever issues tickets for the queue has one until reserve() has returned.
+  class Busy {
+   public:
+    explicit Busy(Queue& queue) : queue_(&queue), epoch_(queue.enter()) {}
+    ~Busy() { end(); }
+    void end() {
+      if (Queue* queue = std::exchange(queue_, nullptr)) queue->leave(epoch_);
+    }
+    uint64_t keep() {  // beyond this object; who has what it returns leaves
+      queue_ = nullptr;
+      return epoch_;
+    }
+    Busy(const Busy&) = delete;
+    Busy& operator=(const Busy&) = delete;
+
+   private:
+    Queue* queue_;
+    uint64_t epoch_;
+  };
+
+  // Gives back what the dead have left in the queue, if somebody has died since; else costs nothing. Called by whoever has just nothing in hand.
+  void salvage();
 
   // Of a moment.
   uint64_t size();
@@ -96,13 +129,33 @@ class Queue {
   Status install(uint64_t segment);
   Result<uint32_t> spare_segment(uint64_t segment);
   Result<std::byte*> make_block(uint64_t bytes, uint32_t& block, Handle& handle);
-  Result<Message> reserve_in(std::byte* parcel, uint32_t block, uint64_t offset, uint64_t length);
-  ParcelHeader* parcel(uint64_t place) const;
+  static Message write_header(std::byte* parcel, uint32_t block, uint64_t offset, uint64_t length,
+                              std::span<const Handle> tickets, uint64_t epoch);
+  Result<Message> reserve_busy(uint64_t length, std::span<const Handle> tickets, uint64_t epoch);
+  void close_open();
+  // Message and parcel at a place; nothing where that lies in no block, or the message does not fit into its block.
+  struct At {
+    ParcelHeader* parcel;
+    Message message;
+  };
+  std::optional<At> at(uint64_t place) const;
   void end_if_read(ParcelHeader& parcel, uint32_t block, uint64_t less);
   bool ready(For what);
   QueueBell& bell(For what);
   static void ring(QueueBell& bell, bool all = false);
   void notice_fork();
+
+  // Of this process's lease. enter() says for which process; leave() does nothing in another.
+  uint64_t enter();
+  void leave(uint64_t epoch);
+  QueueParty& party(uint32_t slot) const {
+    return reinterpret_cast<QueueParty*>(view_.data + kQueuePartiesAt)[party_index(slot)];
+  }
+  uint64_t identity();  // of this process's lease
+
+  enum class Salvaged : uint8_t { kAll, kPerhapsMore, kNotNow };
+  Salvaged try_salvage();
+  struct Reach;
 
   Member& member_;
   Member::View view_;
@@ -117,6 +170,11 @@ class Queue {
   std::atomic<uint32_t> waits_{0};
   std::atomic<uint32_t> spin_{2000};  // ns, before a wait
   uint64_t epoch_ = 0;                // of the process that fills it
+  std::atomic<uint64_t> identity_{0}, identity_epoch_{0};
+  std::atomic<uint64_t> salvaging_{0};   // epoch of who is at it, or 0
+  std::atomic<uint64_t> deaths_{0};      // of the pool, when all that the dead had left was given back
+  std::atomic<uint64_t> not_before_{0};  // CLOCK_BOOTTIME; 0: nothing is left to do
+  uint64_t pause_ = 0;                   // ns
 };
 
 }  // namespace torchshm::pool

@@ -94,6 +94,19 @@ bool BasicTickets<Shared>::keep(TicketId id, uint32_t block) {
 }
 
 template <class Shared>
+bool BasicTickets<Shared>::adopt(TicketId id) {
+  const uint64_t incarnation = arena_.lease(slot_).word.load(std::memory_order_relaxed) >> 8;
+  Pair found = arena_.ticket(id.index).value.load();
+  for (;;) {
+    TicketValue ticket = TicketValue::of(found);
+    if (!ticket.of_queue() || ticket.nonce != id.nonce) return false;
+    ticket.sender = TicketValue::sender_of(slot_, incarnation);
+    ticket.second = now();
+    if (arena_.ticket(id.index).value.exchange_if(found, ticket.pair())) return true;
+  }
+}
+
+template <class Shared>
 bool BasicTickets<Shared>::redeem(TicketId id, uint32_t block, uint64_t generation) {
   ledger_.begin(Op::kRedeem, block, generation);
   const bool was_out = clear(id.index, id.nonce, block);

@@ -59,7 +59,7 @@ class SharedQueue {
   // False when it was full until the time was up.
   bool put(py::object dumps, py::object obj, int64_t nanoseconds);
   bool put_bytes(const py::object& bytes, int64_t nanoseconds) {
-    return send(bytes.ptr(), nanoseconds, deadline_of(nanoseconds));
+    return send(bytes.ptr(), nanoseconds, deadline_of(nanoseconds), nullptr);
   }
   // What loads(bytes) gives; raises queue.Empty.
   py::object get(const py::object& loads, int64_t nanoseconds);
@@ -95,15 +95,21 @@ class SharedQueue {
     py::gil_scoped_release release;
     watch_.reset();
   }
-  bool send(PyObject* data, int64_t nanoseconds, uint64_t deadline);
-  // False when the time is up.
-  bool sleep(Queue::For what, uint64_t deadline);
+  class Pickling;
+  bool send(PyObject* data, int64_t nanoseconds, uint64_t deadline, Pickling* pickling);
+  // False when the time is up. wait: without the GIL, for so many nanoseconds at most.
+  template <class Wait>
+  bool sleep(uint64_t deadline, Wait wait);
+  bool sleep(Queue::For what, uint64_t deadline) {
+    return sleep(deadline, [&](uint64_t most) { queue().wait(what, most); });
+  }
 
   std::unique_ptr<Queue> queue_;
   std::unique_ptr<pool::QueueWatch> watch_;
 };
 
-bool SharedQueue::sleep(Queue::For what, uint64_t deadline) {
+template <class Wait>
+bool SharedQueue::sleep(uint64_t deadline, Wait wait) {
   uint64_t left = kCheckSignals;
   if (deadline != kForever) {
     const uint64_t now = os::boot_time();
@@ -112,7 +118,7 @@ bool SharedQueue::sleep(Queue::For what, uint64_t deadline) {
   }
   {
     py::gil_scoped_release release;
-    queue().wait(what, std::min(left, kCheckSignals));
+    wait(std::min(left, kCheckSignals));
   }
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   return true;
@@ -140,9 +146,10 @@ bool SharedQueue::wait(Queue::For what, int64_t nanoseconds) {
 }
 
 // While a message is pickled. What it has issued is taken back unless the message is sent.
-class Pickling {
+class SharedQueue::Pickling {
  public:
-  explicit Pickling(Queue& queue) : queue_(queue), outer_(scope().queue), outer_member_(scope().queue_member) {
+  explicit Pickling(Queue& queue)
+      : queue_(queue), busy_(queue), outer_(scope().queue), outer_member_(scope().queue_member) {
     issued_.swap(scope().in_message);
     scope().queue = &queue.ref();
     scope().queue_member = &queue.member();
@@ -154,6 +161,8 @@ class Pickling {
     scope().queue = outer_;
     scope().queue_member = outer_member_;
   }
+  const std::vector<pool::Handle>& issued() const { return issued_; }
+  void reserved() { busy_.end(); }
   void sent() { issued_.clear(); }
   ~Pickling() {
     end();
@@ -164,6 +173,7 @@ class Pickling {
 
  private:
   Queue& queue_;
+  Queue::Busy busy_;
   const pool::QueueRef* outer_;
   pool::Member* outer_member_;
   std::vector<pool::Handle> issued_;
@@ -177,12 +187,12 @@ bool SharedQueue::put(py::object dumps, py::object obj, int64_t nanoseconds) {
   py::object data = py::reinterpret_steal<py::object>(PyObject_CallOneArg(dumps.ptr(), obj.ptr()));
   pickling.end();
   if (!data) throw py::error_already_set();
-  const bool done = send(data.ptr(), nanoseconds, deadline);
+  const bool done = send(data.ptr(), nanoseconds, deadline, &pickling);
   if (done) pickling.sent();
   return done;
 }
 
-bool SharedQueue::send(PyObject* data, int64_t nanoseconds, uint64_t deadline) {
+bool SharedQueue::send(PyObject* data, int64_t nanoseconds, uint64_t deadline, Pickling* pickling) {
   struct Buffer {
     Py_buffer view{};
     ~Buffer() {
@@ -191,8 +201,9 @@ bool SharedQueue::send(PyObject* data, int64_t nanoseconds, uint64_t deadline) {
   } buffer;
   if (PyObject_GetBuffer(data, &buffer.view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
   const auto length = static_cast<uint64_t>(buffer.view.len);
-  auto message = queue().reserve(length);
+  auto message = pickling != nullptr ? queue().reserve(length, pickling->issued()) : queue().reserve(length);
   if (!message) fail(message.status());
+  if (pickling != nullptr) pickling->reserved();
   if (length < kCopyUnderGil) {
     std::memcpy(message->data, buffer.view.buf, length);
   } else {
@@ -212,7 +223,8 @@ bool SharedQueue::send(PyObject* data, int64_t nanoseconds, uint64_t deadline) {
     auto published = queue().publish(*message);
     if (!published) fail(published.status());
     if (*published) break;
-    if (nanoseconds == 0 || !sleep(Queue::For::kRoom, deadline)) return false;
+    if (nanoseconds == 0 || !sleep(deadline, [&](uint64_t most) { queue().wait_for_room(*message, most); }))
+      return false;
   }
   unsent.sent = true;
   return true;
@@ -240,7 +252,8 @@ py::object SharedQueue::get(const py::object& loads, int64_t nanoseconds) {
       if (loads.is_none() || message.length <= kReadInPlace) {
         data = py::reinterpret_steal<py::object>(
             PyBytes_FromStringAndSize(reinterpret_cast<const char*>(message.data), length));
-        reading.end();
+        if (loads.is_none()) queue().keep_for_later(message);
+        if (loads.is_none() || message.tickets.empty()) reading.end();
       } else {
         data = py::reinterpret_steal<py::object>(
             PyMemoryView_FromMemory(reinterpret_cast<char*>(message.data), length, PyBUF_READ));

@@ -255,6 +255,53 @@ def test_a_queue_of_the_dead_comes_back(context):
     assert left() == before
 
 
+class _Fatal:
+    """Kills whoever receives it, or sends it."""
+
+    def __init__(self, sender):
+        self.sender = sender
+
+    def __reduce__(self):
+        if self.sender:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return kill_self, (None,)
+
+
+def test_what_the_killed_had_in_hand_comes_back_while_the_queue_lives(context):
+    """Takers that die of a message with a large array in it, and senders that die over one."""
+    queue = context.Queue()
+    queue.put(np.full(1_000_000, 7))
+
+    def send():
+        queue.put((np.ones(1_000_000), _Fatal(True)))
+
+    def take():
+        while True:
+            queue.get()
+
+    def live():
+        return torchshm.stats()["live_bytes"]
+
+    kept = live()
+    for _ in range(5):
+        assert ended(forked(send)) == -signal.SIGKILL
+    waiting = queue.get()
+    for _ in range(5):
+        queue.put((np.ones(1_000_000), _Fatal(False)))
+        assert ended(forked(take)) == -signal.SIGKILL
+    queue.put(waiting)
+    del waiting
+
+    def at_work():
+        queue.put("x")
+        queue.put(queue.get())
+        assert queue.get() == "x"
+        return live() < kept + 1_000_000
+
+    settled(at_work)
+    assert queue.get()[-1] == 7 and queue.empty()
+
+
 @pytest.mark.parametrize("maxsize", [0, 7])
 def test_many_senders_and_takers_lose_nothing(context, maxsize):
     senders, takers, each = 5, 3, 1500

@@ -388,6 +388,29 @@ std::vector<Operation> make() {
         worn.reset();
         return done;
       });
+  // A dead process has taken a message and was writing another; what that leaves is given back.
+  add(
+      "queue_salvage", 0,
+      [](Scene& s) {
+        worn = worn_queue(s);
+        static pool::Handle handle;
+        handle = *worn->handle();
+        if (!put(*worn, 700) || !put(*worn, 30000)) s.wrong("two messages do not fit");
+        s.victim([](Scene& v) {
+          auto mine = pool::Queue::open(*v.member, handle);
+          if (!mine || !(*mine)->take() || !put(**mine, 900) || !(*mine)->reserve(30000)) return;
+          (void)mine->release();
+        });
+        (void)s.member->reap();
+      },
+      [](Scene& s) {
+        Status done = take(s, *worn);
+        worn->salvage();
+        if (done) done = take(s, *worn);
+        worn->close_parcel();
+        worn.reset();
+        return done;
+      });
   add("event_fd", 0, nothing, [](Scene&) {
     auto made = os::create_event_fd();
     return made ? Status() : std::move(made.status());

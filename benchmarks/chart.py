@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
@@ -38,13 +39,15 @@ def draw(result: Result, folder: Path) -> Path | None:
 
 
 def draw_overview(results: dict[str, Result], folder: Path) -> Path | None:
-    """The README's picture: messages by size, and DataLoader batches."""
-    message, dataloader = results.get("message"), results.get("dataloader")
-    if not message or not dataloader:
+    """The README's picture: batches through a DataLoader, and messages by size."""
+    message, loader = results.get("message"), results.get("loader_tensors")
+    if not message or not loader:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(3, 2))
-    draw_lines(left, message)
-    draw_bars(right, dataloader)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(2, 3))
+    images = [row for row in loader.rows if row.at == {"batch": "images"}]
+    draw_bars(left, replace(loader, rows=[replace(row, at={}) for row in images]))
+    left.set_title("time per batch of 38.5 MB, 2 workers", fontsize=10, loc="left")
+    draw_lines(right, message)
     return _save(figure, folder / OVERVIEW)
 
 
@@ -57,7 +60,7 @@ def draw_lines(axes: Axes, result: Result) -> None:
         if not rows:
             continue
         sizes = [row.at["bytes"] for row in rows]
-        style = _style(arm, others)
+        style = _style(arm, result.arms[arm].label, others)
         axes.plot(
             sizes, [row.sample.median for row in rows], label=result.arms[arm].label, marker=".", **style
         )
@@ -84,7 +87,7 @@ def draw_bars(axes: Axes, result: Result) -> None:
     colours: dict[str, str] = {}
     for row in result.rows:
         if row.arm not in colours:
-            colours[row.arm] = _style(row.arm, others)["color"]
+            colours[row.arm] = _style(row.arm, result.arms[row.arm].label, others)["color"]
     medians = [row.sample.median for row in result.rows]
     errors = [
         [row.sample.median - row.sample.q1 for row in result.rows],
@@ -113,10 +116,10 @@ def draw_bars(axes: Axes, result: Result) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _style(arm: str, others: Iterator[str]) -> dict[str, Any]:
-    if arm.startswith("torchshm"):
+def _style(arm: str, label: str, others: Iterator[str]) -> dict[str, Any]:
+    if label.startswith("torchshm"):
         return {"color": OURS, "linewidth": 2.4, "linestyle": "-" if arm == "torchshm" else "--"}
-    if arm == "limit":
+    if arm in ("limit", "ring"):
         return {"color": LIMIT, "linewidth": 1.4, "linestyle": ":"}
     return {"color": next(others), "linewidth": 1.3}
 

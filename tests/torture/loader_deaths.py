@@ -56,36 +56,47 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
-def check(batch: dict[str, np.ndarray]) -> None:
+def check(batch: dict[str, Any]) -> None:
     for n, index in enumerate(batch["index"]):
         assert (batch["field"][n] == np.float32(index)).all(), index
         assert (batch["mask"][n] == (index % 2 == 0)).all(), index
 
 
-def death(chance: random.Random, spawned: float) -> tuple[str, str]:
-    """Run one DataLoader until one of its workers is killed. Returns how it was made, and how it ended."""
+def kind_of_loader(chance: random.Random, pooled: bool) -> tuple[str, Any, dict[str, Any]]:
+    """What it is called, the class, and arguments of its own."""
     from torch.utils.data import DataLoader
 
+    kind = chance.choice(["arrays", "tensors", "data", "data, pooled"]) if pooled else "arrays"
+    if kind in ("arrays", "tensors"):
+        return kind, DataLoader, {"collate_fn": collate} if kind == "arrays" else {}
+    import torchshm.data
+
+    return kind, torchshm.data.DataLoader, {"pooled": True} if kind == "data, pooled" else {}
+
+
+def death(chance: random.Random, spawned: float, pooled: bool) -> tuple[str, str]:
+    """Run one DataLoader until one of its workers is killed. Returns how it was made, and how it ended."""
+    kind, loader_class, own = kind_of_loader(random.Random(chance.random()), pooled)
     method = "spawn" if chance.random() < spawned else "fork"
     persistent = chance.random() < 0.5
     shape, workers = chance.choice(SHAPES), 1 if method == "spawn" else chance.randrange(1, 4)
     # The end of an epoch is a moment like any other only where the workers outlive it.
     data = Fields(shape, chance.choice([12, 1 << 40]) if persistent else 1 << 40)
-    loader = DataLoader(
-        data,  # type: ignore[arg-type]
+    loader = loader_class(
+        data,
         batch_size=chance.choice([1, 4]),
-        collate_fn=collate,
         num_workers=workers,
         persistent_workers=persistent,
         multiprocessing_context=method,
         prefetch_factor=chance.choice([1, 2, 6]),
+        **own,
     )
-    way = f"{method}{', persistent' if persistent else ''}"
-    kept: list[dict[str, np.ndarray]] = []
+    way = f"{kind}, {method}{', persistent' if persistent else ''}"
+    kept: list[dict[str, Any]] = []
     killer = None
     try:
         iterator = iter(loader)
-        victim = chance.choice(iterator._workers).pid  # type: ignore[attr-defined]
+        victim = chance.choice(iterator._workers).pid
         delay = chance.choice([0, 0.001, 0.01, 0.1]) * chance.random() + (
             chance.random() * 3 if method == "spawn" else 0
         )
@@ -154,7 +165,7 @@ def run_many(seed: int, deaths: int, pooled: bool, spawned: float) -> None:
         chance = random.Random(f"{seed} {n}")
         began = time.monotonic()
         try:
-            way, ended = death(chance, spawned)
+            way, ended = death(chance, spawned, pooled)
         except RuntimeError as error:  # the handler's, a moment late
             way, ended = "late", "RuntimeError" if ERROR.search(str(error)) else f"RuntimeError: {error}"
         gc.collect()

@@ -418,7 +418,7 @@ class Conductor:
 
     def context(self) -> Any:
         self.tally[method := self.chance.choices(["fork", "spawn", "forkserver"], [80, 8, 12])[0]] += 1
-        return multiprocessing.get_context(method)
+        return self.chance.choice([multiprocessing, torchshm]).get_context(method)
 
     # -- the crowd
 
@@ -516,13 +516,15 @@ class Conductor:
         killed = self.chance.random() < 0.5
         if not killed:
             queue.put(None)
-        rest = os.dup(queue._reader.fileno())  # the thread behind the queue closes its own
+        ours = type(queue).__module__.startswith("torchshm")
+        rest = -1 if ours else os.dup(queue._reader.fileno())  # the thread behind the queue closes its own
         self.end(process, killed)
         queue.close()
         # What a killed consumer has not received, perhaps from the middle of a message on, nobody will: those messages are lost.
-        while os.read(rest, 1 << 16):
+        while not ours and os.read(rest, 1 << 16):
             pass
-        os.close(rest)
+        if not ours:
+            os.close(rest)
         queue.join_thread()
         self.tally["queues"] += 1
 

@@ -1,10 +1,9 @@
 #include "pool/janitor.h"
 
 #include <chrono>
-#include <csignal>
-#include <exception>
 
 #include "base/failpoint.h"
+#include "os/thread.h"
 
 namespace torchshm::pool {
 
@@ -15,15 +14,8 @@ void Janitor::look() {
   const std::lock_guard lock(mutex_);
   wanted_ = true;
   if (!thread_.joinable()) {
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_BLOCK, &all, &before);
-    try {
-      thread_ = std::thread([this] { run(); });
-    } catch (const std::exception&) {
-      // No thread to be had: the chunks stay idle, and the limit still counts them.
-    }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    auto started = os::start_thread([this] { run(); });
+    if (started) thread_ = started.take();  // else the chunks stay idle, and the limit still counts them
   }
   wake_.notify_one();
 }

@@ -1,9 +1,7 @@
 #include "pool/queue_watch.h"
 
-#include <csignal>
-#include <exception>
-
 #include "os/futex.h"
+#include "os/thread.h"
 
 namespace torchshm::pool {
 
@@ -13,17 +11,9 @@ Result<std::unique_ptr<QueueWatch>> QueueWatch::start(Queue& queue) {
   auto fd = os::create_event_fd();
   if (!fd) return std::move(fd.status());
   std::unique_ptr<QueueWatch> watch(new QueueWatch(queue, fd.take()));
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_BLOCK, &all, &before);
-  bool started = true;
-  try {
-    watch->thread_ = std::thread([at = watch.get()] { at->run(); });
-  } catch (const std::exception&) {
-    started = false;
-  }
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  if (!started) return Status(Code::kSystem, "no thread could be started to watch the queue");
+  auto started = os::start_thread([at = watch.get()] { at->run(); });
+  if (!started) return std::move(started.status());
+  watch->thread_ = started.take();
   return watch;
 }
 

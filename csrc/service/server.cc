@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <csignal>
 #include <cstring>
 #include <map>
 
@@ -10,6 +9,7 @@
 #include "os/futex.h"
 #include "os/memfd.h"
 #include "os/process.h"
+#include "os/thread.h"
 #include "pool/members.h"
 #include "service/address.h"
 #include "service/wire.h"
@@ -137,19 +137,12 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
     if (Status added = server->poller_.add(fd, token); !added) return added;
   }
   server->started_ = os::real_time();
-  sigset_t all, before;
-  ::sigfillset(&all);
-  ::pthread_sigmask(SIG_BLOCK, &all, &before);
-  try {
-    server->thread_ = std::thread([raw = server.get()] {
-      raw->begin_.wait();
-      raw->run();
-    });
-  } catch (const std::exception& error) {
-    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    return Status(Code::kUnsupported, std::string("no thread for the store's service: ") + error.what());
-  }
-  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  auto started = os::start_thread([raw = server.get()] {
+    raw->begin_.wait();
+    raw->run();
+  });
+  if (!started) return std::move(started.status());
+  server->thread_ = started.take();
   // Nothing fails from here on.
   attempt.failed = false;
   server->lock_ = lock.take();

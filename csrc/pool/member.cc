@@ -395,6 +395,14 @@ bool Member::keep(const Handle& handle) {
   return !stranded_ && work_->tickets.keep({handle.ticket, handle.nonce}, handle.block);
 }
 
+void Member::end(uint32_t ticket, const TicketValue& value) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  if (stranded_ || ticket >= kTickets || value.block >= arena_.pages()) return;
+  (void)work_->tickets.end(ticket, value);
+  end_queues();
+}
+
 void Member::adopt(uint32_t ticket, uint64_t nonce) {
   const std::lock_guard lock(mutex_);
   notice_fork();

@@ -20,6 +20,7 @@ constexpr uint64_t kMostSpin = 20'000;
 constexpr uint32_t kWaitsPerTrial = 64;
 constexpr uint64_t kSlice = 100'000'000;  // ns; who was to wake may have died
 constexpr int kMostAttempts = 1 << 20;  // each retry means that somebody else has got on; so many mean a corrupt queue
+constexpr uint64_t kPatience = 1'000'000;  // ns, of who sleeps anyway, for one who is busy
 constexpr uint64_t kOffsetMask = 0xffffffff;
 
 uint64_t tickets_bytes(uint64_t tickets) {
@@ -33,18 +34,28 @@ void advance(std::atomic<uint64_t>& counter, uint64_t from) {
 
 }  // namespace
 
-// Also after forks that run no handlers.
+// Also after forks that run no handlers, where the system tells.
 uint64_t Queue::epoch() {
   static uint64_t* detector = os::fork_detector();
   static std::atomic<uint64_t> count{1};
-  if (detector != nullptr && *detector == 0) {
-    *detector = 1;
+  if (detector == nullptr) {
+    static const int hooked = ::pthread_atfork(nullptr, nullptr, [] { count.fetch_add(1, std::memory_order_relaxed); });
+    (void)hooked;
+    return count.load(std::memory_order_relaxed);
+  }
+  // 0: nobody in this process has looked; 2: somebody is just counting; 1: it is counted, as at the start.
+  const std::atomic_ref<uint64_t> looked(*detector);
+  while (looked.load(std::memory_order_acquire) != 1) {
+    uint64_t nobody = 0;
+    if (!looked.compare_exchange_strong(nobody, 2)) continue;
     count.fetch_add(1, std::memory_order_relaxed);
+    looked.store(1, std::memory_order_release);
   }
   return count.load(std::memory_order_relaxed);
 }
 
-Queue::Queue(Member& member, Member::View view, QueueRef ref) : member_(member), view_(view), ref_(ref) {
+Queue::Queue(Member& member, Member::View view, QueueRef ref)
+    : member_(member), view_(view), ref_(ref), cells_(header().cells) {
   epoch_ = epoch();
   deaths_.store(member.arena().header().reaped.load(std::memory_order_relaxed), std::memory_order_relaxed);
 }
@@ -73,12 +84,13 @@ Result<std::unique_ptr<Queue>> Queue::open(Member& member, const Handle& handle)
   auto view = member.redeem(handle, Mode::kReadWrite);
   if (!view) return std::move(view.status());
   const auto* header = reinterpret_cast<const QueueHeader*>(view->data);
-  if (view->length < kQueueBytes || header->magic != kQueueMagic || header->layout != kQueueLayout ||
-      header->cells == 0 || header->cells > kMostCells) {
-    member.release(view->block, Mode::kReadWrite);
+  const bool sound = view->length >= kQueueBytes && header->magic == kQueueMagic && header->layout == kQueueLayout;
+  std::unique_ptr<Queue> queue;
+  if (sound) queue.reset(new Queue(member, *view, {view->block, handle.generation}));
+  if (!sound || queue->cells_ == 0 || queue->cells_ > kMostCells) {
+    if (!sound) member.release(view->block, Mode::kReadWrite);  // else the queue does
     return Status(Code::kInvalid, "the handle's block is no queue of this version");
   }
-  std::unique_ptr<Queue> queue(new Queue(member, *view, {view->block, handle.generation}));
   queue->deaths_.store(0, std::memory_order_relaxed);  // who knows what others have seen
   return queue;
 }
@@ -89,13 +101,14 @@ AtomicPair* Queue::cell_in(uint64_t block, uint64_t position) const {
   const auto& arena = member_.arena();
   if (block >= arena.pages()) return nullptr;
   const auto extent = arena.extent(static_cast<uint32_t>(block));
-  if (!extent || extent->length < sizeof(SegmentHeader) + header().cells * sizeof(AtomicPair)) return nullptr;
-  return reinterpret_cast<AtomicPair*>(arena.data() + extent->offset + sizeof(SegmentHeader)) +
-         position % header().cells;
+  if (!extent || extent->length < segment_bytes()) return nullptr;
+  std::byte* data = arena.data() + extent->offset;
+  if (reinterpret_cast<const SegmentHeader*>(data)->magic != kSegmentMagic) return nullptr;
+  return reinterpret_cast<AtomicPair*>(data + sizeof(SegmentHeader)) + position % cells_;
 }
 
 Queue::Found Queue::look(uint64_t position) const {
-  const uint64_t segment = position / header().cells;
+  const uint64_t segment = position / cells_;
   const Pair at = entry(segment).load();
   if (at.lo < segment + 1) return {};
   // Its segment was used again, or its block is on the way to another place: it was taken long ago.
@@ -131,45 +144,56 @@ uint64_t Queue::size() {
 
 // ---- blocks
 
-// A block that belongs to the queue from the moment on in which this process does not hold it.
-Result<std::byte*> Queue::make_block(uint64_t bytes, uint32_t& block, Handle& handle) {
+// A block that belongs to the queue from the moment on in which this process does not hold it. Its head is there before the ticket is: who
+// finds a ticket out sees what it keeps.
+template <class Head>
+Result<Queue::Made> Queue::make_block(uint64_t bytes, Head head) {
   auto view = member_.allocate(bytes, false, true);
   if (!view) return std::move(view.status());
+  head(view->data);
   TORCHSHM_POINT("queue.block");
   auto issued = member_.issue(view->block, &ref_);
   TORCHSHM_POINT("queue.block_kept");
   member_.release_made(view->block);
   if (!issued) return std::move(issued.status());
-  block = view->block;
-  handle = *issued;
-  return view->data;
+  return Made{view->data, *issued};
 }
 
+Result<Queue::Made> Queue::make_parcel(uint64_t bytes, uint64_t filler, uint64_t left) {
+  auto made = make_block(bytes, [&](std::byte* data) { new (data) ParcelHeader{kParcelMagic, 0, 0, 0, filler, left}; });
+  if (!made) return made;
+  auto& parcel = *reinterpret_cast<ParcelHeader*>(made->data);
+  parcel.ticket = made->handle.ticket;
+  parcel.nonce = made->handle.nonce;
+  parcel.generation = made->handle.generation;
+  return made;
+}
+
+uint64_t Queue::segment_bytes() const { return sizeof(SegmentHeader) + cells_ * sizeof(AtomicPair); }
+
 // The block of a segment of which all is taken, out of its entry; or a new one.
-Result<uint32_t> Queue::spare_segment(uint64_t segment) {
-  const uint64_t drained = settled_head() / header().cells;  // segments below are
-  const auto steal = [&](uint64_t index) -> std::optional<uint32_t> {
+Result<Queue::Spare> Queue::spare_segment(uint64_t segment) {
+  const uint64_t drained = settled_head() / cells_;  // segments below are
+  const auto steal = [&](uint64_t index) -> std::optional<Spare> {
     Pair found = entry(index).load();
     if (found.lo == 0 || found.lo - 1 >= drained || found.hi == 0) return std::nullopt;
-    const auto block = static_cast<uint32_t>(found.hi - 1);
-    if (!entry(index).exchange_if(found, {found.lo, 0})) return std::nullopt;
+    const Pair out{found.lo, 0};
+    if (!entry(index).exchange_if(found, out)) return std::nullopt;
     TORCHSHM_POINT("queue.segment_out");
-    return block;
+    return Spare{static_cast<uint32_t>(found.hi - 1), std::nullopt, index, out};
   };
   if (drained > 0) {
-    if (const auto block = steal(drained - 1)) return *block;
+    if (const auto spare = steal(drained - 1)) return *spare;
     for (uint64_t i = 0; i < std::min<uint64_t>(segment, kQueueSegments); ++i) {
-      if (const auto block = steal(i)) return *block;
+      if (const auto spare = steal(i)) return *spare;
     }
   }
-  Handle handle;
-  uint32_t block = 0;
-  const uint64_t bytes = sizeof(SegmentHeader) + header().cells * sizeof(AtomicPair);
-  auto data = make_block(bytes, block, handle);
-  if (!data) return std::move(data.status());
-  std::memset(*data, 0, bytes);
-  new (*data) SegmentHeader{kSegmentMagic};
-  return block;
+  auto made = make_block(segment_bytes(), [&](std::byte* data) {
+    std::memset(data, 0, segment_bytes());
+    new (data) SegmentHeader{kSegmentMagic};
+  });
+  if (!made) return std::move(made.status());
+  return Spare{made->handle.block, made->handle, 0, {}};
 }
 
 // Gives a segment its cells, unless somebody else has.
@@ -177,28 +201,28 @@ Status Queue::install(uint64_t segment) {
   AtomicPair& at = entry(segment);
   Pair found = at.load();
   if (found.lo >= segment + 1) return {};
-  if (found.lo != 0 && found.lo - 1 >= settled_head() / header().cells)
+  if (found.lo != 0 && found.lo - 1 >= settled_head() / cells_)
     return Status(Code::kFull,
-                  "a queue holds " + std::to_string(uint64_t{kQueueSegments} * header().cells) + " messages at most");
+                  "a queue holds " + std::to_string(uint64_t{kQueueSegments} * cells_) + " messages at most");
   if (found.hi != 0) {  // what lay here is drained
     (void)at.exchange_if(found, {segment + 1, found.hi});
     TORCHSHM_POINT("queue.segment_in");
     return {};
   }
-  auto block = spare_segment(segment);
-  if (!block) return std::move(block.status());
+  auto spare = spare_segment(segment);
+  if (!spare) return std::move(spare.status());
   while (found.lo < segment + 1 && found.hi == 0) {
-    if (at.exchange_if(found, {segment + 1, uint64_t{*block} + 1})) {
+    if (at.exchange_if(found, {segment + 1, uint64_t{spare->block} + 1})) {
       TORCHSHM_POINT("queue.segment_in");
       return {};
     }
   }
-  // Somebody was first. The spare goes where one has been taken out; else it comes back when the queue ends.
-  for (uint64_t i = 0; i < kQueueSegments; ++i) {
-    Pair vacant = entry(i).load();
-    const uint64_t drained = header().head.load(std::memory_order_acquire) / header().cells;
-    if (vacant.hi != 0 || vacant.lo == 0 || vacant.lo - 1 >= drained) continue;
-    if (entry(i).exchange_if(vacant, {vacant.lo, uint64_t{*block} + 1})) break;
+  // Somebody was first. A spare goes back to where it was: in any other drained segment's entry its cells might look as if nothing had been
+  // put there yet. If that is used again meanwhile it comes back when the queue ends.
+  if (spare->handle) {
+    member_.give_up(*spare->handle);
+  } else {
+    (void)entry(spare->from).exchange_if(spare->out, {spare->out.lo, uint64_t{spare->block} + 1});
   }
   TORCHSHM_POINT("queue.segment_in");
   return {};
@@ -223,14 +247,16 @@ std::optional<Queue::At> Queue::at(uint64_t place) const {
   if (offset < sizeof(ParcelHeader) || offset + sizeof(MessageHeader) > extent->length) return std::nullopt;
   std::byte* start = arena.data() + extent->offset;
   const auto* header = reinterpret_cast<const MessageHeader*>(start + offset);
-  const uint64_t room = extent->length - offset - sizeof(MessageHeader), tickets = header->tickets;
+  // Each once: a corrupt queue may have them change meanwhile.
+  const uint64_t tickets = __atomic_load_n(&header->tickets, __ATOMIC_RELAXED);
+  const uint64_t length = __atomic_load_n(&header->length, __ATOMIC_RELAXED);
+  const uint64_t room = extent->length - offset - sizeof(MessageHeader);
   if (reinterpret_cast<ParcelHeader*>(start)->magic != kParcelMagic || tickets > kTickets ||
-      tickets_bytes(tickets) > room || header->length > room - tickets_bytes(tickets))
+      tickets_bytes(tickets) > room || length > room - tickets_bytes(tickets))
     return std::nullopt;
   std::byte* list = start + offset + sizeof(MessageHeader);
-  return At{
-      reinterpret_cast<ParcelHeader*>(start),
-      {list + tickets_bytes(tickets), header->length, place, 0, {reinterpret_cast<MessageTicket*>(list), tickets}}};
+  return At{reinterpret_cast<ParcelHeader*>(start),
+            {list + tickets_bytes(tickets), length, place, 0, {reinterpret_cast<MessageTicket*>(list), tickets}}};
 }
 
 void Queue::end_if_read(ParcelHeader& parcel, uint32_t block, uint64_t less) {
@@ -277,13 +303,10 @@ Result<Queue::Message> Queue::reserve(uint64_t length, std::span<const Handle> t
 
 Result<Queue::Message> Queue::reserve_busy(uint64_t length, std::span<const Handle> tickets, uint64_t epoch) {
   const uint64_t bytes = rounded(sizeof(MessageHeader) + tickets_bytes(tickets.size()) + length);
-  Handle handle;
-  uint32_t block = 0;
   if (bytes > kParcel / 4) {
-    auto data = make_block(sizeof(ParcelHeader) + bytes, block, handle);
-    if (!data) return std::move(data.status());
-    new (*data) ParcelHeader{kParcelMagic, handle.ticket, handle.nonce, handle.generation, 0, 1};
-    return write_header(*data, block, sizeof(ParcelHeader), length, tickets, epoch);
+    auto made = make_parcel(sizeof(ParcelHeader) + bytes, 0, 1);
+    if (!made) return std::move(made.status());
+    return write_header(made->data, made->handle.block, sizeof(ParcelHeader), length, tickets, epoch);
   }
   if (open_.data != nullptr && open_.used + bytes > kParcel) {
     auto& left = reinterpret_cast<ParcelHeader*>(open_.data)->left;
@@ -296,10 +319,9 @@ Result<Queue::Message> Queue::reserve_busy(uint64_t length, std::span<const Hand
     }
   }
   if (open_.data == nullptr) {
-    auto data = make_block(kParcel, block, handle);
-    if (!data) return std::move(data.status());
-    new (*data) ParcelHeader{kParcelMagic, handle.ticket, handle.nonce, handle.generation, identity(), kOpenParcel};
-    open_ = {*data, block, sizeof(ParcelHeader), 0};
+    auto made = make_parcel(kParcel, identity(), kOpenParcel);
+    if (!made) return std::move(made.status());
+    open_ = {made->data, made->handle.block, sizeof(ParcelHeader), 0};
   }
   const uint64_t offset = open_.used;
   open_.used += bytes;
@@ -310,6 +332,7 @@ Result<Queue::Message> Queue::reserve_busy(uint64_t length, std::span<const Hand
 // ---- messages
 
 Result<bool> Queue::publish(const Message& message) {
+  if (message.epoch != epoch()) return Status(Code::kStale, "the message is that of the process before the fork");
   QueueHeader& queue = header();
   for (int attempt = 0; attempt < kMostAttempts; ++attempt) {
     const uint64_t tail = queue.tail.load(std::memory_order_acquire);
@@ -325,7 +348,7 @@ Result<bool> Queue::publish(const Message& message) {
       if (tail - head >= queue.maxsize) return false;
     }
     if (at.state == Found::kNone) {
-      Status installed = install(tail / queue.cells);
+      Status installed = install(tail / cells_);
       if (!installed) return installed;
       continue;
     }
@@ -335,6 +358,7 @@ Result<bool> Queue::publish(const Message& message) {
     advance(queue.tail, tail);
     TORCHSHM_POINT("queue.tail_moved");
     ring(queue.arrived);
+    unpark(message);
     leave(message.epoch);
     return true;
   }
@@ -369,6 +393,7 @@ Result<std::optional<Queue::Message>> Queue::take() {
 
 void Queue::finish(const Message& message) {
   if (message.epoch != epoch()) return;  // the parent's
+  unpark(message);
   if (const auto there = at(message.place)) end_if_read(*there->parcel, static_cast<uint32_t>(message.place >> 32), 1);
   leave(message.epoch);
 }
@@ -424,6 +449,8 @@ void Queue::ring(QueueBell& bell, bool all) {
   bell.waiting.compare_exchange_strong(waiting, 0, std::memory_order_seq_cst);
 }
 
+void Queue::pass_wake_on() { ring(header().arrived); }
+
 void Queue::wake_takers() {
   header().arrived.rung.fetch_add(1, std::memory_order_seq_cst);
   os::wake_all(header().arrived.rung);
@@ -452,7 +479,7 @@ void Queue::wait(For what, uint64_t nanoseconds) {
   slept.waiting.fetch_add(1, std::memory_order_seq_cst);
   TORCHSHM_POINT("queue.waiting");
   if (!ready(what)) (void)os::wait(slept.rung, seen, std::min(nanoseconds - budget, kSlice));
-  salvage();
+  salvage(kPatience);
   if (waits_.fetch_add(1, std::memory_order_relaxed) % kWaitsPerTrial != 0) return;
   if (const uint64_t took = os::boot_time() - start; took < kMostSpin)
     spin_.store(static_cast<uint32_t>(std::min(2 * took, kMostSpin)), std::memory_order_relaxed);

@@ -58,8 +58,10 @@ class Queue {
   // The first message, or none. It is this process's alone, and readable until finish().
   Result<std::optional<Message>> take();
   void finish(const Message& message);
-  // Before finish(): what the message refers to is not received now, but by whoever reads a copy of its bytes, some time.
+  // Before finish(): what the message refers to and has not been received yet will be by whoever reads a copy of its bytes, some time; or
+  // by nobody.
   void keep_for_later(const Message& message);
+  void drop_rest(const Message& message);
 
   // While one lives this process has a message in hand. Whoever issues tickets for the queue has one until reserve() has returned.
   class Busy {
@@ -82,7 +84,8 @@ class Queue {
   };
 
   // Gives back what the dead have left in the queue, if somebody has died since; else costs nothing. Called by whoever has just nothing in hand.
-  void salvage();
+  // patience: nanoseconds to wait for one who is busy.
+  void salvage(uint64_t patience = 0);
 
   // Of a moment.
   uint64_t size();
@@ -97,6 +100,8 @@ class Queue {
   enum class For : uint8_t { kMessage, kRoom, kAllDone, kFlag };
   void wait(For what, uint64_t nanoseconds);
 
+  // By who was woken by a message, and does not take it.
+  void pass_wake_on();
   // Ends a wait for a message before its time.
   void wake_takers();
 
@@ -127,8 +132,22 @@ class Queue {
   uint64_t settled_head();
   uint64_t settled_tail();
   Status install(uint64_t segment);
-  Result<uint32_t> spare_segment(uint64_t segment);
-  Result<std::byte*> make_block(uint64_t bytes, uint32_t& block, Handle& handle);
+  // Cells for a segment: new ones, with the ticket that keeps them, or those that were at an entry which is `out` since.
+  struct Spare {
+    uint32_t block;
+    std::optional<Handle> handle;
+    uint64_t from;
+    Pair out;
+  };
+  Result<Spare> spare_segment(uint64_t segment);
+  uint64_t segment_bytes() const;
+  struct Made {
+    std::byte* data;
+    Handle handle;
+  };
+  template <class Head>
+  Result<Made> make_block(uint64_t bytes, Head head);
+  Result<Made> make_parcel(uint64_t bytes, uint64_t filler, uint64_t left);
   static Message write_header(std::byte* parcel, uint32_t block, uint64_t offset, uint64_t length,
                               std::span<const Handle> tickets, uint64_t epoch);
   Result<Message> reserve_busy(uint64_t length, std::span<const Handle> tickets, uint64_t epoch);
@@ -154,12 +173,15 @@ class Queue {
   uint64_t identity();  // of this process's lease
 
   enum class Salvaged : uint8_t { kAll, kPerhapsMore, kNotNow };
-  Salvaged try_salvage();
+  Salvaged try_salvage(uint64_t patience);
+  bool all_idle(uint64_t patience);
+  void unpark(const Message& message);
   struct Reach;
 
   Member& member_;
   Member::View view_;
   QueueRef ref_;
+  uint32_t cells_;  // of a segment
   // The parcel that this process fills.
   struct Open {
     std::byte* data = nullptr;

@@ -53,6 +53,7 @@ void QueueWatch::run() {
       (void)os::wait(turned_off_, seen, kNap);
     } else {
       queue_.wait(Queue::For::kMessage, kNap);
+      if (!queue_.empty()) queue_.pass_wake_on();
     }
   }
 }

@@ -30,6 +30,8 @@ class BasicTickets {
   bool redeem(TicketId id, uint32_t block, uint64_t generation);
   // From here on the ticket belongs to a name: it is out until it is redeemed. False when it was taken back already.
   bool keep(TicketId id, uint32_t block);
+  // Ends the ticket if it is still exactly that one: of the same queue, and not adopted.
+  bool end(uint32_t index, const TicketValue& ticket);
   // From here on the ticket of a queue is this lease's, as if it had just been issued. False when it is no such ticket any more.
   bool adopt(TicketId id);
   // Takes back what was issued by dead leases, or longer ago than `older_than` seconds, oldest first, until `enough` bytes of blocks

@@ -94,6 +94,19 @@ bool BasicTickets<Shared>::keep(TicketId id, uint32_t block) {
 }
 
 template <class Shared>
+bool BasicTickets<Shared>::end(uint32_t index, const TicketValue& ticket) {
+  ledger_.begin(Op::kRedeem, ticket.block, ledger_.value(ticket.block).generation);
+  Pair found = ticket.pair();
+  TicketValue over = ticket;
+  over.sender = 0;
+  const bool was_out = arena_.ticket(index).value.exchange_if(found, over.pair());
+  TORCHSHM_POINT("redeem.cleared");
+  if (was_out) ledger_.count_down(ticket.block);
+  ledger_.end();
+  return was_out;
+}
+
+template <class Shared>
 bool BasicTickets<Shared>::adopt(TicketId id) {
   const uint64_t incarnation = arena_.lease(slot_).word.load(std::memory_order_relaxed) >> 8;
   Pair found = arena_.ticket(id.index).value.load();

@@ -242,9 +242,15 @@ py::object SharedQueue::get(const py::object& loads, int64_t nanoseconds) {
       struct Reading {
         Queue& queue;
         const Queue::Message& message;
-        bool done = false;
+        bool done = false, failed = true;
         void end() {
-          if (!std::exchange(done, true)) queue.finish(message);
+          if (std::exchange(done, true)) return;
+          if (failed) {
+            queue.drop_rest(message);
+          } else {
+            queue.keep_for_later(message);  // bytes in it may be unpickled yet
+          }
+          queue.finish(message);
         }
         ~Reading() { end(); }
       } reading{queue(), message};
@@ -252,8 +258,10 @@ py::object SharedQueue::get(const py::object& loads, int64_t nanoseconds) {
       if (loads.is_none() || message.length <= kReadInPlace) {
         data = py::reinterpret_steal<py::object>(
             PyBytes_FromStringAndSize(reinterpret_cast<const char*>(message.data), length));
-        if (loads.is_none()) queue().keep_for_later(message);
-        if (loads.is_none() || message.tickets.empty()) reading.end();
+        if (loads.is_none() || message.tickets.empty()) {
+          reading.failed = !data;
+          reading.end();
+        }
       } else {
         data = py::reinterpret_steal<py::object>(
             PyMemoryView_FromMemory(reinterpret_cast<char*>(message.data), length, PyBUF_READ));
@@ -262,6 +270,7 @@ py::object SharedQueue::get(const py::object& loads, int64_t nanoseconds) {
       if (loads.is_none()) return data;
       PyObject* got = PyObject_CallOneArg(loads.ptr(), data.ptr());
       if (got == nullptr) throw py::error_already_set();
+      reading.failed = false;
       return py::reinterpret_steal<py::object>(got);
     }
     if (nanoseconds == 0 || !sleep(Queue::For::kMessage, deadline)) {

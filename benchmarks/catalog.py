@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks import (
     alloc,
     dataloader,
+    datapipes,
     descriptors,
     inline_threshold,
     loader_tensors,
@@ -27,6 +28,7 @@ _MODULES = (
     pooled_dumps,
     queue,
     dataloader,
+    datapipes,
     loader_tensors,
     xarray_fields,
     descriptors,

@@ -18,6 +18,7 @@ from benchmarks import (
     store_load,
     store_module,
     store_save,
+    syscalls,
     xarray_fields,
 )
 from benchmarks.benchmark import Benchmark
@@ -30,6 +31,7 @@ _MODULES = (
     dataloader,
     datapipes,
     loader_tensors,
+    syscalls,
     xarray_fields,
     descriptors,
     small_devshm,

@@ -7,6 +7,7 @@ from benchmarks import (
     dataloader,
     datapipes,
     descriptors,
+    early_break,
     inline_threshold,
     loader_tensors,
     message,
@@ -19,6 +20,7 @@ from benchmarks import (
     store_module,
     store_save,
     syscalls,
+    transforms,
     xarray_fields,
 )
 from benchmarks.benchmark import Benchmark
@@ -31,7 +33,9 @@ _MODULES = (
     dataloader,
     datapipes,
     loader_tensors,
+    transforms,
     syscalls,
+    early_break,
     xarray_fields,
     descriptors,
     small_devshm,

@@ -1,8 +1,8 @@
 """What epochs that are left early leave behind.
 
 Quantity: memory of a process before and after 100 times ten epochs of a DataLoader with eight new workers each, ended by ``break``
-after two or three batches of 4 MB: the process's own (Pss outside the pool) and all that the pool has committed. Unit: MB. "Before"
-are epochs enough for the pool to have had as many batches under way as there can be.
+after two or three batches of 4 MB: the process's own anonymous memory and all that the pool has, free or in use. Unit: MB. Before
+"before" are epochs enough for the pool to have had as many batches under way as there can be.
 Context: PyTorch alone with its strategy file_descriptor, a tenth of the epochs.
 """
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from itertools import islice
 from typing import Any
 
 from benchmarks.arms import Arms
 from benchmarks.benchmark import Benchmark
 from benchmarks.figure import at_most
-from benchmarks.memory import pss_of_files, rollup
+from benchmarks.memory import rollup
 from benchmarks.meter import Meter
 from benchmarks.result import Arm, Result
 from benchmarks.sample import Sample, rounded
@@ -24,8 +25,8 @@ from benchmarks.sample import Sample, rounded
 NAME = "early_break"
 WORKERS, EPOCHS, TIMES = 8, 10, 100
 FIRST = 100  # epochs, before "before"
+FILL = 1.0  # s
 SHAPE = (8, 256, 128)  # float32: 1 MB, four to a batch
-POOL = "memfd:torchshm"
 
 ARMS = {
     "stock": Arm("stock", "torch's DataLoader, sharing strategy file_descriptor"),
@@ -60,7 +61,12 @@ class Breaker:
             import torchshm.data
 
             make, self._stats = torchshm.data.DataLoader, torchshm.stats
-        self._loader = make(Numbers(), batch_size=4, num_workers=WORKERS)
+        self._loader = make(Numbers(), batch_size=4, num_workers=WORKERS, multiprocessing_context="fork")
+
+    def fill(self) -> None:
+        """Leaves an epoch when its workers have all made what was asked of them."""
+        for _ in islice(self._loader, 2):
+            time.sleep(FILL)
 
     def run(self, epochs: int) -> None:
         """Leaves so many epochs early."""
@@ -73,12 +79,12 @@ class Breaker:
         """What there is now, in MB and numbers."""
         gc.collect()
         stats = self._stats()
-        own = rollup()["Pss"] - pss_of_files(os.getpid(), POOL)
-        committed = stats.get("committed_bytes", 0)
+        own = rollup()["Anonymous"]
+        pool = stats.get("committed_bytes", 0) + stats.get("control_bytes", 0)
         return {
-            "memory": rounded((own + committed) / 1e6),
+            "memory": rounded((own + pool) / 1e6),
             "own": rounded(own / 1e6),
-            "pool": rounded(committed / 1e6),
+            "pool": rounded(pool / 1e6),
             "blocks": stats.get("blocks", 0),
             "descriptors": len(os.listdir("/proc/self/fd")),
         }
@@ -86,7 +92,7 @@ class Breaker:
 
 def measure(quick: bool, meter: Meter) -> Result:
     """Both arms; there is nothing to repeat."""
-    times = 5 if quick else TIMES
+    times, first = (5, 20) if quick else (TIMES, FIRST)
     result = Result(
         NAME,
         f"memory of a consumer with {WORKERS} workers, before and after epochs that are left early",
@@ -102,7 +108,9 @@ def measure(quick: bool, meter: Meter) -> Result:
             arms.start(arm, ("torch",) if arm == "stock" else ("torch", "torchshm"), Breaker, arm)
         for arm in arms:
             meter.doing(f"{arm}: epochs that are left early")
-            arms.call(arm, "run", FIRST)
+            for method, *arguments in (("fill",), ("run", first)):
+                if arm in arms:
+                    arms.call(arm, method, *arguments)
             found[arm] = [arms.call(arm, "look")] if arm in arms else []
             for _ in range(of_arm[arm]):
                 if arm in arms:
@@ -111,7 +119,7 @@ def measure(quick: bool, meter: Meter) -> Result:
             if arm in arms:
                 found[arm].append(arms.call(arm, "look"))
     for arm, looks in found.items():
-        for epochs, look in zip((FIRST, FIRST + EPOCHS * of_arm[arm]), looks, strict=False):
+        for epochs, look in zip((first, first + EPOCHS * of_arm[arm]), looks, strict=False):
             result.add(arm, [look["memory"]], look, epochs=epochs)
     before, after = found["torchshm"] if len(found.get("torchshm", ())) == 2 else ({}, {})
 

@@ -17,7 +17,11 @@ struct Member::Work {
   Work(Member& member, uint32_t slot)
       : ledger(member.arena_, slot, member),
         tickets(member.arena_, ledger, slot),
-        space(member.arena_, slot, [&member] { (void)member.work_->reaper.reap_all(); }),
+        space(member.arena_, slot,
+              [&member] {  // the dead may have been the last at a queue
+                (void)member.work_->reaper.reap_all();
+                member.end_queues(true);
+              }),
         reaper(member.arena_, slot, ledger, space),
         heap(member.arena_),
         janitor(space, member.arena_.header()) {}

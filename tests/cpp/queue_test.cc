@@ -345,6 +345,23 @@ TEST(QueueDeath, OfTheLastOneThatHasItGivesAllBack) {
   expect_nothing_left(*member);
 }
 
+TEST(QueueDeath, OfTheLastOneThatHasItGivesRoomBeforeThePoolGrows) {
+  constexpr uint64_t kBytes = uint64_t{8} << 20;
+  auto member = fresh_pool(8 * kBytes);
+  const pid_t pid = tests::start([&] {
+    auto self = join(*member);
+    auto queue = make(*self);
+    auto block = self->allocate(kBytes, false);
+    (void)self->issue(block->block, &queue->ref());
+    self->release(block->block, Mode::kReadWrite);
+    std::raise(SIGKILL);
+    return true;
+  });
+  EXPECT_TRUE(WIFSIGNALED(tests::wait_for(pid)));
+  ASSERT_TRUE(member->allocate(kBytes, false).ok());
+  EXPECT_LT(member->stats().committed, 2 * kBytes);
+}
+
 #if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
 
 // All that a process does with a queue.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import time
+import warnings
 from itertools import islice
 from typing import Any
 
@@ -24,7 +25,7 @@ from benchmarks.sample import Sample, rounded
 
 NAME = "early_break"
 WORKERS, EPOCHS, TIMES = 8, 10, 100
-FIRST = 100  # epochs, before "before"
+FIRST = 200  # epochs, before "before"
 FILL = 1.0  # s
 SHAPE = (8, 256, 128)  # float32: 1 MB, four to a batch
 
@@ -53,6 +54,7 @@ class Breaker:
         import torch.multiprocessing
         from torch.utils.data import DataLoader
 
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
         torch.multiprocessing.set_sharing_strategy("file_descriptor")
         self._stats: Any = dict
         make: Any = DataLoader
@@ -92,7 +94,7 @@ class Breaker:
 
 def measure(quick: bool, meter: Meter) -> Result:
     """Both arms; there is nothing to repeat."""
-    times, first = (5, 20) if quick else (TIMES, FIRST)
+    times, first = (5, 50) if quick else (TIMES, FIRST)
     result = Result(
         NAME,
         f"memory of a consumer with {WORKERS} workers, before and after epochs that are left early",

@@ -81,7 +81,7 @@ def measure(quick: bool, meter: Meter) -> Result:
         ARMS,
         quick=quick,
     )
-    rounds, batches = (1, 100) if quick else (5, 200)
+    rounds, batches = (1 if quick else 3), 100
     meter.expect(rounds)
     meter.doing("under strace")
     with Arms(result) as arms:

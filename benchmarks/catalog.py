@@ -5,7 +5,9 @@ from __future__ import annotations
 from benchmarks import (
     alloc,
     dataloader,
+    datapipes,
     descriptors,
+    early_break,
     inline_threshold,
     loader_tensors,
     message,
@@ -17,6 +19,8 @@ from benchmarks import (
     store_load,
     store_module,
     store_save,
+    syscalls,
+    transforms,
     xarray_fields,
 )
 from benchmarks.benchmark import Benchmark
@@ -27,7 +31,11 @@ _MODULES = (
     pooled_dumps,
     queue,
     dataloader,
+    datapipes,
     loader_tensors,
+    transforms,
+    syscalls,
+    early_break,
     xarray_fields,
     descriptors,
     small_devshm,

@@ -171,7 +171,7 @@ def test_an_exception_arrives_with_what_it_holds_and_the_workers_traceback(conte
 
 
 def test_a_result_that_can_not_be_pickled(either):
-    with pytest.raises(Exception, match="(?i)pickle") as raised:
+    with pytest.raises(Exception, match=r"(?i)pickle") as raised:
         run(either, lambda_of, 1)
     if isinstance(either, ProcessPoolExecutor):
         assert isinstance(raised.value, AttributeError | pickle.PicklingError)
@@ -181,7 +181,7 @@ def test_a_result_that_can_not_be_pickled(either):
 
 
 def test_an_argument_that_can_not_be_pickled(either):
-    with pytest.raises((AttributeError, pickle.PicklingError), match="(?i)pickle"):
+    with pytest.raises((AttributeError, pickle.PicklingError), match=r"(?i)pickle"):
         run(either, negative, lambda: None)
     assert run(either, negative, 3) == -3
 
@@ -269,7 +269,7 @@ def test_an_executor_whose_worker_is_killed_is_broken(context, when):
             assert all(one.done() for one in waiting)
         else:
             os.kill(next(iter(executor._processes)), signal.SIGKILL)
-            settled(lambda: executor._broken)
+            settled(lambda executor=executor: executor._broken)
         with pytest.raises(BrokenProcessPool):
             executor.submit(negative, 1)
     del executor
@@ -295,9 +295,8 @@ def test_shutdown_cancels_what_has_not_begun(context):
     settled(futures[0].running)
     executor.shutdown(wait=False, cancel_futures=True)
     event.set()
-    settled(
-        lambda: all(future.done() for future in futures)
-    )  # wait() isn't told of those that are cancelled so
+    # concurrent.futures.wait isn't told of those that are cancelled so.
+    settled(lambda futures=futures: all(future.done() for future in futures))
     assert futures[0].result() is True
     assert sum(future.cancelled() for future in futures) >= 45
     assert all(future.cancelled() or np.array_equal(future.result(), -ARRAY) for future in futures[1:])

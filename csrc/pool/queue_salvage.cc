@@ -186,6 +186,7 @@ Queue::Salvaged Queue::try_salvage(uint64_t patience) {
   }
   TORCHSHM_POINT("queue.salvage_begun");
   if (!all_idle(patience)) return Salvaged::kNotNow;
+  TORCHSHM_POINT("queue.salvage_idle");
   Reach reach;
   for (uint32_t slot = 0, used = arena.slots_used(); slot < used; ++slot) {
     const auto& parked = party(slot).parked;

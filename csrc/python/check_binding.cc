@@ -9,6 +9,7 @@
 #include "pool/checker.h"
 #include "pool/stats.h"
 #include "python/errors.h"
+#include "python/without_gil.h"
 #include "service/address.h"
 #include "store/catalogue_check.h"
 
@@ -37,7 +38,7 @@ py::dict check(int data, int control, bool at_rest) {
   if (!arena) fail(arena.status());
   pool::CheckReport report;
   {
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     report = pool::check(*arena, {.at_rest = at_rest, .limit = false});  // set_limit() may have lowered it
   }
   py::list members;
@@ -61,7 +62,7 @@ py::dict check_catalogue(int catalogue, int data, int control, bool at_rest) {
   if (!arena) fail_in_store(arena.status());
   Result<store::CatalogueReport> report = Status();
   {
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     report = store::check_catalogue(catalogue, *arena, at_rest);
   }
   if (report.code() == Code::kForeign) fail_in_store(Status(Code::kInvalid, report.status().what()));

@@ -16,6 +16,7 @@
 #include "python/rebuild.h"
 #include "python/reduce.h"
 #include "python/store_binding.h"
+#include "python/without_gil.h"
 
 namespace py = pybind11;
 
@@ -43,7 +44,7 @@ void create(uint64_t family, uint64_t limit, uint64_t warm) {
   limits.warm = warm;
   Result<std::unique_ptr<pool::Member>> made = Status();
   {
-    py::gil_scoped_release release;
+    const WithoutGil release;
     made = pool::Member::create(family, limits);
   }
   start(std::move(made), true);
@@ -89,7 +90,7 @@ py::dict stats() {
   pool::Stats s;
   pool::Member& pool = current();
   {
-    py::gil_scoped_release release;
+    const WithoutGil release;
     s = pool.stats();
   }
   py::list processes;
@@ -137,7 +138,7 @@ bool is_written_by_all(uintptr_t address) {
 
 uint64_t trim(uint64_t keep) {
   pool::Member& pool = current();
-  py::gil_scoped_release release;
+  const WithoutGil release;
   return pool.trim(keep);
 }
 

@@ -9,6 +9,7 @@
 #include "pool/queue_watch.h"
 #include "python/errors.h"
 #include "python/family.h"
+#include "python/without_gil.h"
 
 namespace py = pybind11;
 
@@ -92,7 +93,7 @@ class SharedQueue {
   void drop_watch() {
     if (watch_ && watch_->left_behind()) (void)watch_.release();
     if (!watch_) return;
-    py::gil_scoped_release release;
+    const WithoutGil release;
     watch_.reset();
   }
   class Pickling;
@@ -117,7 +118,7 @@ bool SharedQueue::sleep(uint64_t deadline, Wait wait) {
     left = deadline - now;
   }
   {
-    py::gil_scoped_release release;
+    const WithoutGil release;
     wait(std::min(left, kCheckSignals));
   }
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -207,7 +208,7 @@ bool SharedQueue::send(PyObject* data, int64_t nanoseconds, uint64_t deadline, P
   if (length < kCopyUnderGil) {
     std::memcpy(message->data, buffer.view.buf, length);
   } else {
-    py::gil_scoped_release release;
+    const WithoutGil release;
     torchshm::copy_bytes(message->data, static_cast<const std::byte*>(buffer.view.buf), length);
   }
   // Until it is published the message is this call's to give back.

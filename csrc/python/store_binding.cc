@@ -15,6 +15,7 @@
 #include "python/numpy_memory.h"
 #include "python/rebuild.h"
 #include "python/reduce.h"
+#include "python/without_gil.h"
 #include "service/address.h"
 #include "service/client.h"
 #include "service/server.h"
@@ -88,7 +89,7 @@ class Store {
     options.group = group;
     Result<std::unique_ptr<service::Server>> server = Status();
     {
-      const py::gil_scoped_release release;
+      const WithoutGil release;
       server = service::Server::start(options);
     }
     if (!server) fail_in_store(server.status());
@@ -101,7 +102,7 @@ class Store {
     if (Status named = service::check_name(name); !named) fail_in_store(named);
     Result<service::Client> client = Status();
     {
-      const py::gil_scoped_release release;
+      const WithoutGil release;
       client = service::connect(name, nanoseconds, no_signal);
     }
     if (PyErr_Occurred() != nullptr) throw py::error_already_set();
@@ -212,7 +213,7 @@ class Store {
   py::object blank(uint64_t length) {
     Result<pool::Member::View> view = Status();
     {
-      const py::gil_scoped_release release;
+      const WithoutGil release;
       view = member_->allocate(length, true);
     }
     if (!view && made_room(view.status())) view = member_->allocate(length, true);
@@ -273,7 +274,7 @@ class Store {
   py::list keys(std::string_view prefix) {
     std::vector<std::string> found;
     {
-      const py::gil_scoped_release release;
+      const WithoutGil release;
       catalogue_->each(prefix, [&](store::Entry entry) { found.push_back(std::move(entry.key)); });
       std::sort(found.begin(), found.end());
     }
@@ -287,12 +288,12 @@ class Store {
   }
 
   uint64_t size() {
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     return catalogue_->size();
   }
 
   uint32_t sweep() {
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     return catalogue_->sweep();
   }
 
@@ -312,7 +313,7 @@ class Store {
       const uint64_t at = os::boot_time();
       if (at >= until) return;
       {
-        const py::gil_scoped_release release;
+        const WithoutGil release;
         (void)catalogue_->wait(name, seen, std::min(kSlice, until - at));
         rung = catalogue_->bell(name) != seen;
       }
@@ -328,7 +329,7 @@ class Store {
     pool::Stats stats;
     uint64_t names = 0;
     {
-      const py::gil_scoped_release release;
+      const WithoutGil release;
       stats = member_->stats();
       names = catalogue_->size();
     }
@@ -374,14 +375,14 @@ class Store {
   // Whether somebody has asked the service to end, within that time.
   bool wait_stop(int milliseconds) {
     if (server_ == nullptr) return true;
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     return server_->wait(milliseconds);
   }
 
   // Ends the service, if it is here. Names and data stay, for whoever has the store.
   void stop() {
     if (server_ == nullptr) return;
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     server_.reset();
   }
 
@@ -442,7 +443,7 @@ void copy_into(py::handle array, uint64_t offset, uintptr_t from, uint64_t lengt
     std::memcpy(at, bytes, length);
     return;
   }
-  const py::gil_scoped_release release;
+  const WithoutGil release;
   torchshm::copy_bytes(at, bytes, length);
 }
 
@@ -450,7 +451,7 @@ py::object answer_of(const std::string& name, service::Ask what) {
   if (Status named = service::check_name(name); !named) fail_in_store(named);
   Result<service::Reply> reply = Status();
   {
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     reply = service::ask(name, what);
   }
   if (reply) return as_dict(*reply);

@@ -662,6 +662,78 @@ TEST(QueueDeath, AStoppedSenderOrTakerStopsNobody) {
   }
 }
 
+// Somebody who gives back and is stopped at that point of it; until go_on().
+class StoppedSalvage {
+ public:
+  StoppedSalvage(Member& member, Queue& queue, const char* point) {
+    member.arena().header().reaped.fetch_add(1, std::memory_order_relaxed);  // as if somebody had died
+    pid_ = tests::start([&, handle = *queue.handle()] {
+      auto self = join(member);
+      auto mine = open(*self, handle);
+      failpoint::Plan plan;
+      plan.action = failpoint::Action::kStop;
+      plan.only = point;
+      failpoint::arm(plan);
+      mine->salvage();
+      return true;
+    });
+    int status = 0;
+    stopped_ = ::waitpid(pid_, &status, WUNTRACED) == pid_ && WIFSTOPPED(status);
+  }
+  bool stopped() const { return stopped_; }
+  int go_on() const {
+    ::kill(pid_, SIGCONT);
+    return tests::wait_for(pid_);
+  }
+
+ private:
+  pid_t pid_;
+  bool stopped_;
+};
+
+TEST(QueueSalvage, LeavesAParcelThatIsFilledAndClosedMeanwhile) {
+  auto member = fresh_pool();
+  for (const char* point : {"queue.salvage_begun", "queue.salvage_idle", "queue.salvage_parked", "queue.salvage"}) {
+    auto queue = make(*member);
+    ASSERT_TRUE(put(*queue, 1, 0));
+    ASSERT_TRUE(take(*queue));
+    const StoppedSalvage other(*member, *queue, point);
+    ASSERT_TRUE(other.stopped()) << point;
+    ASSERT_TRUE(put(*queue, 1, 1, 700));
+    queue->close_parcel();
+    EXPECT_EQ(other.go_on(), 0);
+    auto block = member->allocate(60000, false);  // where the parcel would have been
+    std::memset(block->data, 0xff, 60000);
+    const auto note = take(*queue);
+    ASSERT_TRUE(note) << point;
+    EXPECT_EQ(note->number, 1U);
+    member->release(block->block, Mode::kReadWrite);
+    queue.reset();
+    expect_nothing_left(*member);
+  }
+}
+
+TEST(QueueSalvage, LeavesWhatIsTakenMeanwhileToBeReadLater) {
+  auto member = fresh_pool();
+  for (const char* point : {"queue.salvage_begun", "queue.salvage_idle", "queue.salvage_parked", "queue.salvage"}) {
+    auto queue = make(*member);
+    ASSERT_TRUE(*queue->publish(write(*queue, 8)->message));
+    const StoppedSalvage other(*member, *queue, point);
+    ASSERT_TRUE(other.stopped()) << point;
+    auto taken = queue->take();
+    char copy[Handle::kBytes];
+    std::memcpy(copy, (*taken)->data, sizeof copy);
+    queue->keep_for_later(**taken);
+    queue->finish(**taken);
+    EXPECT_EQ(other.go_on(), 0);
+    auto view = member->redeem(Handle::read(copy), Mode::kReadWrite);
+    ASSERT_TRUE(view.ok()) << point << ": " << view.status().what();
+    member->release(view->block, Mode::kReadWrite);
+    queue.reset();
+    expect_nothing_left(*member);
+  }
+}
+
 #endif
 
 TEST(QueueDeath, AtRandomMomentsLosesOnlyWhatTheDeadHadInHand) {

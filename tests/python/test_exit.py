@@ -50,6 +50,18 @@ PROGRAMS = {
             threading.Thread(target=work, daemon=True).start()
         time.sleep(0.05)
     """,
+    "daemon threads that wait in queues": """
+        context = torchshm.get_context("fork")
+        empty, full, open_task = context.Queue(), context.Queue(1), context.JoinableQueue()
+        full.put(1), open_task.put(1)
+        for wait in (empty.get, lambda: full.put(x), open_task.join, context.Event().wait, lambda: empty._reader.poll(None)):
+            threading.Thread(target=wait, daemon=True).start()
+        time.sleep(0.05)
+        class Slow:
+            def __del__(self, sleep=time.sleep):
+                sleep(0.3)
+        slow = Slow()
+    """,
     "daemon thread that sends and receives": """
         def work():
             kept = []

@@ -302,6 +302,45 @@ def test_what_the_killed_had_in_hand_comes_back_while_the_queue_lives(context):
     assert queue.get()[-1] == 7 and queue.empty()
 
 
+class _Pickled:
+    """An object that travels as bytes, which are unpickled when somebody asks."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __reduce__(self):
+        return _Pickled, (torchshm.dumps(self.data),)
+
+
+class _Spoilt:
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+def test_bytes_in_a_message_can_be_unpickled_later(context):
+    """Also when somebody has died since, and what the dead had is given back."""
+    q = context.Queue()
+    q.put(_Pickled(np.arange(50_000.0)))
+    got = q.get()
+    assert ended(forked(lambda: os.kill(os.getpid(), signal.SIGKILL))) == -signal.SIGKILL
+    torchshm.stats()  # takes notice of the death
+    q.put(1)
+    assert q.get() == 1
+    assert torchshm.loads(got.data)[-1] == 49_999
+
+
+def test_what_can_not_be_unpickled_leaves_nothing(context):
+    q = context.Queue()
+    q.put(1)
+    assert q.get() == 1
+    before = left()
+    for _ in range(5):
+        q.put((_Spoilt(), np.arange(500_000.0)))
+        with pytest.raises(ValueError, match="no number"):
+            q.get()
+    assert left() == before
+
+
 @pytest.mark.parametrize("maxsize", [0, 7])
 def test_many_senders_and_takers_lose_nothing(context, maxsize):
     senders, takers, each = 5, 3, 1500

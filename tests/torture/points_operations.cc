@@ -373,6 +373,13 @@ std::vector<Operation> make() {
     if (done) done = take(s, queue);
     if (done) done = take(s, queue);
     if (done) done = put(queue, 30000);  // unreceived
+    while (done && !queue.full()) done = put(queue, 64);
+    auto late = queue.reserve(100);
+    if (late) {
+      auto sent = queue.publish(*late);
+      if (sent && !*sent) queue.wait_for_room(*late, 5000);
+      queue.cancel(*late);
+    }
     queue.set_flag(true);
     return done;
   });

@@ -284,6 +284,23 @@ TEST(MemberNaming, WhatCameInAMessageStaysAsItWasNamed) {
   EXPECT_FALSE(member->is_private(view.block));
 }
 
+TEST(MemberNaming, WhatIsSharedByIntentIsNamedAsItIsAndACopyOnlyUnwritten) {
+  auto member = fresh_pool();
+  auto view = member->allocate(4 * kPage, true);
+  EXPECT_TRUE(member->can_be_named(*member->find(view->data), view->data, view->data + 10));
+  auto copy = member->view(view->block, Mode::kCopyOnWrite);
+  ASSERT_TRUE(copy.ok());
+  EXPECT_TRUE(member->can_be_named(*member->find(copy->data), copy->data, copy->data + 10));
+  copy->data[0] = std::byte{1};
+  EXPECT_FALSE(member->can_be_named(*member->find(copy->data), copy->data, copy->data + 10));
+  EXPECT_EQ(member->objects(view->block), 2U);
+  EXPECT_EQ(member->objects(member->arena().pages()), 0U);
+  EXPECT_FALSE(member->is_private(member->arena().pages()));
+  member->release(view->block, Mode::kReadWrite);
+  member->release(view->block, Mode::kCopyOnWrite);
+  EXPECT_FALSE(member->is_private(view->block));
+}
+
 TEST(MemberNaming, BlocksThatShareAPageAndRefusedMappingsAreCopied) {
   auto member = fresh_pool();
   const Member::View small = receive(*member, kPage + kGranule, false);

@@ -5,10 +5,13 @@
 
 #include <array>
 #include <cstring>
+#include <random>
 #include <thread>
 
 #include "base/failpoint.h"
+#include "kernel.h"
 #include "os/futex.h"
+#include "parts.h"
 #include "pool/members.h"
 #include "pool/queue_watch.h"
 #include "processes.h"
@@ -209,6 +212,93 @@ bool comes_down_to(Queue& queue, uint64_t blocks) {
     if (queue.member().stats().blocks <= blocks) return true;
   }
   return false;
+}
+
+// Whatever stands in its blocks: an error, or other messages; no crash, no hang, and the pool is sound.
+TEST(QueueCorrupt, IsAnErrorAndNoMore) {
+  const tests::Watchdog watchdog(110);
+  for (uint64_t seed = 1; seed <= 3000; ++seed) {
+    std::mt19937_64 random(seed);
+    auto member = fresh_pool(uint64_t{64} << 20);
+    auto queue = make(*member, random() % 2 == 0 ? 40 : 0);
+    for (uint64_t i = 0; i < random() % 300; ++i) {
+      ASSERT_TRUE(put(*queue, 1, i, 64 + random() % 3000 * (i % 20 == 0 ? 10 : 0)));
+      if (i % 4 != 0) (void)queue->take();
+      if (i % 4 != 0 && queue->full()) (void)queue->take();
+      if (queue->full()) (void)queue->take();
+    }
+    (void)queue->publish(write(*queue, 7)->message);
+    const Handle handle = *queue->handle();
+    // The blocks of the queue: its own, segments, parcels.
+    std::vector<uint32_t> blocks = {queue->ref().block};
+    for (uint32_t i = 0; i < member->arena().tickets_used(); ++i) {
+      const auto ticket = pool::TicketValue::of(member->arena().ticket(i).value.load());
+      if (ticket.of_queue()) blocks.push_back(ticket.block);
+    }
+    for (uint64_t damages = 1 + random() % 6; damages > 0; --damages) {
+      const auto extent = *member->arena().extent(blocks[random() % 2 == 0 ? 0 : random() % blocks.size()]);
+      const uint64_t words = random() % 2 == 0 ? std::min<uint64_t>(extent.length / 8, 64) : extent.length / 8;
+      auto* word = reinterpret_cast<uint64_t*>(member->arena().data() + extent.offset) + random() % words;
+      switch (random() % 5) {
+        case 0:
+          *word = 0;
+          break;
+        case 1:
+          *word = ~uint64_t{0};
+          break;
+        case 2:
+          *word += random() % 5 - 2;
+          break;
+        case 3:
+          *word = random();
+          break;
+        default:
+          *word ^= uint64_t{1} << random() % 64;
+      }
+    }
+    auto second = Queue::open(*member, handle);
+    std::vector<Queue*> both = {queue.get()};
+    if (second) both.push_back(second->get());
+    for (int i = 0; i < 30; ++i) {
+      Queue& one = *both[random() % both.size()];
+      switch (random() % 7) {
+        case 0: {
+          auto message = one.reserve(random() % 20000);
+          if (!message) break;
+          auto done = one.publish(*message);
+          if (done && !*done) one.wait_for_room(*message, 1000);
+          if (!done || !*done) one.cancel(*message);
+          break;
+        }
+        case 1:
+          (void)one.task_done();
+          (void)one.all_done();
+          break;
+        case 2:
+          (void)one.size();
+          (void)one.full();
+          (void)one.empty();
+          one.wait(Queue::For::kMessage, 1000);
+          break;
+        case 3:
+          member->arena().header().reaped.fetch_add(1, std::memory_order_relaxed);
+          one.salvage();
+          break;
+        case 4:
+          one.close_parcel();
+          break;
+        default: {
+          auto message = one.take();
+          if (!message || !*message) break;
+          uint64_t sum = 0;
+          for (uint64_t at = 0; at < (*message)->length; at += 512) sum += static_cast<uint64_t>((*message)->data[at]);
+          if (sum % 3 == 0) one.keep_for_later(**message);
+          if (sum % 3 == 1) one.drop_rest(**message);
+          one.finish(**message);
+        }
+      }
+    }
+  }
 }
 
 TEST(QueueSalvage, GivesBackWhatSomebodyHadInHandWhoHasGone) {
@@ -478,6 +568,44 @@ TEST(Queue, ItsDescriptorIsReadableWhileSomethingIsThere) {
     ASSERT_TRUE(readable(30000));
     ASSERT_EQ(take(*queue)->number, i);
   }
+}
+
+TEST(Queue, SaysWhatItCanNotHave) {
+  auto member = fresh_pool(uint64_t{16} << 20);
+  auto queue = make(*member);
+  EXPECT_EQ(queue->reserve(uint64_t{1} << 43).code(), Code::kFull);
+  EXPECT_TRUE(tests::succeeds([&] {
+    if (!tests::refuse(SYS_clone3, EAGAIN) || !tests::refuse(SYS_clone, EAGAIN)) return false;
+    return pool::QueueWatch::start(*queue).code() == Code::kUnsupported;
+  }));
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+  const tests::Failing failing("os.eventfd", EMFILE);
+  EXPECT_EQ(pool::QueueWatch::start(*queue).status().error(), EMFILE);
+#endif
+}
+
+// A child that is forked while a message is in hand has not got it.
+TEST(Queue, AMessageInHandIsNotAForkedChilds) {
+  auto member = fresh_pool();
+  auto queue = make(*member);
+  ASSERT_TRUE(put(*queue, 1, 1));
+  auto taken = queue->take();
+  auto written = queue->reserve(100);
+  std::memset(written->data, 0, 100);
+  EXPECT_TRUE(tests::succeeds([&] {
+    queue->finish(**taken);
+    queue->wait_for_room(*written, 1000);
+    return queue->publish(*written).code() == Code::kStale && put(*queue, 2, 2);
+  }));
+  EXPECT_EQ((*taken)->length, sizeof(Note));
+  queue->finish(**taken);
+  ASSERT_TRUE(*queue->publish(*written));
+  EXPECT_EQ(take(*queue)->number, 2U);
+  auto mine = queue->take();
+  EXPECT_EQ((*mine)->length, 100U);
+  queue->finish(**mine);
+  queue.reset();
+  expect_nothing_left(*member);
 }
 
 TEST(QueueDeath, OfTheLastOneThatHasItGivesAllBack) {

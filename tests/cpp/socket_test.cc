@@ -274,6 +274,50 @@ TEST_F(Socket, ItsDirectoryIsForThisUserAlone) {
   }));
 }
 
+TEST_F(Socket, ItsDirectoryHasOneWriter) {
+  const std::string made = directory_ + "/made";
+  ASSERT_TRUE(os::private_directory(made, -1).ok());
+  const auto self = static_cast<uint32_t>(::geteuid());
+  EXPECT_TRUE(os::only_writer(made, self));
+  EXPECT_EQ(os::only_writer(made, self + 1), self == 0);  // root may write everywhere
+  ::chmod(made.c_str(), 0711);
+  EXPECT_TRUE(os::only_writer(made, self));
+  ::chmod(made.c_str(), 0772);
+  EXPECT_FALSE(os::only_writer(made, self));
+  EXPECT_FALSE(os::only_writer(directory_ + "/not/there", self));
+  ASSERT_TRUE(tests::write_file(directory_ + "/file", ""));
+  EXPECT_FALSE(os::only_writer(directory_ + "/file", self));
+  if (self != 0) return;
+  ASSERT_EQ(::chown(made.c_str(), 4321, 4321), 0);
+  ::chmod(made.c_str(), 0700);
+  EXPECT_TRUE(os::only_writer(made, 4321));
+  EXPECT_FALSE(os::only_writer(made, 4322));
+}
+
+TEST_F(Socket, GivesItselfAndMemoryFilesToAGroup) {
+  const auto group = static_cast<int64_t>(::getegid());
+  const Fd listening = os::listen_at(socket_, 0660, group).take();
+  struct stat st {};
+  ASSERT_EQ(::stat(socket_.c_str(), &st), 0);
+  EXPECT_EQ(st.st_gid, group);
+  EXPECT_EQ(st.st_mode & 0777, 0660U);
+  auto file = os::create_memfd("torchshm-test", 4096);
+  ASSERT_TRUE(file.ok());
+  ASSERT_TRUE(os::give_to_group(file->get(), static_cast<uint32_t>(group)));
+  ASSERT_EQ(::fstat(file->get(), &st), 0);
+  EXPECT_EQ(st.st_mode & 0777, 0660U);
+  EXPECT_EQ(os::give_to_group(-1, static_cast<uint32_t>(group)).error(), EBADF);
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds([&] {
+    return refuse(SYS_chown, EPERM) && refuse(SYS_fchownat, EPERM) &&
+           names(os::listen_at(socket_ + "2", 0660, group).status(), "bind", EPERM);
+  }));
+  EXPECT_TRUE(succeeds([&] {
+    return refuse(SYS_fchmod, EPERM) &&
+           names(os::give_to_group(file->get(), static_cast<uint32_t>(group)), "fchown", EPERM);
+  }));
+}
+
 TEST_F(Socket, ADirectoryOfAnotherUserIsRefused) {
   if (::geteuid() != 0) GTEST_SKIP() << "needs root, to become a second user";
   ASSERT_TRUE(os::private_directory(directory_ + "/made", -1).ok());

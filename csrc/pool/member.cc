@@ -398,7 +398,7 @@ bool Member::keep(const Handle& handle) {
 void Member::end(uint32_t ticket, const TicketValue& value) {
   const std::lock_guard lock(mutex_);
   notice_fork();
-  if (stranded_ || ticket >= kTickets || value.block >= arena_.pages()) return;
+  if (stranded_) return;
   (void)work_->tickets.end(ticket, value);
   end_queues();
 }
@@ -406,7 +406,7 @@ void Member::end(uint32_t ticket, const TicketValue& value) {
 void Member::adopt(uint32_t ticket, uint64_t nonce) {
   const std::lock_guard lock(mutex_);
   notice_fork();
-  if (!stranded_ && ticket < kTickets) (void)work_->tickets.adopt({ticket, nonce});
+  if (!stranded_) (void)work_->tickets.adopt({ticket, nonce});
 }
 
 void Member::give_up(const Handle& handle) {

@@ -56,7 +56,7 @@ class Member final : public FreedSink {
 
   // For names. keep(): the handle's ticket belongs to a name from here on; false when it was taken back already.
   bool keep(const Handle& handle);
-  // Ends a queue's ticket, if it is still that one.
+  // Ends a queue's ticket, if it is still that one. REQUIRES: the index of a ticket, as in adopt().
   void end(uint32_t ticket, const TicketValue& value);
   // The ticket of a queue's message is this process's own from here on.
   void adopt(uint32_t ticket, uint64_t nonce);

@@ -12,6 +12,7 @@
 #include "kernel.h"
 #include "os/futex.h"
 #include "parts.h"
+#include "pool/checker.h"
 #include "pool/members.h"
 #include "pool/queue_watch.h"
 #include "processes.h"
@@ -582,6 +583,55 @@ TEST(Queue, SaysWhatItCanNotHave) {
   const tests::Failing failing("os.eventfd", EMFILE);
   EXPECT_EQ(pool::QueueWatch::start(*queue).status().error(), EMFILE);
 #endif
+}
+
+TEST(Queue, AnEventWakesAllWhoWaitForIt) {
+  const tests::Watchdog watchdog(60);
+  auto member = fresh_pool();
+  auto queue = make(*member, 1);
+  ASSERT_TRUE(put(*queue, 1, 1));
+  std::atomic<int> awake{0};
+  const auto waiting = [&](Queue::For what, auto&& ready) {
+    return std::thread([&, what, ready] {
+      while (!ready()) queue->wait(what, kSecond);
+      ++awake;
+    });
+  };
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i) threads.push_back(waiting(Queue::For::kFlag, [&] { return queue->flag(); }));
+  for (int i = 0; i < 3; ++i) threads.push_back(waiting(Queue::For::kAllDone, [&] { return queue->all_done(); }));
+  threads.push_back(waiting(Queue::For::kRoom, [&] { return !queue->full(); }));
+  ::usleep(30000);
+  EXPECT_EQ(awake, 0);
+  queue->set_flag(true);
+  ASSERT_TRUE(queue->task_done());
+  ASSERT_TRUE(take(*queue));
+  for (auto& thread : threads) thread.join();
+  queue->set_flag(false);
+  EXPECT_FALSE(queue->flag());
+}
+
+TEST(Queue, IsRefusedWhereItCanNotBe) {
+  auto member = fresh_pool(uint64_t{8} << 20);
+  auto queue = make(*member);
+  Handle handle = *queue->handle();
+  auto& cells =
+      reinterpret_cast<pool::QueueHeader*>(member->arena().data() + member->arena().extent(queue->ref().block)->offset)
+          ->cells;
+  for (const uint32_t damaged : {0U, pool::kMostCells + 1}) {
+    const uint32_t before = std::exchange(cells, damaged);
+    EXPECT_EQ(Queue::open(*member, handle).code(), Code::kInvalid);
+    cells = before;
+    handle = *queue->handle();
+  }
+  ASSERT_TRUE(put(*queue, 1, 1));
+  EXPECT_TRUE(pool::check(member->arena()).violations.empty());
+  member->give_up(handle);
+  queue.reset();
+  EXPECT_EQ(Queue::open(*member, handle).code(), Code::kStale);
+  std::vector<Member::View> all;
+  for (auto more = member->allocate(4096, false); more; more = member->allocate(4096, false)) all.push_back(*more);
+  EXPECT_EQ(Queue::create(*member, 0).code(), Code::kFull);
 }
 
 // A child that is forked while a message is in hand has not got it.

@@ -421,6 +421,7 @@ def test_ctrl_c_ends_a_wait(wait, tmp_path):
         q = context.JoinableQueue(1)
         if {wait!r} != "q.get()":
             q.put(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         try:
             {wait}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peer import Peer
 from scripts import PATIENCE
 
 import torchshm
@@ -49,55 +50,88 @@ def other(script, *arguments, groups, user=STRANGER):
     )
 
 
+# What runs in the process that serves: one of its own, since a process can have so many pools.
+serving = {}
+
+
+def serve(name, group=None):
+    serving[name] = torchshm.start(name, mode=0o600 if group is None else 0o660, group=group)
+
+
+def save(name, key, value):
+    serving[name][key] = value
+
+
+def total(name, key):
+    return int(serving[name][key].sum())
+
+
+def remove(name, key):
+    serving[name].remove(key)
+
+
+def figures(name):
+    info = serving[name].info()
+    return info["leases"], info["blocks"]
+
+
+def end(name, runtime):
+    os.environ["XDG_RUNTIME_DIR"] = runtime
+    serving.pop(name).close()
+
+
 @pytest.fixture
-def friends(monkeypatch):
-    """A store for a group, in a directory that others may pass through."""
+def server(monkeypatch):
+    """It serves a store for a group, in a directory that others may pass through."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o711)
         monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
-        with torchshm.start("friends", mode=0o660, group=GROUP) as store:
-            store["from root"] = np.ones(1000)
-            yield store
+        with Peer("spawn") as peer:
+            peer.call(serve, "friends", GROUP)
+            peer.call(save, "friends", "from root", np.ones(1000))
+            yield peer
 
 
-def test_a_member_has_what_others_save_and_they_have_its(friends):
+def test_a_member_has_what_others_save_and_they_have_its(server):
     """Both ways, from another user; several stores for different groups lie in one directory."""
-    with torchshm.start("private"), torchshm.start("others", mode=0o660, group=GROUP + 1):
-        out, err = other(USE, groups=[GROUP]).communicate(timeout=PATIENCE)
-        assert (out, err) == ("1000\n", "")
-        assert int(friends["from the other"].sum()) == 4999950000
+    server.call(serve, "private")
+    server.call(serve, "others", GROUP + 1)
+    out, err = other(USE, groups=[GROUP]).communicate(timeout=PATIENCE)
+    assert (out, err) == ("1000\n", "")
+    assert server.call(total, "friends", "from the other") == 4999950000
 
 
-def test_what_a_killed_member_held_comes_back(friends):
+def test_what_a_killed_member_held_comes_back(server):
     """The other user's death is seen, without a look into its /proc files."""
-    before = friends.info()["leases"], friends.info()["blocks"]
+    before = server.call(figures, "friends")
     child = other(USE, "wait", groups=[GROUP])
     assert child.stdout.readline() == "1000\n", child.stderr.read()
     child.send_signal(signal.SIGKILL)
     child.wait(PATIENCE)
-    friends.remove("from the other")
-    end = time.monotonic() + PATIENCE
-    while (friends.info()["leases"], friends.info()["blocks"]) != before and time.monotonic() < end:
+    server.call(remove, "friends", "from the other")
+    patience = time.monotonic() + PATIENCE
+    while server.call(figures, "friends") != before and time.monotonic() < patience:
         time.sleep(0.01)
-    assert (friends.info()["leases"], friends.info()["blocks"]) == before
+    assert server.call(figures, "friends") == before
 
 
 def test_what_root_serves_is_found_from_another_users_directory(monkeypatch):
     """Root's own directory is looked at after the user's."""
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     name = f"of-root-{os.getpid()}"
-    with torchshm.start(name, mode=0o660, group=GROUP) as store:
-        store["x"] = np.ones(3)
+    with Peer("spawn") as peer:
+        peer.call(serve, name, GROUP)
+        peer.call(save, name, "x", np.ones(3))
         script = f"print(int(torchshm.connect({name!r}).load('x').sum()))"
         for runtime in ("", "/nowhere"):
             monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
             assert other(script, groups=[GROUP]).communicate(timeout=PATIENCE) == ("3\n", "")
-    assert not Path(
-        "/run/torchshm", f"{name}.sock"
-    ).exists()  # though the environment has another directory by now
+        assert Path(f"/run/torchshm/{name}.sock").exists()
+        peer.call(end, name, "/nowhere")
+        assert not Path(f"/run/torchshm/{name}.sock").exists()  # whatever its environment says by now
 
 
-def test_nobody_else_has_any_of_it(friends):
+def test_nobody_else_has_any_of_it(server):
     """Not a member: refused with what is wrong."""
     child = other(USE, groups=[])
     _, err = child.communicate(timeout=PATIENCE)
@@ -106,9 +140,7 @@ def test_nobody_else_has_any_of_it(friends):
 
 
 @pytest.mark.parametrize(("mode", "believed"), [(0o711, True), (0o1777, False)])
-def test_another_users_service_is_believed_only_where_nobody_else_could_be_it(
-    tmp_path, monkeypatch, mode, believed
-):
+def test_another_users_service_is_believed_only_where_nobody_else_could_be_it(monkeypatch, mode, believed):
     """Who may make files in the folder could be anybody, as in /tmp."""
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setenv("XDG_RUNTIME_DIR", folder)

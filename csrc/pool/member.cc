@@ -165,8 +165,7 @@ void Member::keep_few_empty() {
 
 // Whether the same step again may give more.
 bool Member::make_room_step(int step, uint64_t bytes) {
-  (void)work_->reaper.reap_all();
-  end_queues(true);
+  (void)reap_locked();
   switch (step) {
     case 0:
       release_empty();
@@ -515,21 +514,25 @@ uint32_t Member::objects(uint32_t block) {
 
 // ---- the rest
 
+// With the queues whose last member had died, whoever has reaped that one.
+uint32_t Member::reap_locked() {
+  const uint32_t reaped = work_->reaper.reap_all();
+  end_queues(true);
+  return reaped;
+}
+
 uint32_t Member::reap() {
   const std::lock_guard lock(mutex_);
   notice_fork();
   if (stranded_) return 0;
-  const uint32_t reaped = work_->reaper.reap_all();
-  end_queues(true);
-  return reaped;
+  return reap_locked();
 }
 
 uint64_t Member::trim(uint64_t keep) {
   const std::lock_guard lock(mutex_);
   notice_fork();
   if (stranded_) return 0;
-  (void)work_->reaper.reap_all();
-  end_queues(true);
+  (void)reap_locked();
   release_empty();
   return work_->space.trim(keep);
 }

@@ -23,10 +23,8 @@ constexpr int kMostAttempts = 1 << 20;  // each retry means that somebody else h
 constexpr uint64_t kPatience = 1'000'000;  // ns, of who sleeps anyway, for one who is busy
 constexpr uint64_t kOffsetMask = 0xffffffff;
 
-uint64_t tickets_bytes(uint64_t tickets) {
-  return (tickets * sizeof(MessageTicket) + kMessageUnit - 1) / kMessageUnit * kMessageUnit;
-}
 uint64_t rounded(uint64_t bytes) { return (bytes + kMessageUnit - 1) / kMessageUnit * kMessageUnit; }
+uint64_t tickets_bytes(uint64_t tickets) { return rounded(tickets * sizeof(MessageTicket)); }
 
 void advance(std::atomic<uint64_t>& counter, uint64_t from) {
   (void)counter.compare_exchange_strong(from, from + 1, std::memory_order_acq_rel);

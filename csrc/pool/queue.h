@@ -176,6 +176,8 @@ class Queue {
   Salvaged try_salvage(uint64_t patience);
   bool all_idle(uint64_t patience);
   void unpark(const Message& message);
+  template <class F>
+  void each_unused(const Message& message, F use);  // of the message's tickets, those that are still the queue's
   struct Reach;
 
   Member& member_;
@@ -194,7 +196,7 @@ class Queue {
   uint64_t epoch_ = 0;                // of the process that fills it
   std::atomic<uint64_t> identity_{0}, identity_epoch_{0};
   std::atomic<uint64_t> salvaging_{0};   // epoch of who is at it, or 0
-  std::atomic<uint64_t> deaths_{0};      // of the pool, when all that the dead had left was given back
+  std::atomic<uint64_t> deaths_{0};      // of the pool, when it was last looked for what they left
   std::atomic<uint64_t> not_before_{0};  // CLOCK_BOOTTIME; 0: nothing is left to do
   uint64_t pause_ = 0;                   // ns
 };

@@ -94,22 +94,22 @@ void Queue::unpark(const Message& message) {
   if (parked.load(std::memory_order_relaxed) == place) parked.compare_exchange_strong(place, 0);
 }
 
-void Queue::keep_for_later(const Message& message) {
+template <class F>
+void Queue::each_unused(const Message& message, F use) {
   for (const MessageTicket ticket : message.tickets) {
     const auto index = static_cast<uint32_t>(ticket & 0xffffff);
     if (index >= kTickets) continue;
     const TicketValue value = TicketValue::of(member_.arena().ticket(index).value.load());
-    if (value.of_queue() && value.nonce == ticket >> 24) member_.adopt(index, value.nonce);
+    if (value.of_queue() && value.nonce == ticket >> 24) use(index, value);
   }
 }
 
+void Queue::keep_for_later(const Message& message) {
+  each_unused(message, [&](uint32_t index, const TicketValue& value) { member_.adopt(index, value.nonce); });
+}
+
 void Queue::drop_rest(const Message& message) {
-  for (const MessageTicket ticket : message.tickets) {
-    const auto index = static_cast<uint32_t>(ticket & 0xffffff);
-    if (index >= kTickets) continue;
-    const TicketValue value = TicketValue::of(member_.arena().ticket(index).value.load());
-    if (value.of_queue() && value.nonce == ticket >> 24) member_.end(index, value);
-  }
+  each_unused(message, [&](uint32_t index, const TicketValue& value) { member_.end(index, value); });
 }
 
 // ---- salvage

@@ -521,6 +521,13 @@ uint32_t Member::reap_locked() {
   return reaped;
 }
 
+// Whoever has just reaped the last member of a queue may not have come to its tickets yet.
+void Member::take_back_before_growth() {
+  (void)work_->reaper.reap_all();
+  const uint64_t deaths = arena_.header().reaped.load(std::memory_order_relaxed);
+  end_queues(std::exchange(work_->deaths_seen, deaths) != deaths);
+}
+
 uint32_t Member::reap() {
   const std::lock_guard lock(mutex_);
   notice_fork();

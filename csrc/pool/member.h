@@ -125,6 +125,7 @@ class Member final : public FreedSink {
   void keep_few_empty();
   void release_locked(uint32_t block, Mode mode);
   void end_queues(bool look = false);
+  void take_back_before_growth();
   uint32_t reap_locked();
   bool drop_copy(const Arena::Extent& extent);
   bool copy_is_clean(const Arena::Extent& extent);

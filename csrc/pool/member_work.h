@@ -17,9 +17,7 @@ struct Member::Work {
   Work(Member& member, uint32_t slot)
       : ledger(member.arena_, slot, member),
         tickets(member.arena_, ledger, slot),
-        space(member.arena_, slot,
-              // The dead may have been the last at a queue.
-              [&member] { member.end_queues(member.work_->reaper.reap_all() != 0); }),
+        space(member.arena_, slot, [&member] { member.take_back_before_growth(); }),
         reaper(member.arena_, slot, ledger, space),
         heap(member.arena_),
         janitor(space, member.arena_.header()) {}
@@ -32,6 +30,7 @@ struct Member::Work {
   uint32_t hints_seen = 0;
   bool hints_uncertain = false;
   bool queue_ended = false;  // a queue has become free: its tickets are to be taken back
+  uint64_t deaths_seen = 0;  // of the pool, when it was last looked for queues that they have ended
 };
 
 }  // namespace torchshm::pool

@@ -80,6 +80,7 @@ void Membership::renew(Arena& arena) {
   incarnation_ = arena.header().next_incarnation.fetch_add(1, std::memory_order_relaxed);  // unique is enough
   lease.pid.store(0, std::memory_order_relaxed);
   lease.word.store(lease_word(incarnation_), std::memory_order_seq_cst);
+  arena.header().reaped.fetch_add(1, std::memory_order_relaxed);
   TORCHSHM_POINT("succeed.renewed");
   sign(arena);
 }

@@ -61,6 +61,9 @@ Queue::Queue(Member& member, Member::View view, QueueRef ref)
 Queue::~Queue() {
   close_parcel();
   member_.release(view_.block, Mode::kReadWrite);
+  // If only the dead have it still, it ends now.
+  const BlockValue left = BlockValue::of(member_.arena().block(ref_.block).value.load());
+  if (left.live && left.generation == ref_.generation) (void)member_.reap();
 }
 
 Result<std::unique_ptr<Queue>> Queue::create(Member& member, uint64_t maxsize) {

@@ -8,6 +8,7 @@
 //   3. every living member has once had nothing in hand again: what it had taken meanwhile is read, and its tickets used up or adopted;
 // and it is still that ticket. Nobody is waited for: if somebody is busy it is tried later.
 #include <algorithm>
+#include <new>
 #include <thread>
 #include <unordered_set>
 #include <vector>
@@ -158,7 +159,7 @@ bool Queue::all_idle(uint64_t patience) {
   return true;
 }
 
-Queue::Salvaged Queue::try_salvage(uint64_t patience) {
+Queue::Salvaged Queue::try_salvage(uint64_t patience) try {
   Arena& arena = member_.arena();
   if (!all_idle(patience)) return Salvaged::kNotNow;  // before the long way through the tickets
   struct Out {
@@ -216,6 +217,8 @@ Queue::Salvaged Queue::try_salvage(uint64_t patience) {
     }
   }
   return parcels ? Salvaged::kPerhapsMore : Salvaged::kAll;
+} catch (const std::bad_alloc&) {
+  return Salvaged::kNotNow;
 }
 
 void Queue::salvage(uint64_t patience) {

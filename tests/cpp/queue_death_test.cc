@@ -8,6 +8,7 @@
 #include "base/failpoint.h"
 #include "os/futex.h"
 #include "pool/members.h"
+#include "pool/stats.h"
 #include "queues.h"
 
 namespace torchshm {
@@ -40,6 +41,23 @@ TEST(QueueDeath, OfTheLastOneThatHasItGivesAllBack) {
   });
   EXPECT_TRUE(WIFSIGNALED(tests::wait_for(pid)));
   expect_nothing_left(*member);
+}
+
+// Not when somebody reaps or needs room, some time.
+TEST(QueueDeath, OfAllOthersThatHaveItEndsItWithThisOne) {
+  auto member = fresh_pool();
+  auto queue = make(*member);
+  const Handle handle = *queue->handle();
+  const pid_t pid = tests::start([&] {
+    auto self = join(*member);
+    auto mine = open(*self, handle);
+    for (uint64_t i = 0; i < 10; ++i) (void)put(*mine, 1, i, 100000);
+    std::raise(SIGKILL);
+    return true;
+  });
+  EXPECT_TRUE(WIFSIGNALED(tests::wait_for(pid)));
+  queue.reset();
+  EXPECT_EQ(pool::collect(member->arena()).blocks, 0);
 }
 
 TEST(QueueDeath, OfTheLastOneThatHasItGivesRoomBeforeThePoolGrows) {

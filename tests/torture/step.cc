@@ -3,7 +3,7 @@
 // An operation is first recorded: stepped through to its end, with a picture of the pool after each instruction. A stretch of instructions
 // between which no other process could see a difference is a state (step_picture.h). Then the operation is run anew and killed
 //   - at the first and the last instruction of each state: all operations;
-//   - at each instruction: those of the families allocate, hold, release, issue, redeem, reap (--full; a sample of them otherwise);
+//   - at each instruction: those of the families allocate, hold, release, issue, redeem, reap, queue (--full; a sample of them otherwise);
 //   - as a reaper of a process that was itself killed in each state of each operation, in each state of that reaping.
 // Each of these runs is a process of its own that gets SIGKILL. It is brought to the instruction by a hardware breakpoint that counts how
 // often its address is passed, and its picture there is compared with the recorded one; where they differ it is stepped into the same state
@@ -396,7 +396,7 @@ Arguments parse(int count, char** values) {
 using Figures = std::vector<std::pair<std::string, std::string>>;
 
 bool every_instruction(const Operation& operation) {
-  static const std::set<std::string> families = {"allocate", "hold", "release", "issue", "redeem", "reap"};
+  static const std::set<std::string> families = {"allocate", "hold", "release", "issue", "redeem", "reap", "queue"};
   return families.count(operation.family) != 0;
 }
 

@@ -35,19 +35,6 @@ std::unique_ptr<Member> member_of(Member& other) {
   return member.take();
 }
 
-// A life that ends by SIGKILL, in a process of its own.
-void live_and_die(Scene& scene, void (*life)(Scene&)) {
-  std::fflush(nullptr);
-  const pid_t pid = ::fork();
-  if (pid == 0) {
-    (void)::prctl(PR_SET_PDEATHSIG, SIGKILL);
-    scene.join();
-    life(scene);
-    (void)::raise(SIGKILL);
-  }
-  (void)::waitpid(pid, nullptr, 0);
-}
-
 void drop(Scene& s, uint32_t block) {
   if (block != kNone) s.self->release(block, Mode::kReadWrite);
 }
@@ -117,6 +104,18 @@ void fork_and_wait(Scene& s, bool parent_waits) {
 
 }  // namespace
 
+void live_and_die(Scene& scene, void (*life)(Scene&)) {
+  std::fflush(nullptr);
+  const pid_t pid = ::fork();
+  if (pid == 0) {
+    (void)::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    scene.join();
+    life(scene);
+    (void)::raise(SIGKILL);
+  }
+  (void)::waitpid(pid, nullptr, 0);
+}
+
 Scene::Scene(uint64_t limit) {
   pool::Limits limits;
   limits.limit = limit;
@@ -167,7 +166,7 @@ std::vector<Handle> Scene::messages() const {
   const pool::Arena& arena = survivor->arena();
   for (uint32_t i = 0, used = arena.tickets_used(); i < used; ++i) {
     const TicketValue ticket = TicketValue::of(arena.ticket(i).value.load());
-    if (ticket.sender == 0 || i == letter.ticket || ticket.block >= arena.pages()) continue;
+    if (ticket.sender == 0 || ticket.of_queue() || i == letter.ticket || ticket.block >= arena.pages()) continue;
     const BlockValue block = BlockValue::of(arena.block(ticket.block).value.load());
     out.push_back({survivor->pool_id(), block.generation, ticket.block, i, ticket.nonce});
   }
@@ -176,8 +175,10 @@ std::vector<Handle> Scene::messages() const {
 
 void Scene::join() { self = pool::adopt(member_of(*survivor)); }
 
-const std::vector<Operation>& operations() {
-  static const std::vector<Operation> all = {
+namespace {
+
+std::vector<Operation> pool_operations() {
+  return {
       // ---- allocate
       {.name = "allocate small, cached",
        .family = "allocate",
@@ -448,6 +449,16 @@ const std::vector<Operation>& operations() {
        .act = [](Scene& s) { (void)s.self->trim(0); }},
       {.name = "statistics", .family = "stats", .act = [](Scene& s) { (void)s.self->stats(); }},
   };
+}
+
+}  // namespace
+
+const std::vector<Operation>& operations() {
+  static const std::vector<Operation> all = [] {
+    auto both = pool_operations();
+    for (Operation& operation : queue_operations()) both.push_back(std::move(operation));
+    return both;
+  }();
   return all;
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "pool/members.h"
+#include "pool/queue.h"
 
 namespace torchshm::torture {
 
@@ -36,7 +37,9 @@ struct Scene {
   pool::Handle handle{};   // for the operation
   uint32_t block = kNone;  // the other process's
   pool::Member* self = nullptr;
-  std::vector<uint32_t> own;  // blocks that a random life holds
+  std::vector<uint32_t> own;           // blocks that a random life holds
+  std::unique_ptr<pool::Queue> queue;  // the survivor's
+  std::unique_ptr<pool::Queue> mine;   // the other process's view of it
 
   // A block of the survivor's, filled with a pattern that is looked at after the kill. False where there is no room.
   bool hold(uint64_t bytes, bool whole_pages = false);
@@ -44,11 +47,14 @@ struct Scene {
   std::optional<pool::Handle> send(uint64_t bytes, bool whole_pages = false);
   // Lets go of the last block that hold() made.
   void let_go();
-  // Every ticket that is out but the letter's, as handles.
+  // Every ticket that is out but the letter's and those of queues, as handles.
   std::vector<pool::Handle> messages() const;
   // The other process's membership, in the other process. Adopted: its forks run the handlers.
   void join();
 };
+
+// A life that ends by SIGKILL, in a process of its own.
+void live_and_die(Scene& scene, void (*life)(Scene&));
 
 constexpr unsigned char kLetter = 0x5a;
 constexpr uint64_t kLetterBytes = 50000;
@@ -57,13 +63,18 @@ using Hook = std::function<void(Scene&)>;
 
 struct Operation {
   std::string name;
-  const char* family;  // allocate, hold, release, issue, redeem, reap: those are stepped through without a gap
+  const char* family;  // allocate, hold, release, issue, redeem, reap, queue: those are stepped through without a gap
   Hook before = nullptr, prepare = nullptr, between = nullptr, act = nullptr;
   bool joins = true;   // before `prepare`; else it is `act` that does
   bool child = false;  // it is the child of act's fork that is stepped and killed
 };
 
 const std::vector<Operation>& operations();
+
+// Those on a queue that the survivor has too (step_queue.cc), and what the survivor finds in it afterwards: whole messages, each once; that
+// it goes on; and that what the dead had in hand is given back while the queue lives. The queue ends with that.
+std::vector<Operation> queue_operations();
+std::string verify_queue(Scene& scene);
 
 // In the calling process: one or a few random steps of a life; with what the pool holds now as the only memory of what was.
 void random_steps(Scene& scene, std::mt19937_64& random, int steps);

@@ -216,6 +216,7 @@ std::string verify(Scene& s, unsigned variant) {
   wrong += counts(s);
   wrong += checker(s);
   if (pages_behind(s.survivor->arena()) > s.survivor->stats().committed) wrong += "; more pages than are counted";
+  wrong += verify_queue(s);
   if (variant % kVariants == 1) {
     // Messages are given up where there is no room otherwise; they are stale then, unless the survivor holds the block itself.
     const auto messages = s.messages();

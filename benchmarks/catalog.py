@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks import (
     alloc,
+    block_reads,
     dataloader,
     datapipes,
     descriptors,
@@ -14,6 +15,7 @@ from benchmarks import (
     pooled_dumps,
     queue,
     small_devshm,
+    spawn_dataset,
     store_connect,
     store_crowd,
     store_load,
@@ -36,6 +38,8 @@ _MODULES = (
     transforms,
     syscalls,
     early_break,
+    spawn_dataset,
+    block_reads,
     xarray_fields,
     descriptors,
     small_devshm,

@@ -59,7 +59,8 @@ class Mapping {
 // What follows works on addresses and not on descriptors: a program may close those and open files of its own under the same numbers.
 
 // Backs a range of a kShared mapping with pages, mapped here, so that a later touch can't fail. Best where MADV_POPULATE_WRITE is known
-// (Linux 5.14); before that pages are touched one by one. REQUIRES: page boundaries.
+// (Linux 5.14); before that pages are touched one by one. Whole 2 MiB become huge pages where the system has them (Linux 6.1).
+// REQUIRES: page boundaries.
 Status commit(std::byte* at, uint64_t length);
 
 // Maps existing pages of a kShared mapping in one step instead of one fault each. Best effort.

@@ -16,8 +16,8 @@ inline os::Fd memfd(uint64_t size = kSize) {
   return fd.take();
 }
 
-inline os::Mapping map(os::Mapping::Kind kind, const os::Fd& fd) {
-  auto mapping = os::Mapping::map(kind, fd.get(), kSize);
+inline os::Mapping map(os::Mapping::Kind kind, const os::Fd& fd, uint64_t size = kSize) {
+  auto mapping = os::Mapping::map(kind, fd.get(), size);
   EXPECT_TRUE(mapping.ok()) << mapping.status().what();
   return mapping.take();
 }

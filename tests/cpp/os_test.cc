@@ -2,6 +2,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <vector>
@@ -318,6 +319,56 @@ TEST(Pages, AreThereOnceCommittedAndKeepWhatTheyHold) {
   ASSERT_TRUE(os::commit(shared.data(), uint64_t{1} << 20).ok());
   EXPECT_TRUE(resident(shared.data(), uint64_t{1} << 20));
   EXPECT_EQ(shared.data()[4096], std::byte{9});
+}
+
+constexpr uint64_t kHuge = uint64_t{2} << 20;
+constexpr uint32_t kCollapse = 25;  // MADV_COLLAPSE
+
+// Bytes of the mapping at an address that lie in huge pages.
+uint64_t in_huge_pages(const std::byte* at) {
+  std::ifstream smaps("/proc/self/smaps");
+  uint64_t bytes = 0;
+  bool inside = false;
+  for (std::string line; std::getline(smaps, line);) {
+    unsigned long begin = 0, end = 0, kib = 0;
+    if (std::sscanf(line.c_str(), "%lx-%lx ", &begin, &end) == 2) {
+      inside = begin <= reinterpret_cast<uintptr_t>(at) && reinterpret_cast<uintptr_t>(at) < end;
+    } else if (inside && std::sscanf(line.c_str(), "ShmemPmdMapped: %lu", &kib) == 1) {
+      bytes += kib << 10;
+    }
+  }
+  return bytes;
+}
+
+bool has_huge_pages() {
+  const Fd fd = memfd();
+  Mapping shared = map(Mapping::Kind::kShared, fd);
+  shared.data()[0] = std::byte{1};
+  return ::madvise(shared.data(), kHuge, static_cast<int>(kCollapse)) == 0;
+}
+
+TEST(Pages, AreHugeWhereWholeOnesAreCommitted) {
+  if (!has_huge_pages()) GTEST_SKIP() << "the system has no huge pages for memory files";
+  EXPECT_TRUE(succeeds([] {
+    const Fd fd = memfd(5 * kHuge);
+    Mapping shared = map(Mapping::Kind::kShared, fd, 5 * kHuge), own = map(Mapping::Kind::kPrivate, fd, 5 * kHuge);
+    shared.data()[kHuge + 5] = std::byte{7};
+    const bool committed = os::commit(shared.data() + kHuge - 4096, 3 * kHuge).ok();
+    const bool keeps = own.data()[kHuge + 5] == std::byte{7};
+    // Two whole ones, a small page before and 511 after, and nothing else.
+    return committed && keeps && in_huge_pages(shared.data()) == 2 * kHuge && in_huge_pages(own.data()) == kHuge &&
+           resident(shared.data() + kHuge - 4096, 3 * kHuge) && !resident(shared.data() + 4 * kHuge - 4096, 4096);
+  }));
+}
+
+TEST(Pages, AreSmallWhereTheSystemHasNoHugeOnes) {
+  TORCHSHM_NEEDS_SECCOMP();
+  EXPECT_TRUE(succeeds([] {
+    const Fd fd = memfd();
+    Mapping shared = map(Mapping::Kind::kShared, fd);
+    return refuse(SYS_madvise, EINVAL, 2, kCollapse) && os::commit(shared.data(), 2 * kHuge).ok() &&
+           resident(shared.data(), 2 * kHuge) && in_huge_pages(shared.data()) == 0;
+  }));
 }
 
 TEST(Pages, AreTouchedOneByOneWhereTheKernelCanNotDoItInOneCall) {

@@ -150,7 +150,15 @@ CAMPAIGNS = [
     Campaign(
         "loader_deaths",
         "a DataLoader whose worker is killed ends as PyTorch's own does, and all memory comes back",
-        [*script("tests/torture/loader_deaths.py"), "--deaths", "20", "--stock-deaths", "0"],
+        [
+            *script("tests/torture/loader_deaths.py"),
+            "--deaths",
+            "20",
+            "--register-deaths",
+            "8",
+            "--stock-deaths",
+            "0",
+        ],
         [*script("tests/torture/loader_deaths.py"), "--full", "--deaths", "1000"],
         needs=("dev",),
     ),

@@ -1,6 +1,8 @@
 """Workers of a running DataLoader are killed at random moments: it ends as stock PyTorch's does, and all memory comes back.
 
-The same with torchshm and without, so that what PyTorch itself does stands beside it. Each death is one DataLoader in a process that runs
+The same with torchshm's DataLoader, with PyTorch's own after ``register()``, and without torchshm, so that what PyTorch itself does stands
+beside it. The second has the standard library's queues and event, and hangs where those do: a worker that is killed while it holds
+their semaphore keeps it. Such a hang is counted, with where it is. Each death is one DataLoader in a process that runs
 many of them, one after the other; a supervisor watches that process, and takes no sign for a minute as a hang.
 
     python tests/torture/loader_deaths.py --deaths 1000 --seed 1 --json build/torture/loader_deaths.json
@@ -32,6 +34,14 @@ from result_file import ResultFile
 
 PATIENCE = 60.0  # seconds; PyTorch itself looks every 5 seconds whether its workers live
 SHAPES = [(3, 8, 8), (3, 40, 50), (2, 5, 16, 32), (4, 128, 128)]
+STOCK = "stock"
+KINDS = {
+    "torchshm.data": ["data", "data, pooled"],
+    "register()": ["arrays", "tensors"],
+    STOCK: ["arrays"],
+}
+# The innermost frames of a thread that waits for a semaphore of the standard library.
+STANDARD = re.compile(r"Current thread [^\n]*\n  File \"[^\n]*/multiprocessing/(synchronize|queues)\.py\"")
 ERROR = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (exited unexpectedly|is killed by signal)")
 
 
@@ -62,11 +72,11 @@ def check(batch: dict[str, Any]) -> None:
         assert (batch["mask"][n] == (index % 2 == 0)).all(), index
 
 
-def kind_of_loader(chance: random.Random, pooled: bool) -> tuple[str, Any, dict[str, Any]]:
+def kind_of_loader(chance: random.Random, side: str) -> tuple[str, Any, dict[str, Any]]:
     """What it is called, the class, and arguments of its own."""
     from torch.utils.data import DataLoader
 
-    kind = chance.choice(["arrays", "tensors", "data", "data, pooled"]) if pooled else "arrays"
+    kind = chance.choice(KINDS[side])
     if kind in ("arrays", "tensors"):
         return kind, DataLoader, {"collate_fn": collate} if kind == "arrays" else {}
     import torchshm.data
@@ -74,9 +84,9 @@ def kind_of_loader(chance: random.Random, pooled: bool) -> tuple[str, Any, dict[
     return kind, torchshm.data.DataLoader, {"pooled": True} if kind == "data, pooled" else {}
 
 
-def death(chance: random.Random, spawned: float, pooled: bool) -> tuple[str, str]:
+def death(chance: random.Random, spawned: float, side: str) -> tuple[str, str]:
     """Run one DataLoader until one of its workers is killed. Returns how it was made, and how it ended."""
-    kind, loader_class, own = kind_of_loader(random.Random(chance.random()), pooled)
+    kind, loader_class, own = kind_of_loader(random.Random(chance.random()), side)
     method = "spawn" if chance.random() < spawned else "fork"
     persistent = chance.random() < 0.5
     shape, workers = chance.choice(SHAPES), 1 if method == "spawn" else chance.randrange(1, 4)
@@ -151,10 +161,10 @@ def remains() -> str:
     return str(found)
 
 
-def run_many(seed: int, deaths: int, pooled: bool, spawned: float) -> None:
+def run_many(seed: int, deaths: int, side: str, spawned: float) -> None:
     """In a process of its own: a line for each death."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    if pooled:
+    if side != STOCK:
         import torchshm
 
         torchshm.register(limit="256MiB")
@@ -165,12 +175,12 @@ def run_many(seed: int, deaths: int, pooled: bool, spawned: float) -> None:
         chance = random.Random(f"{seed} {n}")
         began = time.monotonic()
         try:
-            way, ended = death(chance, spawned, pooled)
+            way, ended = death(chance, spawned, side)
         except RuntimeError as error:  # the handler's, a moment late
             way, ended = "late", "RuntimeError" if ERROR.search(str(error)) else f"RuntimeError: {error}"
         gc.collect()
         took = time.monotonic() - began
-        left = remains() if pooled else ""
+        left = remains() if side != STOCK else ""
         descriptors = len(os.listdir("/proc/self/fd"))
         print(
             json.dumps(
@@ -181,11 +191,11 @@ def run_many(seed: int, deaths: int, pooled: bool, spawned: float) -> None:
 
 
 class Side:
-    """Deaths with torchshm, or without it."""
+    """Deaths with one of KINDS."""
 
-    def __init__(self, seed: int, deaths: int, pooled: bool, spawned: float) -> None:
-        self.seed, self.wanted, self.pooled, self.spawned = seed, deaths, pooled, spawned
-        self.deaths = self.hangs = self.well = self.batches = self.descriptors = 0
+    def __init__(self, seed: int, deaths: int, name: str, spawned: float) -> None:
+        self.seed, self.wanted, self.name, self.spawned = seed, deaths, name, spawned
+        self.deaths = self.hangs = self.standard = self.well = self.batches = self.descriptors = 0
         self.longest = 0.0
         self.ways: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -196,8 +206,8 @@ class Side:
             self.run_one_process(min(200, self.wanted - self.deaths))
 
     def run_one_process(self, deaths: int) -> None:
-        arguments = ["--inside", "--seed", str(self.seed * 1000 + self.batches), "--deaths", str(deaths)]
-        arguments += ["--spawned", str(self.spawned)] + ([] if self.pooled else ["--stock"])
+        arguments = ["--seed", str(self.seed * 1000 + self.batches), "--deaths", str(deaths)]
+        arguments += ["--spawned", str(self.spawned), "--side", self.name]
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen(
                 [sys.executable, __file__, *arguments],
@@ -217,7 +227,11 @@ class Side:
                     process.send_signal(signal.SIGUSR1)
                     time.sleep(1)
                     errors.seek(0)
-                    self.wrong.append(f"{self.name}: a hang. {children(process.pid)} {errors.read()[-3000:]}")
+                    said = errors.read()
+                    if self.name == "register()" and STANDARD.search(said):
+                        self.standard += 1
+                    else:
+                        self.wrong.append(f"{self.name}: a hang. {children(process.pid)} {said[-3000:]}")
                     break
                 line = process.stdout.readline()
                 if not line:
@@ -231,10 +245,6 @@ class Side:
                 errors.seek(0)
                 self.deaths += 1
                 self.wrong.append(f"{self.name}: the process ended with {code}: {errors.read()[-2000:]}")
-
-    @property
-    def name(self) -> str:
-        return "torchshm" if self.pooled else "stock"
 
     def count(self, death: dict[str, Any], first: int) -> int:
         self.deaths += 1
@@ -251,6 +261,7 @@ class Side:
 
     def figures(self) -> dict[str, Any]:
         figures = {"deaths": self.deaths, "RuntimeError as PyTorch's": self.well, "hangs": self.hangs}
+        figures |= {"hangs in the standard library's event": self.standard} if self.standard else {}
         figures |= {
             "longest s": round(self.longest, 1),
             "descriptors more than after the first": self.descriptors,
@@ -274,6 +285,7 @@ def children(pid: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--deaths", type=int, default=20)
+    parser.add_argument("--register-deaths", type=int, default=-1, help="as many by default")
     parser.add_argument("--stock-deaths", type=int, default=-1, help="of the comparison; as many by default")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
@@ -281,31 +293,34 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--full", action="store_true", help="said in the result")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--stock", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--side", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.inside:
-        run_many(chosen.seed, chosen.deaths, not chosen.stock, chosen.spawned)
+    if chosen.side:
+        run_many(chosen.seed, chosen.deaths, chosen.side, chosen.spawned)
         return
     began = time.monotonic()
-    ours = Side(chosen.seed, chosen.deaths, True, chosen.spawned)
-    stock = Side(
-        chosen.seed, chosen.deaths if chosen.stock_deaths < 0 else chosen.stock_deaths, False, chosen.spawned
-    )
-    ours.run()
-    stock.run()
-    figures = ours.figures() | stock.figures()
+    wanted = {"torchshm.data": -1, "register()": chosen.register_deaths, STOCK: chosen.stock_deaths}
+    sides = {
+        name: Side(chosen.seed, chosen.deaths if deaths < 0 else deaths, name, chosen.spawned)
+        for name, deaths in wanted.items()
+    }
+    figures: dict[str, Any] = {}
+    for side in sides.values():
+        side.run()
+        figures |= side.figures()
     for name, value in figures.items():
         print(f"{name}: {value}")
-    for wrong in ours.wrong:
+    stock = sides.pop(STOCK)
+    ours = [wrong for side in sides.values() for wrong in side.wrong]
+    for wrong in ours:
         print("WRONG:", wrong)
     for wrong in stock.wrong:
         print("without torchshm:", wrong)
     if chosen.json:
         figures |= {f"stock, {n}": wrong.split("\n")[0][:120] for n, wrong in enumerate(stock.wrong)}
         took = time.monotonic() - began
-        ResultFile("loader_deaths", chosen.seed, chosen.full, took, figures, ours.wrong).write(chosen.json)
-    sys.exit(1 if ours.wrong else 0)
+        ResultFile("loader_deaths", chosen.seed, chosen.full, took, figures, ours).write(chosen.json)
+    sys.exit(1 if ours else 0)
 
 
 if __name__ == "__main__":

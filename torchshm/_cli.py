@@ -169,7 +169,3 @@ _store_commands.add_to(app)
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="torchshm")
-
-
-if __name__ == "__main__":
-    main()

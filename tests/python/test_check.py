@@ -62,7 +62,7 @@ def copies(program, tmp_path):
 
 def check(*arguments, status: int) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "torchshm._cli", "check", *map(str, arguments)],
+        [sys.executable, "-m", "torchshm", "check", *map(str, arguments)],
         env={**os.environ, "COLUMNS": "120"},
         capture_output=True,
         text=True,
@@ -112,7 +112,7 @@ def test_checking_joins_no_pool(program):
 
 def test_every_pool_of_the_machine_is_found(program):
     done = subprocess.run(
-        [sys.executable, "-m", "torchshm._cli", "check", "--json"],
+        [sys.executable, "-m", "torchshm", "check", "--json"],
         capture_output=True,
         text=True,
         timeout=PATIENCE,

@@ -671,7 +671,7 @@ def test_wrong_usage_of_the_daemon_says_what_is_right(prefix, runtime, arguments
         [prefix / "bin" / "torchshmd", *arguments], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 2 and why in done.stderr and "Usage: torchshmd" in done.stderr
-    serve = [sys.executable, "-m", "torchshm._cli", "serve", *arguments]
+    serve = [sys.executable, "-m", "torchshm", "serve", *arguments]
     done = subprocess.run(serve, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2, done.stderr
 

@@ -33,7 +33,7 @@ WAYS = {
 def torchshm(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in `folder` as another process group, so that a hang leaves nobody behind."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "torchshm._cli", *arguments],
+        [sys.executable, "-m", "torchshm", *arguments],
         cwd=folder,
         env={
             **os.environ,

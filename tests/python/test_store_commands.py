@@ -22,7 +22,7 @@ import torchshm
 
 def command(*arguments, code=0):
     done = subprocess.run(
-        [sys.executable, "-m", "torchshm._cli", *arguments],
+        [sys.executable, "-m", "torchshm", *arguments],
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -45,7 +45,7 @@ def served(runtime):
     told = asked("serve", "--name", "shell", "--limit", "256MiB")
     yield told["pid"]
     subprocess.run(
-        [sys.executable, "-m", "torchshm._cli", "stop", "shell"], capture_output=True, timeout=PATIENCE
+        [sys.executable, "-m", "torchshm", "stop", "shell"], capture_output=True, timeout=PATIENCE
     )
 
 
@@ -103,7 +103,7 @@ def test_a_service_in_the_foreground_ends_cleanly(runtime, number):
         [
             sys.executable,
             "-m",
-            "torchshm._cli",
+            "torchshm",
             "serve",
             "--name",
             "front",
@@ -239,7 +239,7 @@ def test_check_knows_the_catalogue(served, tmp_path):
         file.seek(12288 + 16 * slot + 8)
         file.write(struct.pack("<Q", words[2 * slot + 1] + 1))
     said = subprocess.run(
-        [sys.executable, "-m", "torchshm._cli", "check", *files, "--json"], capture_output=True, text=True
+        [sys.executable, "-m", "torchshm", "check", *files, "--json"], capture_output=True, text=True
     )
     assert said.returncode == 1
     (found,) = json.loads(said.stdout)["pools"]

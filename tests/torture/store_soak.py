@@ -325,7 +325,7 @@ class Conductor:
         else:
             began = time.monotonic()
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "torchshm._cli", "serve", self.name, "--no-fork", "--limit", LIMIT],
+                [sys.executable, "-m", "torchshm", "serve", self.name, "--no-fork", "--limit", LIMIT],
                 stdout=subprocess.DEVNULL,
             )
             self.service = self.popen.pid

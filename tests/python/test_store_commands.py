@@ -44,9 +44,7 @@ def wait_for_end(pid):
 def served(runtime):
     told = asked("serve", "--name", "shell", "--limit", "256MiB")
     yield told["pid"]
-    subprocess.run(
-        [sys.executable, "-m", "torchshm", "stop", "shell"], capture_output=True, timeout=PATIENCE
-    )
+    subprocess.run([sys.executable, "-m", "torchshm", "stop", "shell"], capture_output=True, timeout=PATIENCE)
 
 
 def test_a_service_lives_on_its_own_is_looked_at_and_stopped(served, runtime):

@@ -271,9 +271,18 @@ def test_threads_and_forks_share_the_store_of_their_process(tmp_path):
     threads = [threading.Thread(target=lambda: found.append(node_store())) for _ in range(8)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert len(set(map(id, found))) == 1
-    with _job._lock:  # held by a thread while another one forks
-        rank = Rank(lambda: (node_store()._core.pool_id, node_store() is found[0]))
-    assert eval(rank.says()) == (found[0]._core.pool_id, True)
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with _job._lock:
+            held.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start(), held.wait()
+    rank = Rank(lambda: (node_store()._core.pool_id, node_store() is found[0], _job._lock.acquire(timeout=5)))
+    done.set(), holder.join()
+    assert eval(rank.says()) == (found[0]._core.pool_id, True, True)
     assert rank.leave() == 0
     node_store().close()
     assert node_store() is not found[0] and node_store()._core.serving

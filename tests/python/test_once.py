@@ -198,8 +198,15 @@ def test_a_killed_one_leaves_no_memory_of_what_it_made(tmp_path):
     os.read(ours, 1)
     before = torchshm.connect(_job.job_name()).info()["live_bytes"]
     assert before >= 40_000_000
-    second = Rank(lambda: once("a", lambda: 1))
-    first.kill()
+
+    def second():
+        node_store()
+        os.write(theirs, b".")
+        return once("a", lambda: 1)
+
+    second = Rank(second)
+    os.read(ours, 1)
+    first.kill()  # with the service
     assert second.says() == "1"
     store, end = torchshm.connect(_job.job_name()), time.monotonic() + 60
     while store.info()["live_bytes"] >= before and time.monotonic() < end:
@@ -376,6 +383,9 @@ def make(progress):
             progress(0.41)
         if step == b"m":
             parts.append(np.ones(5_000_000))
+        if step == b"s":
+            with node_store().storage():
+                parts.append(np.full(10_000_000, 1.0))
         os.write(theirs, b".")
     return parts
 
@@ -429,8 +439,10 @@ def test_who_waits_says_for_whom_and_how_far_it_is(tmp_path):
     second.hears("rank 3 waits for rank 0 to make 'a': 40 MB\\n")
     tell(b"p")
     second.hears("rank 3 waits for rank 0 to make 'a': 41 %, 40 MB\\n")
+    tell(b"s")
+    second.hears("rank 3 waits for rank 0 to make 'a': 41 %, 80 MB\\n")
     tell(b"e")
-    assert first.says() == second.says() == "6"
+    assert first.says() == second.says() == "7"
     """
     waiting(script, tmp_path, "_once._LINE_EVERY = 0.01")
 
@@ -545,3 +557,28 @@ def test_who_has_no_stderr_waits_in_silence(tmp_path):
     assert second.says() == "5"
     """
     waiting(script, tmp_path, "_once._LINE_EVERY = 0.01")
+
+
+def test_who_a_process_is(tmp_path):
+    script = """
+    import torch
+    from torch.utils.data import DataLoader
+
+    class Names(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield _once._who()
+
+    def workers():
+        return [name for (name,) in DataLoader(Names(), num_workers=2)]
+
+    from torchshm.data import _once
+    assert _once._who() == f"process {os.getpid()}"
+    os.environ["LOCAL_RANK"] = "3"
+    assert _once._who() == "rank 3"
+    os.environ["RANK"] = "11"
+    assert _once._who() == "rank 11" and workers() == ["rank 11 (worker 0)", "rank 11 (worker 1)"]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{os.getcwd()}/ranks", rank=0, world_size=1)
+    assert _once._who() == "rank 0"
+    torch.distributed.destroy_process_group()
+    """
+    crew(script, tmp_path)

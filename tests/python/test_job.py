@@ -97,12 +97,17 @@ def ranks(rank=0, port="12355"):
             [slurm(job="4712"), slurm(step="1")],
         ),
         ({"PMIX_NAMESPACE": "prterun-a-1@1"}, [], [{"PMIX_NAMESPACE": "prterun-a-2@1"}, {}]),
+        (
+            {"LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            [{"LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}],
+            [{"MASTER_ADDR": "a", "MASTER_PORT": "1"}],
+        ),
         (ranks(), [ranks(3)], [ranks(port="12356"), torchrun(port="12355")]),
         ({"TORCHSHM_JOB": "mine"}, [{"TORCHSHM_JOB": "mine", **slurm()}], [{"TORCHSHM_JOB": "yours"}]),
         # No launcher: MASTER_PORT alone says nothing, nor does a shell in a Slurm step.
         ({}, [{"MASTER_PORT": "1", "MASTER_ADDR": "a"}, slurm(tasks="1")], []),
     ],
-    ids=["torchrun", "torchrun without logs", "Slurm", "MPI", "ranks", "given", "no launcher"],
+    ids=["torchrun", "torchrun without logs", "Slurm", "MPI", "Lightning", "ranks", "given", "no launcher"],
 )
 def test_the_name_is_that_of_the_job(named, one, same, others):
     name = named(**one)

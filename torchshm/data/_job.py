@@ -43,15 +43,15 @@ os.register_at_fork(after_in_child=_renew_lock)
 def _identity() -> tuple[str, ...]:
     """What tells this job from every other one of the user on this node: who launched it, and what that one calls it."""
     get = os.environ.get
-    run, rank = get("TORCHELASTIC_RUN_ID"), get("RANK")
+    run, rank = get("TORCHELASTIC_RUN_ID"), get("RANK") or get("LOCAL_RANK")  # Lightning sets the latter only
     address = (get("MASTER_ADDR", ""), get("MASTER_PORT", ""))
     if run is not None and rank is not None:
         # The run id is "none" unless the user gives one; the agent's own directory is made anew for each launch.
         of_rank = get("TORCHELASTIC_ERROR_FILE")  # <directory>/attempt_<n>/<local rank>/error.json
-        return "torchrun", run, *address, str(Path(of_rank).parents[2]) if of_rank else ""
+        return "torchrun", run, *address, str(Path(of_rank).parent.parent.parent) if of_rank else ""
     step = get("SLURM_STEP_ID") or get("SLURM_STEPID")
     # A step of one task may be a shell that many jobs are started from.
-    if step is not None and int(get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+    if step is not None and get("SLURM_STEP_NUM_TASKS", "1") != "1":
         return "slurm", get("SLURM_JOB_ID", ""), step
     namespace = get("PMIX_NAMESPACE")
     if namespace is not None:
@@ -182,7 +182,7 @@ def node_store() -> Store:
     Notes
     -----
     A job is what one launcher has started: torchrun (its run and its directory of logs), a Slurm step with several tasks, an MPI
-    namespace, else all that have ``RANK`` and the same ``MASTER_ADDR`` and ``MASTER_PORT``, else this process and those it starts
+    namespace, else all that have ``RANK`` or ``LOCAL_RANK`` and the same ``MASTER_ADDR`` and ``MASTER_PORT``, else this process and those it starts
     by multiprocessing. The environment's ``TORCHSHM_JOB`` names the store instead. Its limit is ``TORCHSHM_LIMIT``, else half of what
     the machine or the cgroup allows.
     """

@@ -362,6 +362,53 @@ def test_ranks_of_torchrun_and_their_workers(tmp_path, runtime):
     assert not list((runtime / "torchshm").glob("job-torchrun-*"))
 
 
+LIGHTNING = """
+import os, warnings
+warnings.filterwarnings("ignore")
+import numpy as np, torch
+import pytorch_lightning as pl
+from torchshm.data import once
+
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def setup(self, stage):
+        self.made = once("made", lambda: np.full((8, 4), os.getpid(), np.float32))
+        with open(os.environ["MADE"], "a") as file:
+            file.write(f"{int(self.made[0, 0])}\\n")
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.from_numpy(self.made), 2)
+
+    def training_step(self, batch, index):
+        return self.layer(batch).sum() * 0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+if __name__ == "__main__":
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )
+    trainer.fit(Module())
+"""
+
+
+def test_ranks_that_lightning_starts(tmp_path, runtime):
+    pytest.importorskip("pytorch_lightning")
+    made = tmp_path / "made"
+    done = run_script(LIGHTNING, tmp_path, MADE=str(made))
+    assert done.returncode == 0, done.stderr
+    one, other = made.read_text().split()
+    assert one == other
+    assert not list((runtime / "torchshm").glob("job-ranks-*"))
+
+
 # ---- a word to those who wait
 
 # One makes, as it is told; others wait for it, with the patience of a test.

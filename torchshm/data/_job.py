@@ -182,9 +182,9 @@ def node_store() -> Store:
     Notes
     -----
     A job is what one launcher has started: torchrun (its run and its directory of logs), a Slurm step with several tasks, an MPI
-    namespace, else all that have ``RANK`` or ``LOCAL_RANK`` and the same ``MASTER_ADDR`` and ``MASTER_PORT``, else this process and those it starts
-    by multiprocessing. The environment's ``TORCHSHM_JOB`` names the store instead. Its limit is ``TORCHSHM_LIMIT``, else half of what
-    the machine or the cgroup allows.
+    namespace, else all that have ``RANK`` or ``LOCAL_RANK`` and the same ``MASTER_ADDR`` and ``MASTER_PORT``, else this process and
+    those it starts by multiprocessing. The environment's ``TORCHSHM_JOB`` names the store instead. Its limit is ``TORCHSHM_LIMIT``,
+    else half of what the machine or the cgroup allows.
     """
     name = job_name()
     store = _stores.get(name)

@@ -98,6 +98,7 @@ def once(
             maker.tell(None)
             return fn(progress=maker.progress) if _takes_progress(fn) else fn()
         finally:
+            maker.end()
             running.discard((home.name, key))
 
     with contextlib.closing(_Waiter(home, key)) as waiter:
@@ -152,6 +153,9 @@ class _Maker:
         self._store, self._key, self._total = store, key, total
         self._start: dict[str, Any] | None = None
         self._told = -math.inf
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._over = False
 
     def progress(self, fraction: float) -> None:
         """Tell those who wait; as often as one likes."""
@@ -159,17 +163,27 @@ class _Maker:
             self.tell(min(max(float(fraction), 0.0), 1.0))
 
     def tell(self, fraction: float | None) -> None:
-        if self._start is None:
-            self._start = {
-                "who": _who(),
-                "live": self._store.info()["live_bytes"],
-                "private": _private_bytes(os.getpid()),
-                "total": self._total,
-            }
-        text = json.dumps({**self._start, "fraction": fraction}).encode()
-        with contextlib.suppress(TorchshmError):  # nobody is worse off for it
-            self._store._tell_of_making(self._key, text)
-        self._told = time.monotonic()
+        # A mark belongs to who has put it up: not to a child, which may die sooner, nor to a thread that goes on when fn is over.
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self._over:
+                return
+            if self._start is None:
+                self._start = {
+                    "who": _who(),
+                    "live": self._store.info()["live_bytes"],
+                    "private": _private_bytes(self._pid),
+                    "total": self._total,
+                }
+            text = json.dumps({**self._start, "fraction": fraction}).encode()
+            with contextlib.suppress(TorchshmError):  # nobody is worse off for it
+                self._store._tell_of_making(self._key, text)
+            self._told = time.monotonic()
+
+    def end(self) -> None:
+        with self._lock:
+            self._over = True
 
 
 # ---- those who wait

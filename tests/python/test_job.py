@@ -301,3 +301,16 @@ def test_the_limit_is_that_of_the_environment(tmp_path):
     assert rank.says() == str(64 << 20)
     """
     crew(script, tmp_path, TORCHSHM_LIMIT="64MiB")
+
+
+def test_a_missing_runtime_directory_is_named(tmp_path):
+    script = """
+    os.environ["XDG_RUNTIME_DIR"] = os.getcwd() + "/missing"
+    try:
+        node_store()
+    except torchshm.StoreUnavailableError as error:
+        assert "unset XDG_RUNTIME_DIR" in str(error)
+        os.mkdir("missing")
+    assert len(node_store()) == 0
+    """
+    crew(script, tmp_path)

@@ -128,6 +128,12 @@ def _leave(name: str) -> None:
 
 
 def _serve(name: str) -> Store:
+    parent = _directory().parent
+    if not parent.is_dir():  # a batch system hands on the login node's environment, not its directories
+        raise StoreUnavailableError(
+            f"{parent} (XDG_RUNTIME_DIR) is not a directory on this machine: unset XDG_RUNTIME_DIR, and stores are in /tmp, or set it to "
+            "a directory of this machine that is yours alone"
+        )
     store = start(name, os.environ.get("TORCHSHM_LIMIT") or None)
     _tidy_jobs()
     return store
@@ -177,7 +183,7 @@ def node_store() -> Store:
     Raises
     ------
     StoreUnavailableError
-        When the directory of sockets is not this user's alone, or the system has no room for a store.
+        When the directory of sockets is not this user's alone, or its parent, ``XDG_RUNTIME_DIR``, is not there.
 
     Notes
     -----

@@ -12,6 +12,7 @@ from benchmarks import (
     inline_threshold,
     loader_tensors,
     message,
+    once_race,
     pooled_dumps,
     queue,
     small_devshm,
@@ -48,6 +49,7 @@ _MODULES = (
     store_connect,
     store_crowd,
     store_module,
+    once_race,
     alloc,
 )
 

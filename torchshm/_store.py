@@ -265,6 +265,20 @@ class Store(MutableMapping[str, Any]):
         TimeoutError
             When the time is up and another process is still at it.
         """
+        return self._get_or_create(key, fn, timeout, ttl=ttl, mode=mode, allow_pickle=allow_pickle)
+
+    def _get_or_create(
+        self,
+        key: str,
+        fn: Callable[[], Any],
+        timeout: float,
+        *,
+        ttl: float | None,
+        mode: str | None,
+        allow_pickle: bool,
+        waiting: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Any:
+        """``get_or_create``; `waiting` is called with the mark of the one at work, every now and then."""
         core = self._core
         lifetime = _ttl(ttl)
         mark = "\0" + _checked(key)  # csrc/api/locks.cc puts up the same
@@ -281,7 +295,7 @@ class Store(MutableMapping[str, Any]):
             try:
                 core.save(mark, b"", [], False, 0, True)
             except KeyExistsError:
-                self._wait_for_maker(core, key, mark, bell, timeout, deadline)
+                self._wait_for_maker(core, key, mark, bell, timeout, deadline, waiting)
                 continue
             try:
                 if not core.contains(key):  # it may have come before the mark
@@ -294,15 +308,29 @@ class Store(MutableMapping[str, Any]):
                 core.remove(mark)
                 core.ring(key)
 
+    def _tell_of_making(self, key: str, text: bytes) -> None:
+        """Put a text into the mark of get_or_create, by the one at work at this key."""
+        self._core.save("\0" + key, text, [], True, 0, True)
+
     def _wait_for_maker(
-        self, core: _C.Store, key: str, mark: str, bell: int, timeout: float, deadline: float | None
+        self,
+        core: _C.Store,
+        key: str,
+        mark: str,
+        bell: int,
+        timeout: float,
+        deadline: float | None,
+        waiting: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         try:
-            if core.find(mark)["abandoned"]:
-                core.sweep()  # the service would do it soon, if there is one
-                return
+            found = core.find(mark)
         except KeyError:
             return
+        if found["abandoned"]:
+            core.sweep()  # the service would do it soon, if there is one
+            return
+        if waiting is not None:
+            waiting(found)
         left = _FOREVER if deadline is None else int((deadline - time.monotonic()) * 1e9)
         if left <= 0:
             raise TimeoutError(f"another process has not made {key!r} within {timeout} s")

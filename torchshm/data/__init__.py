@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchshm.data._collate import collate
+from torchshm.data._job import node_store
 from torchshm.data._loader import DataLoader
+from torchshm.data._once import once
 
 if TYPE_CHECKING:
     from torchshm.data._reading import ReadingService
 
-__all__ = ["DataLoader", "ReadingService", "collate"]
+__all__ = ["DataLoader", "ReadingService", "collate", "node_store", "once"]
 
 
 def __getattr__(name: str) -> Any:

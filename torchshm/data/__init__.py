@@ -1,4 +1,4 @@
-"""PyTorch's data loading over shared memory: collate, DataLoader, ReadingService.
+"""PyTorch's data loading over shared memory: collate, DataLoader, SharedList, SharedDict.
 
 >>> from torchshm.data import DataLoader
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchshm.data._collate import collate
+from torchshm.data._dict import SharedDict
+from torchshm.data._list import SharedList
 from torchshm.data._loader import DataLoader
+from torchshm.data._share_dataset import share_dataset
 
 if TYPE_CHECKING:
     from torchshm.data._reading import ReadingService
 
-__all__ = ["DataLoader", "ReadingService", "collate"]
+__all__ = ["DataLoader", "ReadingService", "SharedDict", "SharedList", "collate", "share_dataset"]
 
 
 def __getattr__(name: str) -> Any:

@@ -51,7 +51,12 @@ def _reduce_tensor(tensor: Any) -> Any:
     ):
         return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
     data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-    return _rebuild_tensor, (pickle.PickleBuffer(data), tensor.dtype, tuple(tensor.shape), tensor.requires_grad)
+    return _rebuild_tensor, (
+        pickle.PickleBuffer(data),
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.requires_grad,
+    )
 
 
 _as_ever = operator.methodcaller("__reduce_ex__", pickle.HIGHEST_PROTOCOL)

@@ -87,7 +87,7 @@ class SharedList(_C.ItemList, Sequence[T]):
         ValueError
             For a line that is no JSON; its number is in the message.
         """
-        made: SharedList[Any] = cls(_json_lines(path), mode)
+        made = cls(_json_lines(path), mode)
         made.seal()
         return made
 
@@ -111,7 +111,7 @@ class SharedList(_C.ItemList, Sequence[T]):
         KeyError
             For a column that the file has not.
         """
-        made: SharedList[Any] = cls(_parquet_rows(path, columns), mode)
+        made: Any = cls(cast("Iterable[T]", _parquet_rows(path, columns)), mode)
         made.seal()
         return made
 
@@ -141,7 +141,7 @@ class SharedList(_C.ItemList, Sequence[T]):
         if not isinstance(key, slice):
             if not isinstance(key, (np.ndarray, Sequence)) or isinstance(key, (str, bytes, tuple)):
                 try:
-                    return self[int(operator.index(key))]
+                    return self[operator.index(cast("Any", key))]
                 except TypeError:
                     if not hasattr(key, "__array__"):
                         raise TypeError(
@@ -182,10 +182,10 @@ class SharedList(_C.ItemList, Sequence[T]):
     # ---- pickling
 
     def __copy__(self) -> SharedList[T]:
-        return cast("SharedList[T]", self[:])
+        return self[:]
 
     def __deepcopy__(self, memo: Any) -> SharedList[T]:
-        return cast("SharedList[T]", self[:])
+        return self[:]
 
     def _contents(self) -> tuple[Any, ...]:
         self.seal()

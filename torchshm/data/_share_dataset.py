@@ -37,24 +37,13 @@ _PLAIN = {
     datetime.timedelta,
 }
 _SAMPLES = 64  # items of a list that are looked at to tell how large it is
+_LONG = 100  # items; arbitrary
 _DEEPEST = 8  # levels of containers in an item
-# Objects of these are not looked into. What runs as __main__ is the program.
-_LIBRARIES = {
-    *(
-        "PIL",
-        "dask",
-        "datasets",
-        "h5py",
-        "netCDF4",
-        "numpy",
-        "pandas",
-        "polars",
-        "pyarrow",
-        "torch",
-        "torchshm",
-    ),
-    *("torchvision", "xarray", "zarr"),
-} | (set(sys.stdlib_module_names) - {"__main__"})
+# Objects of these are not looked into.
+_LIBRARIES = set(sys.stdlib_module_names).union(
+    ("PIL", "dask", "datasets", "h5py", "netCDF4", "numpy", "pandas", "polars", "pyarrow"),
+    ("torch", "torchshm", "torchvision", "xarray", "zarr"),
+)
 
 
 def share_dataset(dataset: D, min_bytes: int | str = "1MiB") -> D:
@@ -63,8 +52,9 @@ def share_dataset(dataset: D, min_bytes: int | str = "1MiB") -> D:
     Its attributes are walked, and those of the objects in it: a ``Subset``'s dataset, a ``ConcatDataset``'s, objects of the program's
     own classes, short containers of such. Replaced are
 
-    - lists, tuples and dicts of plain objects (numbers, text, bytes, arrays, tensors, containers of these) by :class:`SharedList` and
-      :class:`SharedDict`. They can be read as before and not be changed, and each access makes the item anew;
+    - lists, tuples and dicts of 100 or more plain objects (numbers, text, bytes, arrays, tensors, containers of these) by
+      :class:`SharedList` and :class:`SharedDict`. They can be read as before and not be changed, and each access makes the item
+      anew;
     - arrays, tensors, and pandas objects by :func:`torchshm.share`'s, mode ``"c"``.
 
     Two attributes that were one object stay one object. Left alone are subclasses of list, tuple and dict, object arrays, memory maps,
@@ -130,16 +120,16 @@ class _Walk:
             self.into(value, place[2])
 
     def _is_large(self, value: Any) -> bool:
-        kind = type(value)
+        kind, size = type(value), _size(value)
+        if size < self._least:
+            return False
+        if kind not in (list, tuple, dict):
+            return _is_data(value) and not torchshm.is_shared(value)
+        if len(value) < _LONG or size >= self._least * len(value):
+            return False  # what is large in it is replaced there
         if kind is dict:
-            return (
-                _size(value) >= self._least
-                and all(map(_is_key, value))
-                and all(map(_is_plain, value.values()))
-            )
-        if kind in (list, tuple):
-            return _size(value) >= self._least and all(map(_is_plain, value))
-        return _is_data(value) and _size(value) >= self._least and not torchshm.is_shared(value)
+            return all(map(_is_key, value)) and all(map(_is_plain, value.values()))
+        return all(map(_is_plain, value))
 
     def replace(self) -> None:
         """Replace what was found."""

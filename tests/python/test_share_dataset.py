@@ -135,7 +135,7 @@ class Listed(list):
         lambda: Listed(SAMPLES),
         lambda: collections.OrderedDict((i, SAMPLES) for i in range(1000)),
         lambda: [Record(i) for i in range(50_000)],
-        lambda: {None: SAMPLES[0], **{i: "text" * 10 for i in range(50_000)}},
+        lambda: {None: SAMPLES[0], **dict.fromkeys(range(50000), "text" * 10)},
         lambda: np.array(["text"] * 500_000, dtype=object),
         lambda: torch.nn.Linear(1000, 1000),
         lambda: torch.nn.Parameter(torch.zeros(500_000)),

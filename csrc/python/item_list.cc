@@ -278,7 +278,8 @@ Chunk chunk_over(PyObject* text, PyObject* arrays) {
 }
 
 bool more_chunks(Items& items, Writer& writer, uint64_t need) {
-  const uint64_t step = std::max(kFirstChunk, std::min(writer.total, std::max(kLargeChunk, writer.total / 8)));
+  // In proportion, so that a list of any length has few chunks. Arbitrary.
+  const uint64_t step = std::max(kFirstChunk, std::min(writer.total / 2, std::max(kLargeChunk, writer.total / 8)));
   PyObject *to_write = nullptr, *to_read = nullptr;
   if (!call_grow(writer, need, std::max(need, step), to_write, to_read)) return false;
   items.chunks.push_back(chunk_over(to_read, nullptr));

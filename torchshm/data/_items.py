@@ -119,12 +119,12 @@ def fresh(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return alias(made, "r")[: array.nbytes].view(array.dtype)
 
 
-def fitted(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The same values in a block of their size where that spares an eighth of the block they lie in."""
+def _fitted(array: npt.NDArray[Any], of: int) -> npt.NDArray[Any]:
+    """The same values in a block of their size where that spares an eighth of `of` bytes."""
     block: Any = array
     while isinstance(block.base, np.ndarray):
         block = block.base
-    if array.nbytes * 8 >= block.nbytes * 7 or block.nbytes <= PAGES:
+    if (block.nbytes - array.nbytes) * 8 <= of or block.nbytes <= PAGES:
         return array
     try:
         return fresh(array)
@@ -139,8 +139,9 @@ def seal(items: _C.ItemList, mode: str) -> None:
         return
     index = np.empty(0, np.uint64) if index is None else index.view(np.uint64)[: len(items)]
     if chunks:
-        chunks = (*chunks[:-1], fitted(chunks[-1][:used]))
-    items._seal_as(chunks, arrays(chunks, mode), fitted(index))
+        total = sum(chunk.nbytes for chunk in chunks)
+        chunks = (*chunks[:-1], _fitted(chunks[-1][:used], total))
+    items._seal_as(chunks, arrays(chunks, mode), _fitted(index, index.nbytes))
 
 
 def arrays(chunks: tuple[Bytes, ...], mode: str) -> tuple[Bytes, ...]:

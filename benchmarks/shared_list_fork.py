@@ -10,8 +10,11 @@ Opponent: a list of dicts (stock), whose reference counts are written by reading
 from __future__ import annotations
 
 import gc
-import random
+from array import array
+from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from benchmarks.arms import Arms
 from benchmarks.benchmark import Benchmark
@@ -37,13 +40,13 @@ class Reader:
 
     def __init__(self, index: int, items: Any) -> None:
         self._items = items
-        self._order = list(range(len(items)))
-        random.Random(index).shuffle(self._order)
+        # No list: its numbers would take more than some of the items.
+        self._order = array("q", np.random.default_rng(index).permutation(len(items)))
 
     def read(self, share: float) -> int:
         """Reads so much of the list, all values of each item; returns the sum of their numbers."""
         total = 0
-        for i in self._order[: int(len(self._items) * share)]:
+        for i in islice(self._order, int(len(self._items) * share)):
             item = self._items[i]
             values = tuple(item.values())
             total += item["id"] if len(values) == 20 else 0

@@ -1,8 +1,8 @@
 """What reading a long list costs forked workers in memory.
 
 Quantity: the proportional set size (Pss of smaps_rollup) of a process with a list of one million dicts and its eight forked workers,
-before and after each worker has read all values of all items once, in an order of its own. Unit: MB. Before "before" a worker has read a thousandth of
-them, so that what every fork costs has been paid.
+before and after each worker has read all values of all items once, in an order of its own. Unit: MB. Before "before" a worker has read a
+thousandth of them, so that what every fork costs has been paid.
 Also: the memory that the list takes in its process, made from the same iterator.
 Opponent: a list of dicts (stock), whose reference counts are written by reading.
 """

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "pool/members.h"
+#include "python/block_ref.h"
 #include "python/errors.h"
 #include "python/item_sink.h"
 #include "python/item_table.h"
@@ -181,6 +183,48 @@ PyObject* seal_as(PyObject* self, PyObject* arguments) {
 
 PyObject* is_sealed(PyObject* self, void*) { return PyBool_FromLong(items_of(self).writer == nullptr ? 1 : 0); }
 
+// ---- chunks in other modes
+
+// alias(array, mode): the bytes of an array of uint8 in a pool, in another mode. No message is made, as share() does: it may be called while
+// something is pickled.
+PyObject* alias(PyObject*, PyObject* arguments) {
+  PyObject* object = nullptr;
+  int mode = 0;
+  if (!PyArg_ParseTuple(arguments, "Oi:alias", &object, &mode)) return nullptr;
+  if (!is_array(object, NPY_UINT8) || mode < 0 || mode > static_cast<int>(pool::Mode::kCopyOnWrite)) {
+    PyErr_SetString(PyExc_TypeError, "alias() takes an array of uint8 and a mode");
+    return nullptr;
+  }
+  PyArrayObject* array = array_of(object);
+  npy_intp length = PyArray_SIZE(array);
+  pool::Member* owner = pool::find_address(PyArray_DATA(array));
+  const auto found = owner == nullptr ? std::nullopt : owner->find(PyArray_DATA(array));
+  if (!found || static_cast<uint64_t>(length) > found->length - found->offset) {
+    PyErr_SetString(PyExc_ValueError, "the array does not lie in a pool");
+    return nullptr;
+  }
+  const auto wanted = static_cast<pool::Mode>(mode);
+  auto view = owner->view(found->block, wanted);
+  if (!view) return raise(view.status());
+  PyObject* base = make_block_ref(owner, *view, wanted);
+  if (base == nullptr) return nullptr;
+  const int flags = NPY_ARRAY_C_CONTIGUOUS | (wanted == pool::Mode::kRead ? 0 : NPY_ARRAY_WRITEABLE);
+  PyObject* made = PyArray_NewFromDescr(&PyArray_Type, PyArray_DescrFromType(NPY_UINT8), 1, &length, nullptr,
+                                        view->data + found->offset, flags, nullptr);
+  if (made == nullptr) {
+    Py_DECREF(base);
+    return nullptr;
+  }
+  // Steals base, also when it fails.
+  if (PyArray_SetBaseObject(array_of(made), base) < 0) Py_CLEAR(made);
+  return made;
+}
+
+PyMethodDef functions[] = {
+    {"alias", alias, METH_VARARGS, "alias(array, mode)\n--\n\nThe bytes of an array in a pool, in another mode."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 // ---- the type
 
 PyObject* create(PyTypeObject* type, PyObject*, PyObject*) {
@@ -281,8 +325,8 @@ int add_item_list_types(PyObject* module) {
   with_buffers = Py_BuildValue("(s)", "buffers");
   select_name = PyUnicode_InternFromString("_select");
   if (loads == nullptr || with_buffers == nullptr || select_name == nullptr) return -1;
-  if (Writer::count_forks() < 0 || add_item_sink_type(module) < 0 || PyType_Ready(&text_type) < 0 ||
-      PyType_Ready(&type) < 0)
+  if (Writer::count_forks() < 0 || PyModule_AddFunctions(module, functions) < 0 || add_item_sink_type(module) < 0 ||
+      PyType_Ready(&text_type) < 0 || PyType_Ready(&type) < 0)
     return -1;
   return PyModule_AddObjectRef(module, "ItemList", reinterpret_cast<PyObject*>(&type));
 }

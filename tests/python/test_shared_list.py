@@ -424,6 +424,33 @@ def test_sending_costs_the_same_at_any_length(peer):
     assert torchshm.stats()["live_bytes"] == live
 
 
+def test_sealing_while_something_is_pickled_leaves_that_as_it_was(registered):
+    """An open list is sealed by the pickler that comes across it, in share() and in a queue's put()."""
+    small = np.arange(10.0)
+    got = torchshm.share({"open": SharedList(arrays(i) for i in range(3)), "small": small}, "r")
+    assert torchshm.is_shared(got["small"]) and not got["small"].flags.writeable
+    assert got["open"].sealed and got["open"][2]["image"].mean() == 2
+    queue = torchshm.get_context("spawn").Queue()
+    tickets = []
+    for _ in range(5):
+        queue.put([SharedList(arrays(i) for i in range(3)), np.arange(5000.0)])
+        items, array = queue.get()
+        assert items[1]["image"].mean() == 1 and array[-1] == 4999
+        tickets.append(torchshm.stats()["tickets"])
+    assert len(set(tickets)) == 1, tickets
+    queue.close()
+    queue.join_thread()
+
+
+@pytest.mark.parametrize("mode", ["c", "r", "r+"])
+def test_a_list_inside_what_is_shared_stays_what_it_was(peer, mode):
+    got = torchshm.share([SharedList(arrays(i) for i in range(20)).seal()], mode)[0]
+    got[3]["image"][:] = 99
+    assert got[3]["image"].mean() == 99 and got[4]["image"].mean() == 4
+    peer.call(keep, "items", got)
+    assert peer.call(_mean, 3) == 3.0
+
+
 def test_plain_pickle_is_a_copy_that_anybody_can_read(tmp_path):
     items = SharedList(arrays(i) for i in range(20))
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):

@@ -117,7 +117,7 @@ def _rebuild(
     made = cls.__new__(cls)
     made._mode = mode
     made._list = _C.ItemList()
-    made._list._seal_as(chunks, _items.arrays(chunks, mode), index)
+    made._list._seal_as(*_items.received(chunks, mode), index)
     made._slots = slots
     return made
 

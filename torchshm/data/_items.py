@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 import torchshm
 from torchshm import _C
+from torchshm._sharing import _MODES
 from torchshm.errors import PoolFullError
 
 Bytes = npt.NDArray[np.uint8]
@@ -101,15 +102,8 @@ def _grow(least: int, wanted: int) -> tuple[Bytes, Bytes]:
 
 
 def alias(array: npt.NDArray[Any], mode: str) -> npt.NDArray[Any]:
-    """A view of an array of the pool in another mode, inside inline() too."""
-    depth = 0
-    while _C.is_inline():
-        _C.nest_inline(-1)
-        depth += 1
-    try:
-        return torchshm.share(array, mode)
-    finally:
-        _C.nest_inline(depth)
+    """A contiguous array of the pool in another mode."""
+    return _C.alias(array.view(np.uint8), _MODES[mode]).view(array.dtype)
 
 
 def fresh(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -145,16 +139,29 @@ def seal(items: _C.ItemList, mode: str) -> None:
 
 
 def arrays(chunks: tuple[Bytes, ...], mode: str) -> tuple[Bytes, ...]:
-    """The chunks as arrays of items see them. What is not in a pool came as a copy, and is this process's own."""
+    """The chunks as arrays of items see them."""
     return tuple(_array(chunk, mode) for chunk in chunks)
 
 
 def _array(chunk: Bytes, mode: str) -> Bytes:
-    if mode == "c" and not chunk.flags.writeable:
-        return alias(chunk, "c") if torchshm.is_shared(chunk) else chunk.copy()
-    made = chunk[:]
-    made.flags.writeable = mode == "c"
-    return made
+    if mode == "r":
+        return chunk
+    return alias(chunk, "c") if torchshm.is_shared(chunk) else chunk.view()
+
+
+def received(chunks: tuple[Bytes, ...], mode: str) -> tuple[tuple[Bytes, ...], tuple[Bytes, ...]]:
+    """The chunks that came in a message, to read, and as arrays of items see them. What lies in no pool is this process's own."""
+    texts = []
+    own = []
+    for chunk in chunks:
+        if torchshm.is_shared(chunk):
+            texts.append(alias(chunk, "r") if chunk.flags.writeable else chunk)
+            own.append(_array(texts[-1], mode))
+            continue
+        own.append(chunk if chunk.flags.writeable or mode == "r" else chunk.copy())
+        texts.append(own[-1].view())
+        texts[-1].flags.writeable = False
+    return tuple(texts), tuple(texts if mode == "r" else own)
 
 
 class Pooled:

@@ -203,8 +203,8 @@ def _entries(index: Any, used: int | None, count: int) -> _items.Words:
 
 
 def _rebuild(cls: type[SharedList[Any]], chunks: Any, index: _items.Words, mode: str) -> SharedList[Any]:
-    arrays = _items.arrays(chunks, mode)
-    return cls._over(chunks, arrays, index, mode)
+    texts, arrays = _items.received(chunks, mode)
+    return cls._over(texts, arrays, index, mode)
 
 
 def reduce_pooled(items: SharedList[Any]) -> Any:

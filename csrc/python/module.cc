@@ -10,6 +10,7 @@
 #include "python/check_binding.h"
 #include "python/errors.h"
 #include "python/family.h"
+#include "python/item_list.h"
 #include "python/module_api.h"
 #include "python/numpy_memory.h"
 #include "python/queue_binding.h"
@@ -166,7 +167,7 @@ PYBIND11_MODULE(unchecked, m) {
   using namespace torchshm;
   using namespace torchshm::python;
   if (load_numpy() < 0 || add_block_ref_type(m.ptr()) < 0 || add_array_type(m.ptr()) < 0 ||
-      PyModule_AddFunctions(m.ptr(), hot) < 0 || add_module_api(m.ptr()) < 0) {
+      PyModule_AddFunctions(m.ptr(), hot) < 0 || add_module_api(m.ptr()) < 0 || add_item_list_types(m.ptr()) < 0) {
     throw py::error_already_set();
   }
   add_store(m);

@@ -1,4 +1,4 @@
-"""PyTorch's data loading over shared memory: collate, DataLoader, ReadingService.
+"""PyTorch's data loading over shared memory: loaders, datasets that all processes share, and what a node makes once.
 
 >>> from torchshm.data import DataLoader
 """
@@ -8,14 +8,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchshm.data._collate import collate
+from torchshm.data._dict import SharedDict
 from torchshm.data._job import node_store
+from torchshm.data._list import SharedList
 from torchshm.data._loader import DataLoader
 from torchshm.data._once import once
+from torchshm.data._share_dataset import share_dataset
 
 if TYPE_CHECKING:
     from torchshm.data._reading import ReadingService
 
-__all__ = ["DataLoader", "ReadingService", "collate", "node_store", "once"]
+__all__ = [
+    "DataLoader",
+    "ReadingService",
+    "SharedDict",
+    "SharedList",
+    "collate",
+    "node_store",
+    "once",
+    "share_dataset",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from torchshm import _C, _family, _reducers, _tensors
+from torchshm import _C, _arrow, _family, _reducers, _tensors
 
 _MODES = {"r+": 0, "r": 1, "c": 2}
 
@@ -21,7 +21,7 @@ class _Pickler(multiprocessing.reduction.ForkingPickler):  # type: ignore[misc]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.dispatch_table.update(_reducers.reducers() | _tensors.reducers())
+        self.dispatch_table.update(_reducers.reducers() | _tensors.reducers() | _arrow.reducers())
 
 
 def dumps(x: Any, protocol: int | None = None) -> bytes:

@@ -106,6 +106,7 @@ def pa_errors() -> type[Exception]:
 
 
 def _subclasses(kind: type) -> Iterator[type]:
+    each: type
     for each in kind.__subclasses__():
         if each.__module__ == "pyarrow.lib":
             yield each
@@ -124,9 +125,8 @@ def _of_pyarrow() -> dict[type, Any]:
 def _reduce_extension_array(array: Any) -> Any:
     """As pandas does, but for the chunks, which it copies into one, even when there is only one."""
     chunks = getattr(array, "_pa_array", None)
-    reduced = array.__reduce_ex__(4) if chunks is None or chunks.num_chunks == 0 else None
-    if reduced is not None:
-        return reduced
+    if chunks is None or chunks.num_chunks == 0 or _C.is_inline():
+        return array.__reduce_ex__(4)
     state = vars(array) | {"_pa_array": chunks.chunks}
     if "_cache" in state:
         state["_cache"] = {}
@@ -145,19 +145,19 @@ def _of_pandas() -> dict[type, Any]:
 def _series(name: str, chunks: list[Any], order: int) -> Any:
     import polars as pl
 
-    pieces = [pl.from_arrow(chunk) for chunk in chunks]
-    made = pl.concat(pieces, rechunk=False).alias(name) if len(pieces) > 1 else pieces[0].alias(name)
+    pieces: list[Any] = [pl.from_arrow(chunk) for chunk in chunks]
+    made = (pl.concat(pieces, rechunk=False) if len(pieces) > 1 else pieces[0]).alias(name)
     return made.set_sorted(descending=order < 0) if order else made
 
 
-def _same_in_arrow(dtype: Any) -> bool:
+def same_in_arrow(dtype: Any) -> bool:
     """Whether polars reads back what it gave pyarrow, over the same memory."""
     import polars as pl
 
     if isinstance(dtype, (pl.List, pl.Array)):
-        return dtype.inner is not None and _same_in_arrow(dtype.inner)
+        return dtype.inner is not None and same_in_arrow(dtype.inner)
     if isinstance(dtype, pl.Struct):
-        return bool(dtype.fields) and all(_same_in_arrow(field.dtype) for field in dtype.fields)
+        return bool(dtype.fields) and all(same_in_arrow(field.dtype) for field in dtype.fields)
     plain = (pl.Boolean, pl.String, pl.Binary, pl.Date, pl.Datetime, pl.Duration, pl.Time, pl.Decimal)
     numbers = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32, pl.UInt64)
     return isinstance(dtype, (*plain, *numbers, pl.Float32, pl.Float64))
@@ -166,17 +166,16 @@ def _same_in_arrow(dtype: Any) -> bool:
 def _reduce_series(series: Any) -> Any:
     import polars as pl
 
-    if "pyarrow" not in sys.modules or _C.is_inline() or not len(series) or not _same_in_arrow(series.dtype):
+    if "pyarrow" not in sys.modules or _C.is_inline() or not len(series) or not same_in_arrow(series.dtype):
         return series.__reduce_ex__(4)
     newest = pl.CompatLevel.newest()
     pieces = [piece for piece in series.get_chunks() if len(piece)]
     arrays = [piece.to_arrow(compat_level=newest) for piece in pieces]
-    bytes = series.estimated_size()
-    if sum(each.get_total_buffer_size() for each in arrays) - bytes > bytes + _WASTE and not _stays(
-        arrays[0]
-    ):
-        # Views of strings look at all of their buffers wherever they are cut; old strings do not.
-        arrays = [piece.to_arrow(compat_level=pl.CompatLevel.oldest()) for piece in pieces]
+    if isinstance(series.dtype, (pl.String, pl.Binary)) and not _stays(arrays[0]):
+        # Views look at all of their buffers wherever they are cut; strings with offsets do not.
+        views, held = 16 * len(series), sum(each.get_total_buffer_size() for each in arrays)
+        if held - views > 2 * series.estimated_size() + _WASTE:
+            arrays = [piece.to_arrow(compat_level=pl.CompatLevel.oldest()) for piece in pieces]
     flags = series.flags
     order = 1 if flags.get("SORTED_ASC") else -1 if flags.get("SORTED_DESC") else 0
     return _series, (series.name, arrays, order)

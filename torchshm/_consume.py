@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from torchshm._leaves import Put, is_array, is_table, memory, parts
+from torchshm._leaves import ATOMS, Piece, Put, is_array, is_table, memory, parts
 
 _DEEP = 60
 _TRIM = 64 << 20  # bytes freed; looking through a heap of many small objects takes milliseconds. Arbitrary
@@ -18,8 +18,8 @@ Share = Callable[[Any], Any]
 class _Place:
     """Where an array is held, perhaps by several; the array itself is not held here."""
 
-    def __init__(self, get: Callable[[], Any], low: int, high: int) -> None:
-        self.get, self.low, self.high = get, low, high
+    def __init__(self, get: Callable[[], Any], pieces: list[Piece]) -> None:
+        self.get, self.pieces = get, pieces
         self.puts: list[Put] = []
 
     def replace(self, share: Share) -> None:
@@ -39,24 +39,32 @@ class _Place:
 
 def replace(x: Any, share: Share) -> None:
     """Replace what `x` holds by what share() makes of it. What overlaps another array, and `x` itself, stay."""
-    places: dict[int, _Place] = {}
-    _find(x, places, set(), [], 0)
-    ordered = sorted(places.values(), key=lambda place: place.low)
-    reached = 0
-    alone = []
-    for i, place in enumerate(ordered):
-        after = ordered[i + 1].low if i + 1 < len(ordered) else place.high
-        if reached <= place.low and place.high <= after:
-            alone.append(place)
-        reached = max(reached, place.high)
+    places: list[_Place] = []
+    _find(x, places, {}, [], 0)
+    torn = _overlapping(places)
+    # From the heap's end, where free memory goes back by itself.
+    alone = sorted((p for p in places if p not in torn), key=lambda p: p.pieces[0][0], reverse=True)
     freed = 0
-    for place in reversed(alone):  # from the heap's end, where free memory goes back by itself
+    for place in alone:
         place.replace(share)
-        freed += place.high - place.low
+        freed += sum(n for _, n in place.pieces)
         if freed >= _TRIM:
             _trim()
             freed = 0
     _trim()
+
+
+def _overlapping(places: list[_Place]) -> set[_Place]:
+    """Those that share memory with another one."""
+    found: set[_Place] = set()
+    reached, last = 0, None
+    pieces = sorted(((at, n, each) for each in places for at, n in each.pieces), key=lambda piece: piece[:2])
+    for low, n, place in pieces:
+        if low < reached and last is not None and last is not place:
+            found |= {last, place}
+        if low + n > reached:
+            reached, last = low + n, place
+    return found
 
 
 def _trim() -> None:
@@ -67,30 +75,37 @@ def _trim() -> None:
         pass  # another C library
 
 
-def _find(x: Any, places: dict[int, _Place], seen: set[int], alive: list[Any], depth: int) -> None:
-    """Note the places of arrays by the ids of the arrays; those live as long as their places hold them."""
+def _find(x: Any, places: list[_Place], seen: dict[int, _Place | None], alive: list[Any], depth: int) -> None:
+    """Note where arrays are held. `seen`: by the ids of what lives as long as its holder does."""
     if id(x) in seen or depth > _DEEP:
         return
-    seen.add(id(x))
+    seen[id(x)] = None
     alive.append(x)
     for _, get, put in parts(x):
         part = get()
         if not _is_whole(part):
             _find(part, places, seen, alive, depth + 1)
         elif put is not None:
-            if id(part) not in places:
-                reach = _reach(part)
-                if reach is None:
+            made_for_this_call = get() is not part  # a column of polars: the next one may have its id
+            place = None if made_for_this_call else seen.get(id(part))
+            if place is None:
+                pieces = _pieces(part)
+                if not pieces:
                     continue
-                places[id(part)] = _Place(get, *reach)
-            places[id(part)].puts.append(put)
+                place = _Place(get, pieces)
+                places.append(place)
+                if not made_for_this_call:
+                    seen[id(part)] = place
+            place.puts.append(put)
 
 
 def _is_whole(x: Any) -> bool:
-    """Whether it is replaced as one: arrays, and what can't be changed and holds some."""
-    return is_array(x) or is_table(x) or (isinstance(x, tuple) and any(map(is_array, x)))
+    """Whether it is replaced as one: arrays, and what can't be changed and holds nothing but some."""
+    if isinstance(x, tuple):
+        return any(map(is_array, x)) and all(is_array(each) or isinstance(each, ATOMS) for each in x)
+    return is_array(x) or is_table(x)
 
 
-def _reach(x: Any) -> tuple[int, int] | None:
-    pieces = list(memory(x)) if is_array(x) else [piece for _, get, _ in parts(x) for piece in memory(get())]
-    return (min(at for at, _ in pieces), max(at + n for at, n in pieces)) if pieces else None
+def _pieces(x: Any) -> list[Piece]:
+    found = memory(x) if is_array(x) else (piece for _, get, _ in parts(x) for piece in memory(get()))
+    return sorted(found)

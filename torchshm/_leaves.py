@@ -22,7 +22,7 @@ Part = tuple[str, Callable[[], Any], Put | None]
 Piece = tuple[int, int]
 """Address and bytes."""
 
-_ATOMS = (
+ATOMS = (
     int,
     float,
     complex,
@@ -111,7 +111,7 @@ def parts(x: Any) -> Iterator[Part]:
             yield f"[{name!r}]", partial(x.to_series, i), partial(x.replace_column, i)
     elif _is(x, "datasets", "Dataset"):
         yield ".data.table", partial(getattr, x.data, "table"), None
-    elif not isinstance(x, _ATOMS) and type(x).__module__ != "builtins":
+    elif not isinstance(x, ATOMS) and type(x).__module__ != "builtins":
         yield from _attributes(x)
 
 
@@ -180,8 +180,12 @@ def memory(x: Any) -> Iterator[Piece]:
             yield x.__array_interface__["data"][0], x.nbytes
     elif _is(x, "torch", "Tensor"):
         torch = sys.modules["torch"]
-        if x.device.type == "cpu" and x.layout is torch.strided and x.numel():
-            yield x.data_ptr(), x.nbytes
+        if x.device.type == "cpu" and x.layout is torch.strided and not x.is_nested:
+            if x.numel():
+                yield x.data_ptr(), x.nbytes
+        elif x.device.type == "cpu" and x.layout is torch.sparse_coo:
+            yield from memory(x._indices())
+            yield from memory(x._values())
     elif _is(x, "pyarrow", "Buffer", "Array", "ChunkedArray"):
         yield from _of_arrow(x)
     elif _is(x, "polars", "Series"):

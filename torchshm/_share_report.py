@@ -142,7 +142,7 @@ def _look(x: Any, path: str, found: dict[str, _Found], seen: set[int], alive: li
         found[path] = _Found("values", x.nbytes, [], [], x.why)
     elif is_array(x):
         pieces = list(memory(x))
-        nbytes = int(getattr(x, "nbytes", 0) or sum(n for _, n in pieces))
+        nbytes = _nbytes(x) or sum(n for _, n in pieces)
         if pieces or nbytes >= _LONG:
             blocks = [_block(address) for address, _ in pieces]
             found[path] = _Found(_kind(x), nbytes, pieces, blocks, "" if pieces else _why(x))
@@ -151,6 +151,13 @@ def _look(x: Any, path: str, found: dict[str, _Found], seen: set[int], alive: li
         alive.append(x)
         for step, get, _ in parts(x):
             _look(get(), path + step, found, seen, alive, depth + 1)
+
+
+def _nbytes(x: Any) -> int:
+    try:
+        return int(x.nbytes)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return 0  # sparse tensors, and some Arrow types
 
 
 def _block(address: int) -> Block:

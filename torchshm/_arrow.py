@@ -2,6 +2,9 @@
 
 Everything of pyarrow's pickles down to arrays, and those to buffers; the buffers go as NumPy arrays of bytes, so a buffer in the pool is
 sent by reference. Where pickling itself would copy first, or ship more than what is looked at, this goes around it.
+
+ForkingPickler copies its table for each message (25 ns an entry), so the table has the types that hold arrays and of the fifty types of
+array the common ones. The others go to the pool as well, but a lone one that is a slice ships all that it is a slice of.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import copyreg
 import multiprocessing.reduction
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,11 @@ from torchshm._arrivals import WhenImported
 
 _WASTE = 16 << 10  # bytes of an array's buffers outside of it that are not worth another way. Arbitrary
 _IPC_FROM = 1 << 18  # bytes; the IPC writer takes 30 us, and spares the second copy
+
+_COMMON = (
+    *("Int32", "Int64", "Float", "Double", "Boolean", "Timestamp", "String", "LargeString", "Binary"),
+    *("Dictionary", "List", "LargeList", "FixedSizeList", "Struct", "Extension"),
+)
 
 _installed: dict[type, Any] = {}  # by type: the reducers that the program had, or None
 
@@ -95,28 +103,41 @@ def _reduce_array(array: Any) -> Any:
                 if bytes >= _IPC_FROM and not _extended(array.type):
                     return _read, (_write(array),)
                 array = pa.concat_arrays([array])
-        except (pa_errors(), MemoryError):
+        except (_pa_errors(), MemoryError):
             pass  # a type that it can't do that with, or no room
     return array.__reduce__()
 
 
-def pa_errors() -> type[Exception]:
+def _pa_errors() -> type[Exception]:
     """What pyarrow raises for types that an operation does not know."""
     return sys.modules["pyarrow.lib"].ArrowException
 
 
-def _subclasses(kind: type) -> Iterator[type]:
-    each: type
-    for each in kind.__subclasses__():
-        if each.__module__ == "pyarrow.lib":
-            yield each
-            yield from _subclasses(each)
+class _Ours:
+    """An array that is reduced here, whatever its type."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __reduce__(self) -> Any:
+        return _reduce_array(self._array)
+
+
+def _reduce_chunked(chunked: Any) -> Any:
+    rebuild, (chunks, *kind) = chunked.__reduce__()
+    return rebuild, ([_Ours(chunk) for chunk in chunks], *kind)
 
 
 def _of_pyarrow() -> dict[type, Any]:
     lib = sys.modules["pyarrow.lib"]
-    arrays = dict.fromkeys(_subclasses(lib.Array), _reduce_array)
-    return {**arrays, lib.Buffer: _reduce_buffer, lib.ResizableBuffer: _reduce_buffer}
+    arrays = [kind for name in _COMMON if (kind := getattr(lib, f"{name}Array", None)) is not None]
+    return {
+        lib.Buffer: _reduce_buffer,
+        lib.ResizableBuffer: _reduce_buffer,
+        lib.ChunkedArray: _reduce_chunked,  # a table's columns too
+        lib.RecordBatch: _reduce_chunked,
+        **dict.fromkeys(arrays, _reduce_array),
+    }
 
 
 # ---- pandas
@@ -127,7 +148,7 @@ def _reduce_extension_array(array: Any) -> Any:
     chunks = getattr(array, "_pa_array", None)
     if chunks is None or chunks.num_chunks == 0 or _C.is_inline():
         return array.__reduce_ex__(4)
-    state = vars(array) | {"_pa_array": chunks.chunks}
+    state = vars(array) | {"_pa_array": [_Ours(chunk) for chunk in chunks.chunks]}
     if "_cache" in state:
         state["_cache"] = {}
     return copyreg.__newobj__, (type(array),), state  # type: ignore[attr-defined]
@@ -178,7 +199,7 @@ def _reduce_series(series: Any) -> Any:
             arrays = [piece.to_arrow(compat_level=pl.CompatLevel.oldest()) for piece in pieces]
     flags = series.flags
     order = 1 if flags.get("SORTED_ASC") else -1 if flags.get("SORTED_DESC") else 0
-    return _series, (series.name, arrays, order)
+    return _series, (series.name, [_Ours(array) for array in arrays], order)
 
 
 def _frame(columns: list[Any]) -> Any:

@@ -23,7 +23,8 @@ class _Pickler(multiprocessing.reduction.ForkingPickler):  # type: ignore[misc]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.dispatch_table.update(_reducers.reducers() | _tensors.reducers() | _arrow.reducers())
+        if not _reducers.registered():
+            self.dispatch_table.update(_reducers.reducers() | _tensors.reducers() | _arrow.reducers())
 
 
 def dumps(x: Any, protocol: int | None = None) -> bytes:

@@ -131,8 +131,10 @@ def test_arrays_that_overlap_are_not_torn_apart():
 
 def test_polars_columns_that_are_one_memory_keep_their_names():
     pl = pytest.importorskip("polars")
-    one = pl.Series("a", rng().random(N))
-    x = pl.DataFrame([one, one.alias("b"), *(pl.Series(f"c{i}", rng().random(N)) for i in range(20))])
+    one = pl.Series("a", rng().random(N // 10))
+    x = pl.DataFrame(
+        [one, one.alias("b"), *(pl.Series(f"c{i}", np.full(N // 10, float(i))) for i in range(300))]
+    )
     wanted = x.clone()
     y = torchshm.share(x, consume=True)
     assert x.equals(wanted) and y.equals(wanted) and x.columns == wanted.columns

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchshm import _C, _family, _tensors
+from torchshm import _C, _arrow, _family, _tensors
 from torchshm._size import parse_size
 from torchshm.errors import TorchshmError
 
@@ -73,6 +73,7 @@ def install() -> None:
             _replaced[kind] = extra[kind]
         multiprocessing.reduction.ForkingPickler.register(kind, reduce)
     _tensors.install()
+    _arrow.install()
     _installed = True
 
 
@@ -147,6 +148,7 @@ def unregister() -> None:
             if kind in _replaced:
                 extra[kind] = _replaced.pop(kind)
     _tensors.uninstall()
+    _arrow.uninstall()
     _installed = False
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import multiprocessing.reduction
 import pickle
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from torchshm import _C, _family, _reducers, _tensors
+from torchshm import _C, _arrow, _consume, _family, _reducers, _share_report, _tensors
 
 _MODES = {"r+": 0, "r": 1, "c": 2}
 
@@ -21,7 +23,8 @@ class _Pickler(multiprocessing.reduction.ForkingPickler):  # type: ignore[misc]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.dispatch_table.update(_reducers.reducers() | _tensors.reducers())
+        if not _reducers.registered():
+            self.dispatch_table.update(_reducers.reducers() | _tensors.reducers() | _arrow.reducers())
 
 
 def dumps(x: Any, protocol: int | None = None) -> bytes:
@@ -54,34 +57,75 @@ def loads(b: bytes) -> Any:
     return pickle.loads(b)
 
 
-def share(x: Any, mode: str = "c") -> Any:
+def share(x: Any, mode: str = "c", *, report: bool = False, consume: bool = False) -> Any:
     """Return an equal object whose arrays lie in the pool, so that sending it costs nothing.
 
     Parameters
     ----------
     x : object
-        Anything picklable; it makes a pickle round trip.
+        Anything picklable; it makes a pickle round trip. Buffers that it pickles out of band (PEP 574) go to the pool as well. What is
+        lazy in an xarray object stays lazy.
     mode : {"c", "r", "r+"}
         What writing to the arrays does, as in :class:`numpy.memmap`. ``"c"``: every process sees the one copy and its own writes.
         ``"r"``: read-only. ``"r+"``: writes are seen by all.
+    report : bool
+        Return the object and a :class:`ShareReport`: what of it was moved, what lay there already, what was left and why.
+    consume : bool
+        Replace, one by one, the arrays that `x` holds by the shared ones, so that their memory goes back meanwhile: the peak is `x` and
+        its largest array, not twice `x`. Arrays that something else refers to stay. For lists, dicts, attributes, xarray variables,
+        the blocks of a pandas frame, the columns of a polars frame; an Arrow table in one of them is replaced as a whole. The argument
+        itself is not replaced: of a lone array or table there are two until the caller drops it.
+
+    Returns
+    -------
+    object, or tuple of object and ShareReport
 
     Raises
     ------
     PoolFullError
-        When there is no room.
+        When there is no room. With `consume`, a part of `x` may lie in the pool by then.
     """
     if mode not in _MODES:
         raise ValueError(f"mode is 'c', 'r' or 'r+', not {mode!r}")
     _family.ensure()
+    if not report and not consume:
+        return _share(x, mode)[0]
+    before = _share_report.look(x) if report else {}
+    if consume:
+        _consume.replace(x, lambda part: _share(part, mode)[0])
+    shared, pickled = _share(x, mode)
+    return (shared, _share_report.compare(before, _share_report.look(shared), pickled)) if report else shared
+
+
+def _share(x: Any, mode: str) -> tuple[Any, int]:
+    """The shared object, and the bytes of its pickle."""
+    buffers: list[Any] = []
+    file = io.BytesIO()
     _C.set_sharing(True, _MODES[mode])
     try:
-        pickled = _Pickler.dumps(x, pickle.HIGHEST_PROTOCOL)
+        _Pickler(file, pickle.HIGHEST_PROTOCOL, True, functools.partial(_out_of_band, buffers)).dump(x)
+        pickled = file.getbuffer()
+        carried = _Pickler.dumps(buffers, pickle.HIGHEST_PROTOCOL) if buffers else None
     except BaseException:
         _C.undo_sharing()
         raise
     finally:
         _C.set_sharing(False, 0)
-    return pickle.loads(pickled)
+    if carried is None:
+        return pickle.loads(pickled), len(pickled)
+    return pickle.loads(pickled, buffers=map(memoryview, pickle.loads(carried))), len(pickled)
+
+
+def _out_of_band(buffers: list[Any], buffer: pickle.PickleBuffer) -> bool:
+    """Whether a PickleBuffer goes into the pickle; else it goes to the pool with the others."""
+    try:
+        raw = buffer.raw()
+    except BufferError:
+        return True
+    if raw.nbytes == 0 or _C.is_inline():
+        return True
+    buffers.append(np.frombuffer(raw, np.uint8))
+    return False
 
 
 def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDArray[Any]:

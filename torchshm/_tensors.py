@@ -7,7 +7,6 @@ writes, with a block in the place of a file.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import importlib.util
 import multiprocessing.reduction
 import sys
@@ -15,6 +14,7 @@ import warnings
 from typing import Any
 
 from torchshm import _C
+from torchshm._arrivals import WhenImported
 
 Memory = tuple[bool, int]
 """Whether tensors are made in a pool, and the address of its member; 0: of the process's own."""
@@ -81,41 +81,14 @@ def leave(before: Memory | None) -> None:
 # ---- installing
 
 
-class _WhenTorchComes(importlib.abc.MetaPathFinder):
-    """Installs the reducers when torch has installed its own."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != "torch.multiprocessing":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        loader: Any = None if spec is None else spec.loader
-        if loader is not None and hasattr(loader, "exec_module"):
-            execute = loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                execute(module)
-                _install_now()
-
-            loader.exec_module = exec_module
-        return spec
-
-
-_waiting = _WhenTorchComes()
-
-
 def install() -> None:
     """Reduce tensors through the pool, now or when torch is imported."""
-    if "torch.multiprocessing" in sys.modules:
-        _install_now()
-    elif _waiting not in sys.meta_path:
-        sys.meta_path.insert(0, _waiting)
+    _waiting.wait()
 
 
 def uninstall() -> None:
     """Let torch's own reducers be used again."""
-    if _waiting in sys.meta_path:
-        sys.meta_path.remove(_waiting)
+    _waiting.cancel()
     extra = multiprocessing.reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
     for kind, stock in _installed.items():
         if extra.get(kind) is reducers().get(kind):
@@ -152,6 +125,9 @@ def _install_now() -> None:
         ):
             _patched[name] = torch.UntypedStorage.__dict__.get(name) or getattr(torch.UntypedStorage, name)
             setattr(torch.UntypedStorage, name, ours)
+
+
+_waiting = WhenImported("torch.multiprocessing", _install_now)
 
 
 def reducers() -> dict[type, Any]:

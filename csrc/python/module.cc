@@ -3,6 +3,10 @@
 #include "python/numpy_api.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <tuple>
 
 #include "os/memfd.h"
 #include "pool/stats.h"
@@ -129,6 +133,15 @@ bool holds_address(uintptr_t address) {
   return owner != nullptr && owner->find(p).has_value();
 }
 
+// Pool, block, offset: the same for all of a block's mappings. And whether it came in a message made for this process.
+std::optional<std::tuple<uint64_t, uint32_t, uint64_t, bool>> block_at(uintptr_t address) {
+  const auto* p = reinterpret_cast<const void*>(address);
+  pool::Member* owner = pool::find_address(p);
+  const auto found = owner == nullptr ? std::nullopt : owner->find(p);
+  if (!found) return std::nullopt;
+  return std::tuple(owner->pool_id(), found->block, found->offset, found->exclusive);
+}
+
 // What is written there by this process is seen by others, and the other way round.
 bool is_written_by_all(uintptr_t address) {
   const auto* p = reinterpret_cast<const void*>(address);
@@ -187,6 +200,7 @@ PYBIND11_MODULE(unchecked, m) {
   m.def("reap", [] { return current().reap(); });
   m.def("trim", &trim, py::arg("keep") = 0);
   m.def("holds_address", &holds_address, py::arg("address"));
+  m.def("block_at", &block_at, py::arg("address"));
   m.def("is_written_by_all", &is_written_by_all, py::arg("address"));
   m.def(
       "set_min_bytes", [](uint64_t bytes) { settings().min_bytes = bytes; }, py::arg("bytes"));

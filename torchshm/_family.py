@@ -84,6 +84,14 @@ def change_to(pool_id: int) -> None:
         _hook_children()
 
 
+def refer_to(pool_id: int) -> None:
+    """Send by reference what lies in the pool of a store that this process is a client of; its children inherit the pool."""
+    with _lock:
+        if not _C.refer(pool_id):
+            raise AssertionError("a client of a store is a member of its pool")
+        _hook_children()
+
+
 class _Inherited:
     """Travels in the preparation data; unpickling it joins the pool."""
 

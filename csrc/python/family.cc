@@ -65,6 +65,10 @@ void set_member(pool::Member* member) {
   current = member;
 }
 
+void refer_to(pool::Member* member) {
+  if (member != current && std::find(former.begin(), former.end(), member) == former.end()) former.push_back(member);
+}
+
 const std::vector<pool::Member*>& former_members() { return former; }
 
 pool::Member* former_member(const void* address) {

@@ -21,8 +21,10 @@ Settings& settings();
 // Null until create() or attach() has made this process a member.
 pool::Member* member();
 void set_member(pool::Member* member);
-// The member in whose pool an address lies, when that was this process's pool before it changed to another one: what the program put
-// there for others to see goes on by reference. Else null.
+// What lies in that pool is sent by reference from now on, as if it had been this process's pool before.
+void refer_to(pool::Member* member);
+// The member in whose pool an address lies, when that was this process's pool before it changed to another one, or refer_to() named it:
+// what the program put there for others to see goes on by reference. Else null.
 pool::Member* former_member(const void* address);
 // All of those, oldest first.
 const std::vector<pool::Member*>& former_members();

@@ -70,6 +70,13 @@ bool choose(uint64_t pool_id) {
   return known != nullptr;
 }
 
+// What lies in a pool that it is a member of already goes by reference. False when it is not.
+bool refer(uint64_t pool_id) {
+  pool::Member* known = pool::find_pool(pool_id);
+  if (known != nullptr) refer_to(known);
+  return known != nullptr;
+}
+
 // (pool_id, data, control) of this process's pools, oldest first; its own data goes to the last one.
 py::list own_pools() {
   py::list rows;
@@ -189,6 +196,7 @@ PYBIND11_MODULE(unchecked, m) {
   m.def("create", &create, py::arg("family"), py::arg("limit") = 0, py::arg("warm") = 0);
   m.def("attach", &attach, py::arg("data_fd"), py::arg("control_fd"), py::arg("current") = false);
   m.def("choose", &choose, py::arg("pool_id"));
+  m.def("refer", &refer, py::arg("pool_id"));
   m.def("own_pools", &own_pools);
   m.def("peek_family", &peek_family, py::arg("control_fd"));
   m.def("is_member", [] { return member() != nullptr; });

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from torchshm import _family, _reducers
 from torchshm._store import Store, connect
 from torchshm.data import _job
 from torchshm.errors import TorchshmError
@@ -42,6 +43,8 @@ def once(
     total_bytes: int | None = None,
 ) -> T:
     """Return what `fn` makes, made once for all ranks and DataLoader workers of this job on this node.
+
+    It calls :func:`torchshm.register`, so that the arrays go to workers without a copy.
 
     One process runs ``fn()`` and puts the result into shared memory. The others wait, and all, that process too, get the same memory
     without a copy. It needs no torch.distributed, and no service: the first process to come serves the others.
@@ -102,7 +105,7 @@ def once(
             running.discard((home.name, key))
 
     with contextlib.closing(_Waiter(home, key)) as waiter:
-        return home._get_or_create(  # type: ignore[no-any-return]
+        value: T = home._get_or_create(
             key,
             make,
             -1 if timeout is None else timeout,
@@ -111,6 +114,10 @@ def once(
             allow_pickle=allow_pickle,
             waiting=waiter.look,
         )
+    if not _reducers.registered():
+        _reducers.register()
+    _family.refer_to(home._core.pool_id)
+    return value
 
 
 def _takes_progress(fn: Callable[..., Any]) -> bool:

@@ -305,12 +305,12 @@ def test_the_limit_is_that_of_the_environment(tmp_path):
 
 def test_a_missing_runtime_directory_is_named(tmp_path):
     script = """
-    os.environ["XDG_RUNTIME_DIR"] = os.getcwd() + "/missing"
+    os.environ["XDG_RUNTIME_DIR"] = missing = os.path.dirname(stores) + "/missing"
     try:
         node_store()
     except torchshm.StoreUnavailableError as error:
         assert "unset XDG_RUNTIME_DIR" in str(error)
-        os.mkdir("missing")
+        os.mkdir(missing)
     assert len(node_store()) == 0
     """
     crew(script, tmp_path)

@@ -279,6 +279,8 @@ class Store(MutableMapping[str, Any]):
         waiting: Callable[[dict[str, Any]], None] | None = None,
     ) -> Any:
         """``get_or_create``; `waiting` is called with the mark of the one at work, every now and then."""
+        if mode is not None and mode not in _values.MODES:
+            raise ValueError(f"mode is 'r', 'c' or 'r+', not {mode!r}")
         core = self._core
         lifetime = _ttl(ttl)
         mark = "\0" + _checked(key)  # csrc/api/locks.cc puts up the same

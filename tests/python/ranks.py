@@ -10,11 +10,12 @@ from pathlib import Path
 from scripts import passes
 
 CREW = """
-import contextlib, os, signal, sys, time
+import contextlib, ctypes, os, signal, sys, time
 import numpy as np
 import torchshm
 from torchshm.data import _job, node_store, once
 
+PR_SET_PDEATHSIG = 1
 stores = os.path.join(os.environ["XDG_RUNTIME_DIR"], "torchshm")
 
 
@@ -27,6 +28,7 @@ class Rank:
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self.said), os.close(self.end)
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a script that fails leaves nobody behind
             try:
                 os.write(theirs, (str(function(*arguments)) + "\\n").encode())
                 os.read(waits, 1)

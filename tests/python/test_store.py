@@ -229,6 +229,12 @@ def test_get_or_create_in_threads_makes_it_once(store):
     assert list(store) == ["a"] and len(store) == 1
 
 
+def test_get_or_create_refuses_a_mode_that_is_none(store):
+    with pytest.raises(ValueError, match="mode is"):
+        store.get_or_create("a", lambda: 1, mode="rw")
+    assert len(store) == 0
+
+
 def test_get_or_create_hands_on_the_error_and_leaves_no_mark(store):
     with pytest.raises(ZeroDivisionError):
         store.get_or_create("a", lambda: 1 // 0)

@@ -77,6 +77,8 @@ def once(
         When the time is up and another process is still at it.
     PoolFullError
         When what `fn` made does not fit into the store. `fn` is then run by the next one who waits, who gets the error too.
+    ValueError
+        For a `mode` that is none, and as :meth:`Store.load`.
     RuntimeError
         When `fn` asks for its own key.
 
@@ -85,8 +87,8 @@ def once(
     What `fn` raises is raised in the process that ran it; then one of those who wait runs theirs. When the process that runs it
     dies, however it dies, another one runs it within a fraction of a second. So `fn` is completed once, but may be begun more often.
 
-    Who has waited for two seconds says so on stderr, once for all processes with the same stderr: ``rank 3 waits for rank 0: 41 %,
-    2.1 GB``. It goes to the logger ``torchshm`` instead if that has a level or shows INFO.
+    Who has waited for two seconds says so on stderr, one process for all with the same stderr: ``rank 3 waits for rank 0 to make
+    'tokens': 41 %, 2.1 GB``. It goes to the logger ``torchshm`` instead if that has a level or shows INFO.
     """
     home = _job.node_store() if store is None else connect(store) if isinstance(store, str) else store
     running = _making.__dict__.setdefault("keys", set())

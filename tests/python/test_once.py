@@ -14,6 +14,13 @@ from scripts import METHODS, PATIENCE, run_script
 import torchshm
 from torchshm.data import _once, once
 
+@pytest.fixture(autouse=True)
+def _as_before():
+    """once() registers the reducers."""
+    yield
+    torchshm.unregister()
+
+
 # ---- what comes back
 
 
@@ -347,6 +354,40 @@ if __name__ == "__main__":
     assert done.stdout.startswith("1 job-local-")
     assert made.read_text() == "made\n"
     assert not list((runtime / "torchshm").glob(done.stdout.split()[1] + "*"))
+
+
+SENT = """
+import gc
+from torch.utils.data import DataLoader
+
+class Blocks:
+    def __init__(self, *arrays):
+        self.arrays = arrays
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        assert all(torchshm.is_shared(array) for array in self.arrays)
+        return sum(float(array[i]) for array in self.arrays)
+
+if __name__ == "__main__":
+    def live():
+        gc.collect()
+        return torchshm.stats()["live_bytes"] + node_store().info()["live_bytes"]
+
+    array = once("array", lambda: np.ones(500_000))
+    tensor = once("tensor", lambda: torch.ones(500_000))
+    before = live()
+    loader = DataLoader(Blocks(array, tensor), num_workers=2, multiprocessing_context=METHOD, persistent_workers=True)
+    assert [float(x) for x in loader] == [2.0] * 4
+    assert live() - before < 1_000_000, (before, live())
+    assert node_store().info()["leases"] == 3
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_are_given_what_was_made_without_a_copy(tmp_path, runtime, method):
+    done = run_script(WORKERS + f"METHOD = {method!r}\n" + SENT, tmp_path, MADE=str(tmp_path / "made"))
+    assert done.returncode == 0, done.stderr
 
 
 RANKS = """

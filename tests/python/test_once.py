@@ -14,6 +14,7 @@ from scripts import METHODS, PATIENCE, run_script
 import torchshm
 from torchshm.data import _once, once
 
+
 @pytest.fixture(autouse=True)
 def _as_before():
     """once() registers the reducers."""

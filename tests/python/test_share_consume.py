@@ -131,9 +131,9 @@ def test_arrays_that_overlap_are_not_torn_apart():
 
 def test_polars_columns_that_are_one_memory_keep_their_names():
     pl = pytest.importorskip("polars")
-    one = pl.Series("a", rng().random(N // 10))
+    one = pl.Series("a", rng().random(500))
     x = pl.DataFrame(
-        [one, one.alias("b"), *(pl.Series(f"c{i}", np.full(N // 10, float(i))) for i in range(300))]
+        [one, one.alias("b"), *(pl.Series(f"c{i}", np.full(500, float(i))) for i in range(2000))]
     )
     wanted = x.clone()
     y = torchshm.share(x, consume=True)

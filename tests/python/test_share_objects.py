@@ -101,3 +101,16 @@ def test_inline_pickles_carry_all_of_it(registered, name):
     got = torchshm.loads(b)
     assert CASES[name].equal(got, x)
     assert not any(pooled(name, got))
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("name", MESSAGES)
+def test_any_protocol_sends_shared_objects_by_handle(registered, name, protocol):
+    x = torchshm.share(CASES[name].make())
+    before = blocks()
+    b = torchshm.dumps(x, protocol)
+    assert blocks() == before
+    assert len(b) < 40_000
+    got = torchshm.loads(b)
+    assert CASES[name].equal(got, x)
+    assert all(pooled(name, got))

@@ -183,6 +183,19 @@ def test_with_a_report():
     assert torchshm.is_shared(x["sample"].fields["a"]) and torchshm.is_shared(y["data"]["count"].values)
 
 
+class Refusing(dict):
+    def __getitem__(self, key):
+        raise RuntimeError("not now")
+
+
+def test_what_can_not_be_looked_into_is_shared_all_the_same():
+    x = {"refusing": Refusing(a=rng().random(N)), "b": rng().random(N)}
+    y, report = torchshm.share(x, consume=True, report=True)
+    assert [leaf.path for leaf in report] == ["['b']"]
+    assert torchshm.is_shared(x["b"])
+    assert all(map(torchshm.is_shared, y["refusing"].values()))
+
+
 def test_full_pool_leaves_the_argument_whole(tmp_path):
     passes(
         """

@@ -95,7 +95,7 @@ def _write(array: Any) -> Any:
 
 
 def _reduce_slice(array: Any, used: int) -> Any:
-    if used >= _IPC_FROM and not _extended(array.type):
+    if used >= _IPC_FROM and _C.is_member() and not _extended(array.type):
         try:
             return _read, (_write(array),)
         except MemoryError:

@@ -94,19 +94,24 @@ def _write(array: Any) -> Any:
     return block
 
 
+def _reduce_slice(array: Any, used: int) -> Any:
+    if used >= _IPC_FROM and _C.is_member() and not _extended(array.type):
+        try:
+            return _read, (_write(array),)
+        except MemoryError:
+            pass  # no room
+    return sys.modules["pyarrow"].concat_arrays([array]).__reduce__()
+
+
 def _reduce_array(array: Any) -> Any:
     """As pyarrow does, but for slices: those ship themselves, and not all that they are a slice of."""
     if not _C.is_inline():
         try:
-            bytes = array.nbytes
-            if array.get_total_buffer_size() - bytes > _WASTE and not _stays(array):
-                import pyarrow as pa
-
-                if bytes >= _IPC_FROM and not _extended(array.type):
-                    return _read, (_write(array),)
-                array = pa.concat_arrays([array])
-        except (_pa_errors(), MemoryError):
-            pass  # a type that it can't do that with, or no room
+            used = array.nbytes
+            if array.get_total_buffer_size() - used > _WASTE and not _stays(array):
+                return _reduce_slice(array, used)
+        except _pa_errors():
+            pass  # a type that can't do that
     return array.__reduce__()
 
 

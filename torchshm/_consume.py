@@ -81,22 +81,36 @@ def _find(x: Any, places: list[_Place], seen: dict[int, _Place | None], alive: l
         return
     seen[id(x)] = None
     alive.append(x)
-    for _, get, put in parts(x):
-        part = get()
-        if not _is_whole(part):
-            _find(part, places, seen, alive, depth + 1)
-        elif put is not None:
-            made_for_this_call = get() is not part  # a column of polars: the next one may have its id
-            place = None if made_for_this_call else seen.get(id(part))
-            if place is None:
-                pieces = _pieces(part)
-                if not pieces:
-                    continue
-                place = _Place(get, pieces)
-                places.append(place)
-                if not made_for_this_call:
-                    seen[id(part)] = place
-            place.puts.append(put)
+    try:
+        for _, get, put in parts(x):
+            _find_part(get, put, places, seen, alive, depth)
+    except Exception:
+        pass  # of somebody's property; it is shared at the end
+
+
+def _find_part(
+    get: Callable[[], Any],
+    put: Put | None,
+    places: list[_Place],
+    seen: dict[int, _Place | None],
+    alive: list[Any],
+    depth: int,
+) -> None:
+    part = get()
+    if not _is_whole(part):
+        _find(part, places, seen, alive, depth + 1)
+    elif put is not None:
+        made_for_this_call = get() is not part  # a column of polars: the next one may have its id
+        place = None if made_for_this_call else seen.get(id(part))
+        if place is None:
+            pieces = _pieces(part)
+            if not pieces:
+                return
+            place = _Place(get, pieces)
+            places.append(place)
+            if not made_for_this_call:
+                seen[id(part)] = place
+        place.puts.append(put)
 
 
 def _is_whole(x: Any) -> bool:

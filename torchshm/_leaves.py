@@ -137,10 +137,17 @@ def _of_pandas(x: Any) -> Iterator[Part]:
             names = list(x.columns[block.mgr_locs.as_array[:3]])
             more = f", and {len(block.mgr_locs) - 3} more" if len(block.mgr_locs) > 3 else ""
             step = f"[{names[0]!r}]" if len(names) == 1 else f"[{str(names)[1:-1]}{more}]"
-        yield step, partial(getattr, block, "values"), partial(setattr, block, "values")
+        yield step, partial(getattr, block, "values"), partial(_put_values, x, block)
     yield ".index", partial(getattr, x, "index"), None
     if frame:
         yield ".columns", partial(getattr, x, "columns"), None
+
+
+def _put_values(frame: Any, block: Any, new: Any) -> None:
+    block.values = new
+    views = vars(frame).get("_item_cache")  # of pandas before 3
+    if isinstance(views, dict):
+        views.clear()
 
 
 def _of_xarray(x: Any) -> Iterator[Part]:

@@ -149,8 +149,11 @@ def _look(x: Any, path: str, found: dict[str, _Found], seen: set[int], alive: li
     elif id(x) not in seen and depth < _DEEP:
         seen.add(id(x))
         alive.append(x)
-        for step, get, _ in parts(x):
-            _look(get(), path + step, found, seen, alive, depth + 1)
+        try:
+            for step, get, _ in parts(x):
+                _look(get(), path + step, found, seen, alive, depth + 1)
+        except Exception:
+            pass  # of somebody's property; it is pickled all the same
 
 
 def _nbytes(x: Any) -> int:

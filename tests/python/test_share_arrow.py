@@ -250,3 +250,23 @@ def test_full_pool_pickles_arrow_as_it_always_was(tmp_path):
         """,
         tmp_path,
     )
+
+
+def test_process_without_a_pool_pickles_slices_too(tmp_path):
+    """A child that found no free lease has the reducers, and no pool."""
+    passes(
+        """
+        import pickle
+        from multiprocessing.reduction import ForkingPickler
+        import pyarrow as pa
+        from torchshm import _C, _arrow
+        _arrow.install()
+        whole = pa.array([float(i) for i in range(1 << 20)])
+        for part in (whole, whole[5:100], whole[5 : 1 << 19]):
+            b = ForkingPickler.dumps(part)
+            assert len(b) < part.nbytes + 1000
+            assert pickle.loads(b).equals(part)
+        assert not _C.is_member()
+        """,
+        tmp_path,
+    )

@@ -131,9 +131,9 @@ def test_arrays_that_overlap_are_not_torn_apart():
 
 def test_polars_columns_that_are_one_memory_keep_their_names():
     pl = pytest.importorskip("polars")
-    one = pl.Series("a", rng().random(N // 10))
+    one = pl.Series("a", rng().random(500))
     x = pl.DataFrame(
-        [one, one.alias("b"), *(pl.Series(f"c{i}", np.full(N // 10, float(i))) for i in range(300))]
+        [one, one.alias("b"), *(pl.Series(f"c{i}", np.full(500, float(i))) for i in range(2000))]
     )
     wanted = x.clone()
     y = torchshm.share(x, consume=True)
@@ -181,6 +181,19 @@ def test_with_a_report():
     y, report = torchshm.share(x, consume=True, report=True)
     assert {leaf.outcome for leaf in report} == {"moved"}
     assert torchshm.is_shared(x["sample"].fields["a"]) and torchshm.is_shared(y["data"]["count"].values)
+
+
+class Refusing(dict):
+    def __getitem__(self, key):
+        raise RuntimeError("not now")
+
+
+def test_what_can_not_be_looked_into_is_shared_all_the_same():
+    x = {"refusing": Refusing(a=rng().random(N)), "b": rng().random(N)}
+    y, report = torchshm.share(x, consume=True, report=True)
+    assert [leaf.path for leaf in report] == ["['b']"]
+    assert torchshm.is_shared(x["b"])
+    assert all(map(torchshm.is_shared, y["refusing"].values()))
 
 
 def test_full_pool_leaves_the_argument_whole(tmp_path):

@@ -101,3 +101,57 @@ def test_inline_pickles_carry_all_of_it(registered, name):
     got = torchshm.loads(b)
     assert CASES[name].equal(got, x)
     assert not any(pooled(name, got))
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("name", MESSAGES)
+def test_any_protocol_sends_shared_objects_by_handle(registered, name, protocol):
+    x = torchshm.share(CASES[name].make())
+    before = blocks()
+    b = torchshm.dumps(x, protocol)
+    assert blocks() == before
+    assert len(b) < 40_000
+    got = torchshm.loads(b)
+    assert CASES[name].equal(got, x)
+    assert all(pooled(name, got))
+
+
+class Objects:
+    """Sample i is the object of the i-th name: made here, or the middle third of it where it can be sliced."""
+
+    def __len__(self):
+        return len(MESSAGES)
+
+    def __getitem__(self, i):
+        x = CASES[MESSAGES[i]].make()
+        return x[1000:2000] if MESSAGES[i] in SLICED else x
+
+
+SLICED = [name for name in MESSAGES if name.startswith(("Arrow", "polars", "pandas"))]
+
+
+@pytest.mark.parametrize("pooled_fetch", [False, True])
+def test_objects_come_through_a_loader(pooled_fetch):
+    from torchshm.data import DataLoader
+
+    loader = DataLoader(
+        Objects(),
+        batch_size=None,
+        collate_fn=give,
+        num_workers=2,
+        multiprocessing_context="spawn",  # polars has threads, which a fork does not copy
+        pooled=pooled_fetch,
+    )
+    here = Objects()
+    for i, got in enumerate(loader):
+        assert CASES[MESSAGES[i]].equal(got, here[i])
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_objects_come_through_a_pooled_queue(registered, name):
+    queue = torchshm.get_context("spawn").Queue()
+    x = CASES[name].make()
+    queue.put(x)
+    queue.put(torchshm.share(x))
+    for _ in range(2):
+        assert CASES[name].equal(queue.get(), x)

@@ -84,6 +84,7 @@ def test_all_that_moves_is_in_the_report_and_moves_once(name):
     assert outcomes(again).keys() == outcomes(report).keys()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_what_is_left_says_why():
     x = {
         "objects": np.array([[1], "two"] * N, dtype=object),

@@ -1,7 +1,8 @@
 """Objects of data put in the pool: an xarray Dataset by share(), a pandas frame through a DataLoader worker.
 
 Quantity: time of ``torchshm.share(x)`` for a Dataset of 392 MB (100 x 700 x 1400 float32 and coordinates), the pool warm; of sharing once
-more what is shared, in three sizes, every page of it read before; and time per frame of 1,000,000 rows x 24 mixed columns over epochs
+more what is shared, in three sizes; the same, as context, when all of it has been read and a page has faulted since, so that the kernel
+looks through its pages for private writes; and time per frame of 1,000,000 rows x 24 mixed columns over epochs
 of a DataLoader with one persistent worker. Unit: seconds.
 Opponents: for share() the limit, one copy of all variables into warm memory and a pickle round trip of the rest; for the frame the same
 loader without torchshm.
@@ -9,6 +10,7 @@ loader without torchshm.
 
 from __future__ import annotations
 
+import mmap
 import pickle
 import time
 
@@ -26,6 +28,7 @@ from benchmarks.sample import Sample, ratio
 
 NAME = "share_objects"
 QUICK_ROWS = 100_000
+TIMES = 10  # of the Dataset that is compared: the others stay unread
 REPEATS = 50
 """Of what takes a fraction of a millisecond, in one turn."""
 
@@ -35,6 +38,7 @@ SHARING = {
     "again_39MB": (10, Arm("share again, 39 MB", "39 MB that are shared")),
     "again_392MB": (100, Arm("share again, 392 MB", "392 MB that are shared")),
     "again_1GB": (256, Arm("share again, 1 GB", "1.0 GB that are shared")),
+    "read_1GB": (256, Arm("share again, 1 GB, read", "1.0 GB that are shared and read, after a page fault")),
 }
 LOADING = {
     "frame_stock": ("stock", Arm("stock", "a pandas frame, nothing registered")),
@@ -52,9 +56,8 @@ class Sharing:
         self._share = torchshm.share
         self._fields = make_fields(times)
         self.run = getattr(self, f"run_{arm.partition('_')[0]}")
-        if arm.startswith("again"):
+        if arm.startswith(("again", "read")):
             self._fields = torchshm.share(self._fields)
-            self._fields.sum()
         if arm == "limit":
             self._warm = [np.full_like(v.values, v.values.flat[0]) for v in self._fields.variables.values()]
             buffers: list[pickle.PickleBuffer] = []
@@ -69,8 +72,12 @@ class Sharing:
         AssertionError
             They are not equal.
         """
-        if not self._share(self._fields).identical(self._fields):
+        expected = make_fields(TIMES)
+        shared = self._share(expected)
+        if not (shared.identical(expected) and self._share(shared).identical(expected)):
             raise AssertionError("the Dataset was damaged")
+        if self.run == self.run_read:
+            self._fields.sum()
 
     def run_limit(self) -> float:
         """Seconds."""
@@ -96,6 +103,14 @@ class Sharing:
         for _ in range(REPEATS):
             share(fields)
         return (time.perf_counter() - begin) / REPEATS
+
+    def run_read(self) -> float:
+        """Seconds."""
+        with mmap.mmap(-1, mmap.PAGESIZE) as page:
+            page[0] = 1
+        begin = time.perf_counter()
+        self._share(self._fields)
+        return time.perf_counter() - begin
 
 
 def measure(quick: bool, meter: Meter) -> Result:

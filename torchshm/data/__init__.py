@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torchshm.data._collate import collate
 from torchshm.data._loader import DataLoader
+from torchshm.data._publish import publish
+from torchshm.data._subscribe import subscribe
 
 if TYPE_CHECKING:
     from torchshm.data._reading import ReadingService
 
-__all__ = ["DataLoader", "ReadingService", "collate"]
+__all__ = ["DataLoader", "ReadingService", "collate", "publish", "subscribe"]
 
 
 def __getattr__(name: str) -> Any:

@@ -71,7 +71,7 @@ class Header(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Where a subscriber begins: at the entry of that number. Of its header, `kind` is END when nothing more will come."""
+    """Where a subscriber begins: at the entry of that number, which has about this header."""
 
     number: int
 

@@ -101,9 +101,8 @@ class Publisher:
                         f"something is being published as {name!r} already: subscribe to it, or take another name"
                     ) from None
                 self._core.sweep()  # what the one before has left
-        self._end = weakref.finalize(
-            self, _take_down, self._pid, self._core, mark, self._keys, store if owned else None
-        )
+        self._owned = owned
+        self._end = weakref.finalize(self, _take_down, self._pid, self._core, mark, self._keys)
 
     # ---- what there is to see
 
@@ -157,6 +156,7 @@ class Publisher:
             if not self._ended:
                 self._put(Kind.END)
             self._see_off(math.inf if self._timeout is None else self._timeout)
+            self._end()
 
     def __iter__(self) -> Iterator[Any]:
         """Publish one epoch, and give its batches here too."""
@@ -219,25 +219,28 @@ class Publisher:
         self._close(None)
 
     def _close(self, error: BaseException | None) -> None:
-        if not self._end.alive or os.getpid() != self._pid:
-            return
+        if os.getpid() != self._pid:
+            return  # a forked child
         if self._thread is not None and self._thread is not threading.current_thread():
             self._stopping = True
-            self._control.put_bytes(Message(Said.NOTHING).pack(), -1)
+            if self._thread.is_alive():
+                self._control.put_bytes(Message(Said.NOTHING).pack(), -1)
             self._thread.join()
             self._stopping = False
         try:
-            if error is not None:
+            if self._end.alive and error is not None:
                 self._fail(error)
-            else:
+            elif self._end.alive:
                 if not self._ended:
                     self._put(Kind.END)
                 self._see_off(_FAREWELL if self._timeout is None else self._timeout)
         finally:
             self._ended = True
-            self._subscribers.clear()
             self._end()
-            self._control = self._counters = None  # also of use to nobody
+            self._subscribers.clear()
+            self._control = self._counters = None
+            if self._owned:
+                self._store.close()
         if error is None and self._error is not None:
             self.join()
 
@@ -274,7 +277,7 @@ class Publisher:
 
     def _trim(self) -> None:
         """Let go of what nobody is going to take."""
-        low = min((s.number for s in self._subscribers.values()), default=self._head)
+        low = min((s.number for s in self._subscribers.values()), default=self._head - self._ended)
         if self._slow == "drop":
             low = max(low, self._head - self._ahead)
         if low > self._tail:
@@ -339,9 +342,9 @@ class Publisher:
             if who in self._subscribers or not _channel.alive(self._core, self._keys.subscriber(who)):
                 return
             label = message.label.decode("utf-8", "replace")
-            self._subscribers[who] = _Subscriber(self._head, message.number, label)
-            here = Header(Kind.END if self._ended else Kind.BATCH, self._epoch, self._index, self._batches)
-            answer = Answer(self._head).text(here)
+            begin = self._head - self._ended  # the end itself, or how it came
+            self._subscribers[who] = _Subscriber(begin, message.number, label)
+            answer = Answer(begin).text(Header(Kind.BATCH, self._epoch, self._index, self._batches))
             self._core.save(self._keys.answer(who), answer, [], True, 0, True)
         elif message.said is Said.GOING:
             self._give_up([who])
@@ -383,17 +386,16 @@ class Publisher:
         self._put(Kind.FAILED, f"{type(error).__name__}: {error}".encode())
         if isinstance(error, Exception):
             self._see_off(_CONDOLENCE)
+        self._end()  # nobody is going to listen
 
 
-def _take_down(pid: int, core: _C.Store, mark: str, keys: Keys, store: Store | None) -> None:
+def _take_down(pid: int, core: _C.Store, mark: str, keys: Keys) -> None:
     if os.getpid() != pid:  # a forked child's
         return
     core.remove(mark)
     for key in core.keys(keys.run):
         if not keys.is_subscribers(key):
             core.remove(key)
-    if store is not None:
-        store.close()
 
 
 def publish(

@@ -163,8 +163,6 @@ class Subscription:
             bell = self._core.bell(self._keys.answer(self._me))
             if not self._look_for_answer():
                 self._wait(self._keys.answer(self._me), bell, deadline)
-        if self._ended:
-            return Header(Kind.END, self._epoch, self._index, self._batches), []
         while True:
             key = self._keys.entry(self._number)
             bell = self._core.bell(key)
@@ -209,7 +207,6 @@ class Subscription:
         self._core.remove(key)
         self._number, self._begun = answer.number, True
         self._epoch, self._index, self._batches = header.epoch, header.place, header.batches
-        self._ended = header.kind is Kind.END
         return True
 
     def _wait(self, key: str, bell: int, deadline: float | None) -> None:

@@ -150,8 +150,20 @@ del batch
     assert publisher.ask("publisher.join(60)")
 
 
+COUNT_COPIES = """
+copied, copy = [], torchshm._C.copy_into
+
+def count(target, offset, address, length):
+    copied.append(length)
+    copy(target, offset, address, length)
+
+torchshm._C.copy_into = count
+"""
+
+
 def test_nothing_is_copied_for_a_consumer(programs):
     publisher, *consumers = programs
+    publisher.do(COUNT_COPIES)
     start(
         publisher,
         "DataLoader(Numbers(), batch_size=8, num_workers=1)",
@@ -164,6 +176,8 @@ def test_nothing_is_copied_for_a_consumer(programs):
         consumer.do("held = list(epoch)")
     assert publisher.ask("publisher.join(60)")
     assert [consumer.ask("len(held)") for consumer in consumers] == [5, 5, 5]
+    publisher.do("torchshm._C.copy_into = copy")
+    assert publisher.ask("copied") == []
     # Five batches of 8 x 16 KiB and 8 x 9000 int64, once; and a little to talk.
     batches = 5 * 8 * (64 * 64 * 4 + 9000 * 8)
     assert publisher.ask("blocks()")[1] - used[1] < 1.1 * batches
@@ -177,7 +191,7 @@ def test_nothing_is_copied_for_a_consumer(programs):
 
 
 def test_arrays_and_the_publishers_own_batches_are_private_too(programs):
-    publisher, consumer, *_ = programs
+    publisher, consumer, other, _ = programs
     publisher.do(
         """
 given = [{"a": np.full(100_000, 1.0), "t": torch.ones(100_000)}]
@@ -186,14 +200,16 @@ published = iter(publisher)
 """
     )
     subscribe(consumer)
-    publisher.do(
-        "mine = next(published); mine['a'][:] = 2; mine['t'][:] = 3; given[0]['a'][:] = 4; given[0]['t'][:] = 5"
-    )
+    subscribe(other)
+    publisher.do("mine = next(published)")
+    publisher.do("mine['a'][:] = 2; mine['t'][:] = 3; given[0]['a'][:] = 4; given[0]['t'][:] = 5")
     assert publisher.ask("torchshm.is_shared(mine['a'])")
-    consumer.do("batch = next(epoch)")
     seen = "[float(batch['a'].mean()), float(batch['t'].mean()), torchshm.is_shared(batch['a'])]"
-    assert consumer.ask(seen) == [1, 1, True]
-    consumer.do("batch['a'][:] = 6; batch['t'][:] = 7")
+    for number, each in enumerate((consumer, other)):
+        each.do("batch = next(epoch)")
+        assert each.ask(seen) == [1, 1, True]
+        each.do(f"batch['a'][:] = 6 + {number}; batch['t'][:] = 8 + {number}")
+    assert consumer.ask(seen) == [6, 8, True] and other.ask(seen) == [7, 9, True]
     assert publisher.ask("[float(mine['a'].mean()), float(mine['t'].mean())]") == [2, 3]
     publisher.do("del mine, published, given")
 
@@ -297,6 +313,7 @@ def test_the_slowest_sets_the_pace(programs):
     for i in range(1, 20):
         assert publisher.ask("loader.made") <= i + 3
         assert slow.ask("take(1)") == [i]
+        assert publisher.ask("blocks()[1]") < 8 << 20  # of 20 MB
     fast.answer()
     assert fast.ask("rest") == list(range(3, 20))
     assert fast.ask("subscription.dropped") == slow.ask("subscription.dropped") == 0
@@ -406,8 +423,13 @@ def test_a_publisher_that_is_killed_is_an_error_and_its_successor_is_found(progr
     )
     for consumer in (one, two):
         consumer.do("subscription = subscribe('restarted'); epoch = iter(subscription)")
+    for consumer in (
+        one,
+        two,
+    ):  # of both workers: torch's notice the end of their parent once they have begun
+        consumer.begin("for _ in range(4): batch = next(epoch)")
     for consumer in (one, two):
-        consumer.do("batch = next(epoch)")
+        consumer.answer()
     one.begin("for batch in epoch: pass")
     publisher.kill()
     with pytest.raises(ProgramError, match="StoreUnavailableError: the publisher of 'restarted' has gone"):
@@ -493,7 +515,7 @@ def test_nobody_and_nothing_to_wait_for(programs):
     with pytest.raises(ProgramError, match="TimeoutError: 0 of 1 consumers"):
         publisher.do("publish(Counted(3), name, store=STORE, timeout=0.1).run()")
     publisher.do("gc.collect(); publisher = publish(Counted(3), name, store=STORE)")
-    with pytest.raises(ProgramError, match="KeyExistsError: .something is being published"):
+    with pytest.raises(ProgramError, match=r"KeyExistsError: .something is being published"):
         publisher.do("publish(Counted(3), name, store=STORE)")
     for wrong in ("slow='never'", "ahead=0", "min_consumers=-1", "limit=5"):
         with pytest.raises(ProgramError, match="ValueError"):

@@ -25,7 +25,6 @@ from torchshm._store import Store
 
 HEAD, TAIL = 0, 1  # of the counters, int64
 COUNTERS_BYTES = 64
-LOOK = 50_000_000  # ns; how often who waits looks whether those it waits for are alive
 _TAG = b"F"  # of texts; a store's own values begin with others
 _HEADER = struct.Struct("<cBqqq")
 _MESSAGE = struct.Struct("<BQqq")

@@ -23,6 +23,7 @@ from torchshm.errors import KeyExistsError
 
 _FAREWELL = 10.0  # s; how long close() waits for subscribers where the publisher has no timeout
 _CONDOLENCE = 1.0  # s; the same after an error, for those that are just waiting
+_LOOK = 20_000_000  # ns; how often a publisher that waits for somebody looks whether they are alive
 _ROUND = 1.0  # s; how often a publisher that waits for nobody looks for the dead
 
 
@@ -310,7 +311,7 @@ class Publisher:
                         f"{self._timeout} s"
                     )
                 self._give_up([i for i in blocking if max(began, self._subscribers[i].moved) < late])
-            self._hear(_channel.LOOK)
+            self._hear(_LOOK)
             self._bury()
 
     def _see_off(self, patience: float) -> None:
@@ -321,7 +322,7 @@ class Publisher:
                 return
             late = time.monotonic() - patience
             self._give_up([i for i in left if max(began, self._subscribers[i].moved) < late])
-            self._hear(_channel.LOOK)
+            self._hear(_LOOK)
             self._bury()
 
     # ---- subscribers

@@ -20,6 +20,7 @@ from torchshm.data._slices import Slices
 from torchshm.errors import StaleHandleError, StoreUnavailableError
 
 _APPEAR = 10.0  # s; for a publisher to appear, where no timeout is given
+_LOOK = 50_000_000  # ns; how often who waits for a batch looks whether the publisher is alive
 _COPY_ON_WRITE = _values.MODES["c"]
 
 
@@ -76,7 +77,7 @@ class Subscription:
                     f"nothing is published as {self._name!r} in the store {self._store.name}, after {patience} s: "
                     f"torchshm.data.publish(loader, {self._name!r}) does it"
                 )
-            self._core.wait(mark, bell, min(int(left * 1e9), _channel.LOOK))
+            self._core.wait(mark, bell, min(int(left * 1e9), _LOOK))
 
     # ---- what there is to see
 
@@ -211,7 +212,7 @@ class Subscription:
 
     def _wait(self, key: str, bell: int, deadline: float | None) -> None:
         """Sleep until the key may be there, and see to it that somebody is going to put it there."""
-        self._core.wait(key, bell, _channel.LOOK)
+        self._core.wait(key, bell, _LOOK)
         if self._core.bell(key) != bell:
             return
         if not self._publisher_lives() and not self._core.contains(key):

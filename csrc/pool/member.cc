@@ -13,7 +13,8 @@ namespace {
 
 constexpr uint32_t kMinGranules = kPage / kGranule;
 constexpr uint32_t kEmptyKept = 4;  // chunks of small blocks; arbitrary: 8 MiB
-constexpr uint64_t kWorthALook = 256 << 10;  // bytes seen copy-on-write; below, the look costs what it saves
+// Bytes seen copy-on-write; below, looking what was written costs more than the faults that it saves.
+constexpr uint64_t kWorthALook = 256 << 10;
 constexpr int kRunAttempts = 8;
 constexpr int kRoomSteps =
     8;  // the last ones wait, 1 to 16 ms, for chunks that somebody is just giving back to the system

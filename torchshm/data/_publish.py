@@ -187,7 +187,7 @@ class Publisher:
             self._put(Kind.END if last else Kind.EPOCH)
 
     def start(self) -> Publisher:
-        """Do in a thread what :meth:`run` does. Returns the publisher."""
+        """Do in a thread what :meth:`run` does. Returns the publisher; :meth:`join` or :meth:`close` it before the program ends."""
         if self._thread is not None:
             raise RuntimeError("this publisher has been started already")
         self._thread = threading.Thread(target=self._work, name=f"publish {self._name}", daemon=True)

@@ -278,9 +278,10 @@ class Publisher:
 
     def _trim(self) -> None:
         """Let go of what nobody is going to take."""
-        low = min((s.number for s in self._subscribers.values()), default=self._head - self._ended)
+        numbers = [s.number for s in self._subscribers.values()] or [self._head - self._ended]
+        low = min(numbers)
         if self._slow == "drop":
-            low = max(low, self._head - self._ahead)
+            low = max(low, max(numbers) - self._ahead)
         if low > self._tail:
             gone, self._tail = range(self._tail, low), low
             self._counters[TAIL] = low  # before, so that who does not find its entry knows why
@@ -427,7 +428,8 @@ def publish(
         What happens when consumers are not equally fast. ``"wait"``: the slowest sets the pace, and all get all batches. ``"drop"``:
         the fastest does; who is more than `ahead` behind misses batches, and sees how many.
     ahead : int
-        Most batches that are published and not taken, of memory too. A loader's own prefetching comes on top.
+        Most batches that are published and not taken; with ``"drop"`` not taken by the fastest, and as many for those behind. So much
+        memory is in use, and a loader's own prefetching comes on top.
     min_consumers : int
         How many to wait for before the first batch. After that publishing rests while there is none; with 0 it never waits.
     epochs : int, optional

@@ -456,6 +456,52 @@ def test_a_publisher_that_is_killed_is_an_error_and_its_successor_is_found(progr
     until(lambda: again.ask("torchshm.stats()['blocks']") == 0)
 
 
+COUNT_REFUSALS = """
+refused, describe = [], torchshm._values.describe
+
+def counting(core, batch):
+    try:
+        return describe(core, batch)
+    except torchshm.PoolFullError:
+        refused.append(batch["i"])
+        raise
+
+torchshm._values.describe = counting
+"""
+
+
+def test_a_store_that_consumers_have_filled_is_waited_for(programs, extra, runtime):
+    _, consumer, *_ = programs
+    publisher = extra("small")
+    publisher.do(COUNT_REFUSALS)
+    publish = "publisher = publish(Counted(40), 'small', epochs=1, limit='12MiB', timeout={}).start()"
+    hold = """
+subscription = subscribe('small')
+epoch, held, numbers = iter(subscription), [], []
+
+def hold():
+    for each in epoch:
+        held.append(each)
+        numbers.append(each['i'])
+
+thread = threading.Thread(target=hold)
+thread.start()
+"""
+    publisher.do(publish.format(60))
+    consumer.do(hold)
+    until(lambda: publisher.ask("refused"))
+    assert consumer.ask("thread.is_alive()")
+    until(lambda: consumer.do("each = None; held.clear()") or not consumer.ask("thread.is_alive()"))
+    assert consumer.ask("numbers") == list(range(40))
+    consumer.do("subscription.close()")
+    publisher.do("publisher.close()")
+    publisher.do(publish.format(0.3))
+    consumer.do("subscription = subscribe('small'); epoch = iter(subscription)")
+    with pytest.raises(ProgramError, match="has failed: PoolFullError"):
+        consumer.do("for batch in epoch: held.append(batch)")
+    consumer.do("held = None")
+
+
 def test_a_loader_that_fails_is_the_consumers_error_too(programs):
     publisher, consumer, *_ = programs
     publisher.do(

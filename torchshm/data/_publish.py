@@ -19,10 +19,11 @@ from torchshm import _C, _reducers, _values
 from torchshm._store import Store
 from torchshm.data import _channel
 from torchshm.data._channel import HEAD, TAIL, Answer, Greeting, Header, Keys, Kind, Message, Said
-from torchshm.errors import KeyExistsError
+from torchshm.errors import KeyExistsError, PoolFullError
 
 _FAREWELL = 10.0  # s; how long close() waits for subscribers where the publisher has no timeout
 _CONDOLENCE = 1.0  # s; the same after an error, for those that are just waiting
+_FULL = 10.0  # s; how long to wait for room in the store, where the publisher has no timeout
 _LOOK = 20_000_000  # ns; how often a publisher that waits for somebody looks whether they are alive
 _ROUND = 1.0  # s; how often a publisher that waits for nobody looks for the dead
 
@@ -143,6 +144,8 @@ class Publisher:
         ------
         TimeoutError
             When nobody subscribes within the publisher's `timeout`.
+        PoolFullError
+            When the store has no room for a batch, and consumers make none within that time (ten seconds, where there is none).
         """
         if self._thread is not None and self._thread is not threading.current_thread():
             raise RuntimeError("a thread publishes this already: join() waits for it")
@@ -173,7 +176,7 @@ class Publisher:
         with self._telling():
             self._in_epoch = True
             for batch in self._loader:
-                text, refs = _values.describe(self._core, batch)
+                text, refs = self._placed(batch)
                 del batch
                 self._wait_for_room()
                 view = self._put(Kind.BATCH, text, refs, views)
@@ -181,6 +184,21 @@ class Publisher:
                 if views:
                     yield view
                 del view
+
+    def _placed(self, batch: Any) -> Any:
+        """A batch in the store, when those who hold all of it let go of something."""
+        patience = _FULL if self._timeout is None else self._timeout
+        began = time.monotonic()
+        while True:
+            try:
+                return _values.describe(self._core, batch)
+            except PoolFullError:
+                if not self._subscribers or time.monotonic() - began > patience:
+                    raise
+            if self._stopping:
+                raise _Stopped
+            self._hear(_LOOK)
+            self._bury()
 
     def _end_epoch(self, last: bool = False) -> None:
         if self._in_epoch:

@@ -11,9 +11,12 @@ from benchmarks.remote import RemoteFailed, serve
 
 
 class Crew:
-    """``target(index, *args)`` in each of `count` forked processes. What it needs is imported here, before."""
+    """``target(index, *args)`` in each of `count` forked processes. What it needs is imported here, before.
 
-    def __init__(self, count: int, target: type, *args: Any) -> None:
+    Daemons have no children of their own.
+    """
+
+    def __init__(self, count: int, target: type, *args: Any, daemon: bool = True) -> None:
         context = multiprocessing.get_context("fork")
         self._links: list[Connection] = []
         self._processes = []
@@ -21,7 +24,7 @@ class Crew:
             link, theirs = context.Pipe()
             self._links.append(link)
             process = context.Process(
-                target=_begin, args=(theirs, list(self._links), target, (index, *args)), daemon=True
+                target=_begin, args=(theirs, list(self._links), target, (index, *args)), daemon=daemon
             )
             process.start()
             theirs.close()

@@ -13,6 +13,8 @@ namespace {
 
 constexpr uint32_t kMinGranules = kPage / kGranule;
 constexpr uint32_t kEmptyKept = 4;  // chunks of small blocks; arbitrary: 8 MiB
+// Bytes seen copy-on-write; below, looking what was written costs more than the faults that it saves.
+constexpr uint64_t kWorthALook = 256 << 10;
 constexpr int kRunAttempts = 8;
 constexpr int kRoomSteps =
     8;  // the last ones wait, 1 to 16 ms, for chunks that somebody is just giving back to the system
@@ -281,7 +283,9 @@ void Member::release(uint32_t block, Mode mode) {
 
 bool Member::drop_copy(const Arena::Extent& extent) {
   std::byte* copy = arena_.address(Mode::kCopyOnWrite, extent.offset);
-  return copy == nullptr || os::drop_private(copy, extent.length).ok();
+  // What was only read is the block's own pages: left mapped, they need no faults in its next life.
+  if (copy == nullptr || (extent.length >= kWorthALook && !os::privately_modified(copy, extent.length))) return true;
+  return os::drop_private(copy, extent.length).ok();
 }
 
 // Tries again where it was refused. Until then such a range is not seen through that face.

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "member_parts.h"
+#include "os/mapping.h"
 #include "parts.h"
 #include "pool/member.h"
 
@@ -235,6 +236,50 @@ TEST(Release, ABlockOverTwoCopiesThatTheSystemKeepsIsNotSeenEither) {
 }
 
 #endif
+
+TEST(Release, WhatWasOnlyReadThroughACopyStaysMappedAndShowsWhatComesNext) {
+  auto member = fresh_pool(64 * kMib);
+  constexpr uint64_t kBytes = 4 * kMib;
+  const auto read = [](const std::byte* data) {
+    uint64_t sum = 0;
+    for (uint64_t i = 0; i < kBytes; i += kPage) sum += static_cast<uint64_t>(data[i]);
+    return sum / (kBytes / kPage);
+  };
+  uint64_t place = 0;
+  for (uint64_t life = 1; life < 5; ++life) {
+    auto block = member->allocate(kBytes, true);
+    std::memset(block->data, static_cast<int>(life), kBytes);
+    auto copy = member->view(block->block, Mode::kCopyOnWrite);
+    ASSERT_TRUE(copy.ok());
+    if (place != 0) ASSERT_EQ(reinterpret_cast<uint64_t>(copy->data), place);
+    place = reinterpret_cast<uint64_t>(copy->data);
+    const uint64_t faults = os::page_faults();
+    EXPECT_EQ(read(copy->data), life);
+    // After the one that wrote everything is seen anew.
+    if (life == 2 || life == 3) EXPECT_LT(os::page_faults() - faults, kBytes / kPage / 32);
+    if (life == 3) copy->data[kBytes / 2] = std::byte{99};
+    if (life == 4) EXPECT_EQ(copy->data[kBytes / 2], std::byte{4});
+    member->release(block->block, Mode::kCopyOnWrite);
+    member->release(block->block, Mode::kReadWrite);
+  }
+}
+
+TEST(Release, WhatWasReadThroughACopyIsGoneWithItsPages) {
+  auto member = fresh_pool(64 * kMib);
+  auto block = member->allocate(4 * kMib, true);
+  std::memset(block->data, 1, 4 * kMib);
+  auto copy = member->view(block->block, Mode::kCopyOnWrite);
+  EXPECT_EQ(copy->data[kPage], std::byte{1});
+  const uint32_t first = block->block;
+  member->release(first, Mode::kCopyOnWrite);
+  member->release(first, Mode::kReadWrite);
+  (void)member->trim(0);  // the pages go back to the system
+  block = member->allocate(4 * kMib, true);
+  ASSERT_EQ(block->block, first);
+  std::memset(block->data, 2, 4 * kMib);
+  copy = member->view(first, Mode::kCopyOnWrite);
+  EXPECT_EQ(copy->data[kPage], std::byte{2});
+}
 
 TEST(Keep, AHandleThatNamesNothingIsNeitherKeptNorGivenUp) {
   auto member = fresh_pool();

@@ -13,7 +13,9 @@ from torchshm.data._job import node_store
 from torchshm.data._list import SharedList
 from torchshm.data._loader import DataLoader
 from torchshm.data._once import once
+from torchshm.data._publish import publish
 from torchshm.data._share_dataset import share_dataset
+from torchshm.data._subscribe import subscribe
 
 if TYPE_CHECKING:
     from torchshm.data._reading import ReadingService
@@ -26,7 +28,9 @@ __all__ = [
     "collate",
     "node_store",
     "once",
+    "publish",
     "share_dataset",
+    "subscribe",
 ]
 
 

@@ -251,14 +251,20 @@ TEST(Release, WhatWasOnlyReadThroughACopyStaysMappedAndShowsWhatComesNext) {
     std::memset(block->data, static_cast<int>(life), kBytes);
     auto copy = member->view(block->block, Mode::kCopyOnWrite);
     ASSERT_TRUE(copy.ok());
-    if (place != 0) ASSERT_EQ(reinterpret_cast<uint64_t>(copy->data), place);
+    if (place != 0) {
+      ASSERT_EQ(reinterpret_cast<uint64_t>(copy->data), place);
+    }
     place = reinterpret_cast<uint64_t>(copy->data);
     const uint64_t faults = os::page_faults();
     EXPECT_EQ(read(copy->data), life);
     // After the one that wrote everything is seen anew.
-    if (life == 2 || life == 3) EXPECT_LT(os::page_faults() - faults, kBytes / kPage / 32);
+    if (life == 2 || life == 3) {
+      EXPECT_LT(os::page_faults() - faults, kBytes / kPage / 32);
+    }
     if (life == 3) copy->data[kBytes / 2] = std::byte{99};
-    if (life == 4) EXPECT_EQ(copy->data[kBytes / 2], std::byte{4});
+    if (life == 4) {
+      EXPECT_EQ(copy->data[kBytes / 2], std::byte{4});
+    }
     member->release(block->block, Mode::kCopyOnWrite);
     member->release(block->block, Mode::kReadWrite);
   }

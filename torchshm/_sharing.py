@@ -24,7 +24,9 @@ class _Pickler(multiprocessing.reduction.ForkingPickler):  # type: ignore[misc]
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         if not _reducers.registered():
-            self.dispatch_table.update(_reducers.reducers() | _tensors.reducers() | _arrow.reducers())
+            self.dispatch_table.update(_reducers.reducers() | _tensors.reducers())
+        # Registered or not: register() may not have noticed an import.
+        self.dispatch_table.update(_arrow.reducers())
 
 
 def dumps(x: Any, protocol: int | None = None) -> bytes:

@@ -103,19 +103,20 @@ def _share(x: Any, mode: str) -> tuple[Any, int]:
     """The shared object, and the bytes of its pickle."""
     buffers: list[Any] = []
     file = io.BytesIO()
-    _C.set_sharing(True, _MODES[mode])
+    sharing = _C.Sharing(_MODES[mode])
     try:
-        _Pickler(file, pickle.HIGHEST_PROTOCOL, True, functools.partial(_out_of_band, buffers)).dump(x)
-        pickled = file.getbuffer()
-        carried = _Pickler.dumps(buffers, pickle.HIGHEST_PROTOCOL) if buffers else None
+        try:
+            _Pickler(file, pickle.HIGHEST_PROTOCOL, True, functools.partial(_out_of_band, buffers)).dump(x)
+            pickled = file.getbuffer()
+            carried = _Pickler.dumps(buffers, pickle.HIGHEST_PROTOCOL) if buffers else None
+        finally:
+            sharing.end()
+        if carried is None:
+            return pickle.loads(pickled), len(pickled)
+        return pickle.loads(pickled, buffers=map(memoryview, pickle.loads(carried))), len(pickled)
     except BaseException:
-        _C.undo_sharing()
+        sharing.give_up()
         raise
-    finally:
-        _C.set_sharing(False, 0)
-    if carried is None:
-        return pickle.loads(pickled), len(pickled)
-    return pickle.loads(pickled, buffers=map(memoryview, pickle.loads(carried))), len(pickled)
 
 
 def _out_of_band(buffers: list[Any], buffer: pickle.PickleBuffer) -> bool:

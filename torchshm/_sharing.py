@@ -74,9 +74,10 @@ def share(x: Any, mode: str = "c", *, report: bool = False, consume: bool = Fals
         Return the object and a :class:`ShareReport`: what of it was moved, what lay there already, what was left and why.
     consume : bool
         Replace, one by one, the arrays that `x` holds by the shared ones, so that their memory goes back meanwhile: the peak is `x` and
-        its largest array, not twice `x`. Arrays that something else refers to stay. For lists, dicts, attributes, xarray variables,
-        the blocks of a pandas frame, the columns of a polars frame; an Arrow table in one of them is replaced as a whole. The argument
-        itself is not replaced: of a lone array or table there are two until the caller drops it.
+        its largest array, not twice `x`. Arrays that something else refers to stay, and those that also lie where nothing can be
+        replaced, as in a tuple that holds a dict. For lists, dicts, attributes, xarray variables, the blocks of a pandas frame, the
+        columns of a polars frame; an Arrow table in one of them is replaced as a whole. The argument itself is not replaced: of a
+        lone array or table there are two until the caller drops it.
 
     Returns
     -------

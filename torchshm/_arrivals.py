@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.abc
-import importlib.util
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +14,7 @@ class WhenImported(importlib.abc.MetaPathFinder):
 
     def __init__(self, module: str, then: Callable[[], None]) -> None:
         self._module, self._then = module, then
+        self._asking = threading.local()
 
     def wait(self) -> None:
         """Call now, or when the module is imported."""
@@ -28,17 +29,39 @@ class WhenImported(importlib.abc.MetaPathFinder):
             sys.meta_path.remove(self)
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != self._module:
+        """What the other finders find, to be executed by us. Programs ask for it to know whether a library is there, too."""
+        if fullname != self._module or getattr(self._asking, "now", False):
             return None
-        self.cancel()
-        spec = importlib.util.find_spec(fullname)
-        loader: Any = None if spec is None else spec.loader
+        self._asking.now = True  # other finders may ask all of them
+        try:
+            spec = self._find_elsewhere(path, target)
+        finally:
+            self._asking.now = False
+        loader = None if spec is None else spec.loader
         if loader is not None and hasattr(loader, "exec_module"):
-            execute = loader.exec_module
+            self._follow(loader)
+        return spec
 
-            def exec_module(module: Any) -> None:
-                execute(module)
+    def _find_elsewhere(self, path: Any, target: Any) -> Any:
+        for finder in list(sys.meta_path):
+            find = getattr(finder, "find_spec", None)
+            if finder is not self and find is not None:
+                spec = find(self._module, path, target)
+                if spec is not None:
+                    return spec
+        return None
+
+    def _follow(self, loader: Any) -> None:
+        """Let a loader tell that it has executed the module."""
+        execute = loader.exec_module
+        if getattr(execute, "then", None) is self:
+            return  # a loader of many modules, or of a search before
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            if module.__name__ == self._module and self in sys.meta_path:
+                self.cancel()
                 self._then()
 
-            loader.exec_module = exec_module
-        return spec
+        exec_module.then = self  # type: ignore[attr-defined]
+        loader.exec_module = exec_module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from collections.abc import Callable
@@ -21,20 +22,33 @@ class _Place:
     def __init__(self, get: Callable[[], Any], pieces: list[Piece]) -> None:
         self.get, self.pieces = get, pieces
         self.puts: list[Put] = []
+        self.stays = False  # somebody holds it who can't be given another
+
+    def add(self, put: Put | None) -> None:
+        if put is None:
+            self.stays = True
+        else:
+            self.puts.append(put)
 
     def replace(self, share: Share) -> None:
+        """Replace it for all that hold it, or for none of them: then it is shared at the end with the rest."""
         x = self.get()
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(x, torch.Tensor):
             if type(x) in (torch.Tensor, torch.nn.Parameter):  # others may have more than their data
                 x.data = share(x.detach())
-            return
-        new = share(x)
-        for put in self.puts:
+        elif not self.stays:
+            self._put(x, share(x))
+
+    def _put(self, old: Any, new: Any) -> None:
+        for i, put in enumerate(self.puts):
             try:
                 put(new)
-            except (AttributeError, TypeError, ValueError):
-                return  # read-only here: it stays, and is shared at the end with the rest
+            except Exception:  # read-only here, whatever that raises
+                for each in self.puts[: i + 1]:
+                    with contextlib.suppress(Exception):
+                        each(old)
+                return
 
 
 def replace(x: Any, share: Share) -> None:
@@ -43,7 +57,9 @@ def replace(x: Any, share: Share) -> None:
     _find(x, places, {}, [], 0)
     torn = _overlapping(places)
     # From the heap's end, where free memory goes back by itself.
-    alone = sorted((p for p in places if p not in torn), key=lambda p: p.pieces[0][0], reverse=True)
+    alone = sorted(
+        (p for p in places if p.puts and p not in torn), key=lambda p: p.pieces[0][0], reverse=True
+    )
     freed = 0
     for place in alone:
         place.replace(share)
@@ -99,7 +115,7 @@ def _find_part(
     part = get()
     if not _is_whole(part):
         _find(part, places, seen, alive, depth + 1)
-    elif put is not None:
+    else:
         made_for_this_call = get() is not part  # a column of polars: the next one may have its id
         place = None if made_for_this_call else seen.get(id(part))
         if place is None:
@@ -110,7 +126,7 @@ def _find_part(
             places.append(place)
             if not made_for_this_call:
                 seen[id(part)] = place
-        place.puts.append(put)
+        place.add(put)
 
 
 def _is_whole(x: Any) -> bool:

@@ -24,7 +24,9 @@ class _Pickler(multiprocessing.reduction.ForkingPickler):  # type: ignore[misc]
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         if not _reducers.registered():
-            self.dispatch_table.update(_reducers.reducers() | _tensors.reducers() | _arrow.reducers())
+            self.dispatch_table.update(_reducers.reducers() | _tensors.reducers())
+        # Registered or not: register() may not have noticed an import.
+        self.dispatch_table.update(_arrow.reducers())
 
 
 def dumps(x: Any, protocol: int | None = None) -> bytes:
@@ -72,9 +74,10 @@ def share(x: Any, mode: str = "c", *, report: bool = False, consume: bool = Fals
         Return the object and a :class:`ShareReport`: what of it was moved, what lay there already, what was left and why.
     consume : bool
         Replace, one by one, the arrays that `x` holds by the shared ones, so that their memory goes back meanwhile: the peak is `x` and
-        its largest array, not twice `x`. Arrays that something else refers to stay. For lists, dicts, attributes, xarray variables,
-        the blocks of a pandas frame, the columns of a polars frame; an Arrow table in one of them is replaced as a whole. The argument
-        itself is not replaced: of a lone array or table there are two until the caller drops it.
+        its largest array, not twice `x`. Arrays that something else refers to stay, and those that also lie where nothing can be
+        replaced, as in a tuple that holds a dict. For lists, dicts, attributes, xarray variables, the blocks of a pandas frame, the
+        columns of a polars frame; an Arrow table in one of them is replaced as a whole. The argument itself is not replaced: of a
+        lone array or table there are two until the caller drops it.
 
     Returns
     -------
@@ -101,19 +104,20 @@ def _share(x: Any, mode: str) -> tuple[Any, int]:
     """The shared object, and the bytes of its pickle."""
     buffers: list[Any] = []
     file = io.BytesIO()
-    _C.set_sharing(True, _MODES[mode])
+    sharing = _C.Sharing(_MODES[mode])
     try:
-        _Pickler(file, pickle.HIGHEST_PROTOCOL, True, functools.partial(_out_of_band, buffers)).dump(x)
-        pickled = file.getbuffer()
-        carried = _Pickler.dumps(buffers, pickle.HIGHEST_PROTOCOL) if buffers else None
+        try:
+            _Pickler(file, pickle.HIGHEST_PROTOCOL, True, functools.partial(_out_of_band, buffers)).dump(x)
+            pickled = file.getbuffer()
+            carried = _Pickler.dumps(buffers, pickle.HIGHEST_PROTOCOL) if buffers else None
+        finally:
+            sharing.end()
+        if carried is None:
+            return pickle.loads(pickled), len(pickled)
+        return pickle.loads(pickled, buffers=map(memoryview, pickle.loads(carried))), len(pickled)
     except BaseException:
-        _C.undo_sharing()
+        sharing.give_up()
         raise
-    finally:
-        _C.set_sharing(False, 0)
-    if carried is None:
-        return pickle.loads(pickled), len(pickled)
-    return pickle.loads(pickled, buffers=map(memoryview, pickle.loads(carried))), len(pickled)
 
 
 def _out_of_band(buffers: list[Any], buffer: pickle.PickleBuffer) -> bool:

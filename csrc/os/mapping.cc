@@ -29,6 +29,7 @@ namespace {
 constexpr uint64_t kAlign = uint64_t{2} << 20;  // of a huge page
 constexpr uint64_t kSlow =
     5'000'000;  // ns for a huge page, of which it takes 0.15 ms: the system has to move memory for it
+constexpr uint64_t kStep = 16 * kAlign;      // between two looks at the clock
 constexpr uint64_t kPause = 10'000'000'000;  // ns, after a slow one or none
 
 // linux/fs.h of kernel 6.7, which older headers lack.
@@ -190,15 +191,21 @@ void commit_huge(std::byte* at, uint64_t length) {
   static std::atomic<uint64_t> not_before{0};
   const auto start = reinterpret_cast<uintptr_t>(at), first = (start + kAlign - 1) & ~(kAlign - 1),
              end = (start + length) & ~(kAlign - 1);
-  const uint64_t begun = boot_time();
-  if (first >= end || begun < not_before.load(std::memory_order_relaxed)) return;
-  std::byte* const huge = at + (first - start);
-  for (uint64_t offset = 0; offset < end - first; offset += kAlign) {
-    if (::madvise(huge + offset, kPageBytes, MADV_POPULATE_WRITE) != 0) return;
+  if (first >= end || boot_time() < not_before.load(std::memory_order_relaxed)) return;
+  for (uintptr_t step = first; step < end; step += kStep) {
+    const uint64_t bytes = std::min(kStep, end - step);
+    std::byte* const huge = at + (step - start);
+    const uint64_t begun = boot_time();
+    for (uint64_t offset = 0; offset < bytes; offset += kAlign) {
+      if (::madvise(huge + offset, kPageBytes, MADV_POPULATE_WRITE) != 0) return;
+    }
+    const bool made = TORCHSHM_INJECT("os.collapse") == 0 && ::madvise(huge, bytes, MADV_COLLAPSE) == 0;
+    const uint64_t now = boot_time();
+    if (!made || now - begun > bytes / kAlign * kSlow) {
+      not_before.store(now + kPause, std::memory_order_relaxed);
+      return;
+    }
   }
-  const bool made = TORCHSHM_INJECT("os.collapse") == 0 && ::madvise(huge, end - first, MADV_COLLAPSE) == 0;
-  const uint64_t now = boot_time();
-  if (!made || now - begun > (end - first) / kAlign * kSlow) not_before.store(now + kPause, std::memory_order_relaxed);
 }
 
 }  // namespace

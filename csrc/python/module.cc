@@ -36,6 +36,34 @@ pool::Member& current() {
   return *member();
 }
 
+// One share() of this thread while it pickles. What it pickles may share something itself.
+class Sharing {
+ public:
+  explicit Sharing(uint8_t mode) : sharing_(scope().sharing), mode_(scope().mode) {
+    issued_.swap(scope().issued);
+    scope().sharing = true;
+    scope().mode = static_cast<pool::Mode>(mode);
+  }
+  // The one around it goes on.
+  void end() {
+    issued_.swap(scope().issued);
+    scope().sharing = sharing_;
+    scope().mode = mode_;
+  }
+  // After the end: takes back what has been issued and not received.
+  void give_up() {
+    for (const pool::Handle& handle : issued_) {
+      if (pool::Member* owner = pool::find_pool(handle.pool_id)) owner->give_up(handle);
+    }
+    issued_.clear();
+  }
+
+ private:
+  bool sharing_;
+  pool::Mode mode_;
+  std::vector<pool::Handle> issued_;  // until the end, of the one around it
+};
+
 void start(Result<std::unique_ptr<pool::Member>> made, bool current) {
   if (!made) fail(made.status());
   pool::Member* adopted = pool::adopt(made.take());
@@ -221,24 +249,13 @@ PYBIND11_MODULE(unchecked, m) {
       "nest_inline", [](int step) { scope().inline_depth += step; }, py::arg("step"));
   m.def("is_inline", [] { return scope().inline_depth > 0; });
   m.def("torch_version", [] { return TORCHSHM_TORCH_VERSION; });
-  m.def("undo_sharing", [] {
-    for (const pool::Handle& handle : scope().issued) {
-      pool::Member* owner = pool::find_pool(handle.pool_id);
-      if (auto view = owner->redeem(handle, pool::Mode::kReadWrite))
-        owner->release(view->block, pool::Mode::kReadWrite);
-    }
-  });
   m.def("batch_begin", [] { scope().batch = Batch{true, {}, {}}; });
   m.def("batch_look", [] { return scope().batch.look(); });
   m.def("batch_end", [] { scope().batch = Batch{}; });
-  m.def(
-      "set_sharing",
-      [](bool sharing, uint8_t mode) {
-        scope().sharing = sharing;
-        scope().issued.clear();
-        scope().mode = static_cast<pool::Mode>(mode);
-      },
-      py::arg("sharing"), py::arg("mode"));
+  py::class_<Sharing>(m, "Sharing")
+      .def(py::init<uint8_t>(), py::arg("mode"))
+      .def("end", &Sharing::end)
+      .def("give_up", &Sharing::give_up);
 }
 
 // From Python 3.12 on, the import system refuses by itself: the module does not claim support.

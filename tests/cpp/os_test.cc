@@ -361,6 +361,22 @@ TEST(Pages, AreHugeWhereWholeOnesAreCommitted) {
   }));
 }
 
+#if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
+// Where memory is in pieces each huge page takes long: no more of them are asked for than it takes to notice.
+TEST(Pages, AreSmallFromWhereHugeOnesCanNotBeMade) {
+  if (!has_huge_pages()) GTEST_SKIP() << "the system has no huge pages for memory files";
+  EXPECT_TRUE(succeeds([] {
+    const uint64_t step = 16 * kHuge, size = 2 * step;
+    const Fd fd = memfd(size);
+    Mapping shared = map(Mapping::Kind::kShared, fd, size);
+    failpoint::arm({failpoint::Action::kFail, 2, false, ENOMEM, "os.collapse"});
+    const bool committed = os::commit(shared.data(), size).ok();
+    failpoint::disarm();
+    return committed && in_huge_pages(shared.data()) <= step && resident(shared.data(), size);
+  }));
+}
+#endif
+
 TEST(Pages, AreSmallWhereTheSystemHasNoHugeOnes) {
   TORCHSHM_NEEDS_SECCOMP();
   EXPECT_TRUE(succeeds([] {

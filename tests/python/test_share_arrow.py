@@ -230,6 +230,133 @@ def test_reducers_come_when_their_library_is_imported(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import importlib.util; assert all(map(importlib.util.find_spec, ('pyarrow', 'pandas', 'polars')))",
+        "import polars",
+        "import pandas",
+        "import pyarrow, polars",
+    ],
+)
+def test_reducers_come_however_their_libraries_are_looked_for(tmp_path, before):
+    """Libraries ask for the specs of others, to know whether they are there; the loader of that spec is never run."""
+    pytest.importorskip("polars")
+    passes(
+        f"""
+        from multiprocessing.reduction import ForkingPickler
+        import torchshm
+        torchshm.register()
+        {before}
+        import pyarrow as pa, pandas as pd, polars as pl
+        table = ForkingPickler._extra_reducers
+        assert all(kind in table for kind in (pa.Buffer, pd.arrays.ArrowStringArray, pl.DataFrame))
+        for x in (pa.table({{"a": range(100_000)}}), pl.DataFrame({{"a": range(100_000)}})):
+            assert len(ForkingPickler.dumps(x)) < 5000
+        """,
+        tmp_path,
+    )
+
+
+def test_reducers_come_after_an_import_that_failed(tmp_path):
+    passes(
+        """
+        import pathlib, sys
+        from torchshm._arrivals import WhenImported
+        came = []
+        waiting = WhenImported("late", lambda: came.append(sys.modules["late"].done))
+        waiting.wait()
+        def fails(kind):
+            try:
+                import late
+            except kind:
+                return not came
+        assert fails(ImportError)
+        here = pathlib.Path(sys.path[0])
+        sys.path_importer_cache.clear()
+        (here / "late.py").write_text("raise ValueError")
+        assert fails(ValueError)
+        (here / "late.py").unlink()
+        (here / "late").mkdir()
+        (here / "late" / "__init__.py").write_text("done = True")
+        sys.path_importer_cache.clear()
+        import late
+        assert came == [True] and waiting not in sys.meta_path
+        """,
+        tmp_path,
+    )
+
+
+def test_other_finders_may_ask_all_finders(tmp_path):
+    """As those of tracing tools do; the reducers come once."""
+    passes(
+        """
+        import importlib.util, pathlib, sys
+        from torchshm._arrivals import WhenImported
+        class Asks:
+            asking = False
+            def find_spec(self, name, path=None, target=None):
+                if name != "asked" or self.asking:
+                    return None
+                self.asking = True
+                try:
+                    return importlib.util.find_spec(name)
+                finally:
+                    self.asking = False
+        came = []
+        sys.meta_path.insert(0, Asks())
+        WhenImported("asked", lambda: came.append(sys.modules["asked"].done)).wait()
+        (pathlib.Path(sys.path[0]) / "asked.py").write_text("done = True")
+        import asked
+        assert came == [True]
+        """,
+        tmp_path,
+    )
+
+
+def test_nothing_comes_after_unregister(tmp_path):
+    passes(
+        """
+        import importlib.util
+        from multiprocessing.reduction import ForkingPickler
+        import torchshm
+        before = dict(ForkingPickler._extra_reducers)
+        torchshm.register()
+        spec = importlib.util.find_spec("pyarrow")
+        torchshm.unregister()
+        import pyarrow
+        spec.loader.exec_module(pyarrow)
+        assert ForkingPickler._extra_reducers == before
+        """,
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_share_and_dumps_know_what_was_imported_unnoticed(tmp_path, registered):
+    passes(
+        f"""
+        import sys
+        import torchshm
+        if {registered}:
+            torchshm.register()
+        finders = list(sys.meta_path)
+        sys.meta_path[:] = [each for each in finders if "torchshm" not in type(each).__module__]
+        import pyarrow as pa
+        part = pa.array(range(1_000_000))[5:1000]  # imports pandas
+        sys.meta_path[:] = finders
+        assert len(torchshm.dumps(part)) < 1000
+        with torchshm.inline():
+            assert len(torchshm.dumps(part)) < 10_000_000
+        before = torchshm.stats()["live_bytes"]
+        y = torchshm.share(part)
+        assert y.equals(part) and torchshm.is_shared(y.buffers()[1])
+        assert torchshm.stats()["live_bytes"] - before < 50_000
+        """,
+        tmp_path,
+    )
+
+
 def test_full_pool_pickles_arrow_as_it_always_was(tmp_path):
     passes(
         """

@@ -129,6 +129,66 @@ def test_arrays_that_overlap_are_not_torn_apart():
     assert y["part"][0] != -1
 
 
+class Locked(list):
+    """Can't be changed any more."""
+
+    def __init__(self, held, error):
+        super().__init__(held)
+        self.error = error
+
+    def __setitem__(self, i, value):
+        raise self.error("locked")
+
+    def __reduce__(self):
+        return Locked, (list(self), self.error)
+
+
+def _same(x):
+    return x["a"] is x["b"][0] is x["c"][-1]
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda a: ("n", {"k": 1}, a),
+        lambda a: ({"k": 1}, ([a, {}], a)),
+        lambda a: Locked([a], TypeError),
+        lambda a: Locked([a], RuntimeError),
+    ],
+    ids=["tuple", "tuple in a tuple", "read-only", "read-only, by another error"],
+)
+def test_array_is_replaced_for_all_that_hold_it_or_for_none(hold):
+    def make():
+        a = rng().random(N)
+        held = hold(a)
+        last = held if held[-1] is a else held[-1]
+        return {"a": a, "b": [a], "c": last, "held": held}
+
+    x = make()
+    assert _same(torchshm.share(x))
+    y = torchshm.share(x, consume=True)
+    assert _same(y) and _same(x)
+    assert torchshm.is_shared(y["a"]) and not torchshm.is_shared(x["a"])
+
+
+def test_arrays_that_overlap_what_a_tuple_holds_are_not_torn_off():
+    whole = rng().random(2 * N)
+    x = {"tuple": (whole, {"k": 1}), "part": whole[N:], "alone": rng().random(N)}
+    del whole
+    torchshm.share(x, consume=True)
+    assert torchshm.is_shared(x["alone"])
+    x["part"][0] = -1
+    assert x["tuple"][0][N] == -1
+
+
+def test_tensors_in_tuples_are_replaced_where_they_are():
+    a = torch.ones(N)
+    x = {"a": a, "tuple": (a, {"k": 1})}
+    y = torchshm.share(x, consume=True)
+    assert x["tuple"][0] is x["a"] is a and torchshm.is_shared(a)
+    assert y["tuple"][0] is y["a"]
+
+
 def test_polars_columns_that_are_one_memory_keep_their_names():
     pl = pytest.importorskip("polars")
     one = pl.Series("a", rng().random(500))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import pickle
 
+import numpy as np
 import pytest
 from peer import give
 from shareable import CASES
@@ -155,3 +157,110 @@ def test_objects_come_through_a_pooled_queue(registered, name):
     queue.put(torchshm.share(x))
     for _ in range(2):
         assert CASES[name].equal(queue.get(), x)
+
+
+# ---- what is pickled, or received, runs code of its own
+
+
+class Sharing:
+    """Shares something while it is shared."""
+
+    def __init__(self, *held, mode="r+"):
+        self.held, self.mode = held, mode
+        self.made = None
+
+    def __reduce__(self):
+        try:
+            self.made = torchshm.share(self.held, self.mode)
+        except RuntimeError:
+            self.made = None
+        return give, (self.made,)
+
+
+class NotPicklable:
+    def __reduce__(self):
+        raise RuntimeError("not this one")
+
+
+class NotReceivable:
+    """Can be pickled, and not received."""
+
+    def __init__(self, *held):
+        self.held = held
+
+    def __setstate__(self, state):
+        raise ValueError("not this one")
+
+
+class OutOfBand:
+    def __init__(self, held):
+        self.held = held
+
+    def __reduce_ex__(self, protocol):
+        return _not_received, (pickle.PickleBuffer(self.held),)
+
+
+def _not_received(buffer):
+    raise ValueError("not this one")
+
+
+def write(arrays):
+    for each in arrays:
+        each[0] = 7
+
+
+def ones():
+    return np.ones(3000)
+
+
+@pytest.mark.parametrize("inside", [(), (ones(),), (ones(), NotPicklable())])
+@pytest.mark.parametrize("mode", ["c", "r", "r+"])
+def test_share_within_share_does_not_end_it(peer, mode, inside):
+    before = blocks()
+    first, _, small, last = torchshm.share([ones(), Sharing(*inside), np.ones(10), ones()], mode)
+    arrays = [first, small, last]
+    assert all(map(torchshm.is_shared, arrays))
+    assert [each.flags.writeable for each in arrays] == [mode != "r"] * 3
+    if mode != "r":
+        peer.call(write, arrays)
+        assert [each[0] for each in arrays] == [7 if mode == "r+" else 1] * 3
+    del first, small, last, arrays, _
+    assert torchshm.stats()["tickets"] == 0 and blocks() == before
+
+
+def test_share_within_share_has_its_own_mode(registered):
+    for outer, own in (("r", "r+"), ("r+", "r")):
+        inner = Sharing(ones(), mode=own)
+        y = torchshm.share([ones(), inner, ones()], outer)
+        assert [each.flags.writeable for each in (y[0], inner.made[0], y[2])] == [
+            mode == "r+" for mode in (outer, own, outer)
+        ]
+
+
+def test_share_within_share_leaves_nothing_when_either_fails(registered):
+    before = blocks()
+    with pytest.raises(RuntimeError):
+        torchshm.share([ones(), Sharing(ones()), ones(), NotPicklable()])
+    with pytest.raises(ValueError, match="not this one"):
+        torchshm.share([ones(), Sharing(ones()), ones(), NotReceivable(ones()), ones()])
+    torchshm.share([ones(), Sharing(ones(), NotPicklable()), ones()])
+    assert torchshm.stats()["tickets"] == 0 and blocks() == before
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"report": True}, {"consume": True}, {"consume": True, "report": True}]
+)
+@pytest.mark.parametrize("make", [NotReceivable, OutOfBand])
+def test_nothing_is_left_of_what_can_not_be_received(registered, make, options):
+    before = blocks()
+    with pytest.raises(ValueError, match="not this one"):
+        torchshm.share([ones(), make(ones()), ones(), pickle.PickleBuffer(ones())], **options)
+    assert torchshm.stats()["tickets"] == 0 and blocks() == before
+
+
+def test_nothing_is_left_of_tensors_either(registered):
+    torch = pytest.importorskip("torch")
+    before = blocks()
+    with pytest.raises(ValueError, match="not this one"):
+        torchshm.share([torch.ones(3000), NotReceivable(torch.ones(3000)), torch.ones(3000)])
+    assert torchshm.stats()["tickets"] == 0 and blocks() == before

@@ -23,6 +23,10 @@ def blocks() -> int:
     return torchshm.stats()["blocks"]
 
 
+def left() -> tuple[int, int]:
+    return blocks(), torchshm.stats()["tickets"]
+
+
 def pooled(name, x):
     return [torchshm.is_shared(each) for each in CASES[name].memory(x)]
 
@@ -216,7 +220,7 @@ def ones():
 @pytest.mark.parametrize("inside", [(), (ones(),), (ones(), NotPicklable())])
 @pytest.mark.parametrize("mode", ["c", "r", "r+"])
 def test_share_within_share_does_not_end_it(peer, mode, inside):
-    before = blocks()
+    before = left()
     first, _, small, last = torchshm.share([ones(), Sharing(*inside), np.ones(10), ones()], mode)
     arrays = [first, small, last]
     assert all(map(torchshm.is_shared, arrays))
@@ -225,7 +229,7 @@ def test_share_within_share_does_not_end_it(peer, mode, inside):
         peer.call(write, arrays)
         assert [each[0] for each in arrays] == [7 if mode == "r+" else 1] * 3
     del first, small, last, arrays, _
-    assert torchshm.stats()["tickets"] == 0 and blocks() == before
+    assert left() == before
 
 
 def test_share_within_share_has_its_own_mode(registered):
@@ -238,13 +242,13 @@ def test_share_within_share_has_its_own_mode(registered):
 
 
 def test_share_within_share_leaves_nothing_when_either_fails(registered):
-    before = blocks()
+    before = left()
     with pytest.raises(RuntimeError):
         torchshm.share([ones(), Sharing(ones()), ones(), NotPicklable()])
     with pytest.raises(ValueError, match="not this one"):
         torchshm.share([ones(), Sharing(ones()), ones(), NotReceivable(ones()), ones()])
     torchshm.share([ones(), Sharing(ones(), NotPicklable()), ones()])
-    assert torchshm.stats()["tickets"] == 0 and blocks() == before
+    assert left() == before
 
 
 @pytest.mark.parametrize(
@@ -252,15 +256,15 @@ def test_share_within_share_leaves_nothing_when_either_fails(registered):
 )
 @pytest.mark.parametrize("make", [NotReceivable, OutOfBand])
 def test_nothing_is_left_of_what_can_not_be_received(registered, make, options):
-    before = blocks()
+    before = left()
     with pytest.raises(ValueError, match="not this one"):
         torchshm.share([ones(), make(ones()), ones(), pickle.PickleBuffer(ones())], **options)
-    assert torchshm.stats()["tickets"] == 0 and blocks() == before
+    assert left() == before
 
 
 def test_nothing_is_left_of_tensors_either(registered):
     torch = pytest.importorskip("torch")
-    before = blocks()
+    before = left()
     with pytest.raises(ValueError, match="not this one"):
         torchshm.share([torch.ones(3000), NotReceivable(torch.ones(3000)), torch.ones(3000)])
-    assert torchshm.stats()["tickets"] == 0 and blocks() == before
+    assert left() == before

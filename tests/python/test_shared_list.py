@@ -139,10 +139,12 @@ def test_copies_of_an_open_list_are_open():
 
 def test_lists_are_added():
     items = SharedList([1, 2]).seal()
-    assert items + [3] == items + SharedList([3]) == [1, 2, 3] and [0] + items == [0, 1, 2]
-    assert type([0] + items) is SharedList
+    zero, three = [0], [3]
+    assert items + three == items + SharedList(three) == [1, 2, 3] and zero + items == [0, 1, 2]
+    assert type(zero + items) is SharedList
+    pair: tuple = (3,)
     with pytest.raises(TypeError):
-        items + (3,)
+        items + pair
 
 
 # ---- appending

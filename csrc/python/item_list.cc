@@ -122,10 +122,10 @@ Py_ssize_t length(PyObject* self) { return items_of(self).count; }
 
 // ---- sealing
 
-// (chunks, arrays, index, bytes used of the last chunk); the second and the last are None for a list without.
+// (chunks, arrays, index, bytes used of the last chunk); the second and the last are None for a list without. Also while a thread appends:
+// what is counted is complete.
 PyObject* parts(PyObject* self, PyObject*) {
   const Items& items = items_of(self);
-  if (items.writer != nullptr && items.writer->in_use()) return raise_in_use();
   const auto n = static_cast<Py_ssize_t>(items.chunks.size());
   const bool open = n != 0 && items.chunks[0].arrays == nullptr;
   PyObject *chunks = PyTuple_New(n), *arrays = open ? Py_NewRef(Py_None) : PyTuple_New(n);
@@ -167,7 +167,7 @@ PyObject* seal_as(PyObject* self, PyObject* arguments) {
     return nullptr;
   }
   Items& items = items_of(self);
-  if (items.writer != nullptr && items.writer->in_use()) return raise_in_use();
+  if (items.writer != nullptr && items.writer->busy && items.writer->in_use()) return raise_in_use();
   Items made;
   for (Py_ssize_t i = 0; i < n; ++i) {
     made.chunks.push_back(
@@ -179,6 +179,34 @@ PyObject* seal_as(PyObject* self, PyObject* arguments) {
   made.stride = PyArray_STRIDE(array_of(index), 0);
   items.swap(made);
   Py_RETURN_NONE;
+}
+
+// seal_with(): what `make` makes of the parts is the list from here on. Nothing can be appended meanwhile; of threads that seal at the same
+// time the first one to end counts.
+PyObject* seal_with(PyObject* self, PyObject* make) {
+  Items& items = items_of(self);
+  if (items.writer == nullptr) Py_RETURN_NONE;
+  if (items.writer->forked != Writer::forks() || items.writer->sealing == 0) {
+    Writer* taken = begin_writing(items);
+    if (taken == nullptr) return nullptr;
+    taken->busy = false;
+  }
+  ++items.writer->sealing;
+  const uint64_t forks = Writer::forks();
+  PyObject *given = parts(self, nullptr), *made = nullptr;
+  if (given != nullptr) made = PyObject_CallOneArg(make, given);
+  Py_XDECREF(given);
+  PyObject* done = nullptr;
+  if (forks != Writer::forks()) {
+    if (made != nullptr) (void)raise_forked();
+  } else if (items.writer == nullptr) {
+    if (made != nullptr) done = Py_NewRef(Py_None);
+  } else {
+    --items.writer->sealing;
+    if (made != nullptr) done = seal_as(self, made);
+  }
+  Py_XDECREF(made);
+  return done;
 }
 
 PyObject* is_sealed(PyObject* self, void*) { return PyBool_FromLong(items_of(self).writer == nullptr ? 1 : 0); }
@@ -242,9 +270,10 @@ PyMethodDef methods[] = {
     {"append", append_item, METH_O, "append(item)\n--\n\nPickle an item at the end of the list."},
     {"_append_keyed", append_keyed_item, METH_VARARGS, "_append_keyed(key, item)\n--\n\n"},
     {"_extend", extend_items, METH_O, "_extend(iterable)\n--\n\n"},
-    {"_start", start_writing, METH_VARARGS, "_start(sink, dump, forget, grow)\n--\n\n"},
+    {"_start", start_writing, METH_VARARGS, "_start(make_pickler, grow)\n--\n\n"},
     {"_parts", parts, METH_NOARGS, "_parts()\n--\n\n"},
     {"_seal_as", seal_as, METH_VARARGS, "_seal_as(chunks, arrays, index)\n--\n\n"},
+    {"_seal_with", seal_with, METH_O, "_seal_with(make)\n--\n\n"},
     {"_tabulate", tabulate_items, METH_O, "_tabulate(slots)\n--\n\n"},
     {"_find", find_item, METH_VARARGS, "_find(slots, key)\n--\n\n"},
     {"_key", key_of_item, METH_O, "_key(number)\n--\n\n"},

@@ -47,11 +47,8 @@ PyObject* tabulate_items(PyObject* self, PyObject* slots_object) {
   Writer* writer = begin_writing(items);
   if (writer == nullptr) return nullptr;
   writer->busy = false;
-  if (writer->forked != Writer::forks()) {
-    PyErr_SetString(PyExc_RuntimeError, "the process was forked meanwhile");
-    return nullptr;
-  }
   const Py_ssize_t count = items.count;
+  if (writer->entries_capacity < static_cast<uint64_t>(count)) return raise_forked();
   Py_ssize_t kept = 0;
   for (Py_ssize_t i = 0; i < count; ++i) {
     const auto place = find_place(items, i);

@@ -19,14 +19,30 @@ constexpr Py_ssize_t kBetweenSignals = 1024;  // items
 
 uint64_t times_forked = 0;
 
+// Whether it is what pickling raises of an object that can't be pickled; what a signal's handler or an object's own method raised is not.
+bool tells_of_pickling(PyObject* kind, PyObject* pickle) {
+  for (PyObject* of : {PyExc_TypeError, PyExc_AttributeError, PyExc_RecursionError})
+    if (PyErr_GivenExceptionMatches(kind, of) != 0) return true;
+  PyObject* base = pickle == nullptr ? nullptr : PyObject_GetAttrString(pickle, "PickleError");
+  const bool found = base != nullptr && PyErr_GivenExceptionMatches(kind, base) != 0;
+  Py_XDECREF(base);
+  return found;
+}
+
 // The exception there is, with the number of the item: a PicklingError of what pickling raised, the same of what the pool did.
 void explain(Py_ssize_t index, bool pickling) {
-  if (!PyErr_ExceptionMatches(PyExc_Exception) || (pickling && PyErr_ExceptionMatches(PyExc_MemoryError))) return;
+  if (!PyErr_ExceptionMatches(PyExc_Exception)) return;
   PyObject *kind = nullptr, *cause = nullptr, *trace = nullptr;
   PyErr_Fetch(&kind, &cause, &trace);
   PyErr_NormalizeException(&kind, &cause, &trace);
-  if (trace != nullptr) PyException_SetTraceback(cause, trace);
   PyObject* pickle = pickling ? PyImport_ImportModule("pickle") : nullptr;
+  if (pickling && !tells_of_pickling(kind, pickle)) {
+    PyErr_Clear();
+    Py_XDECREF(pickle);
+    PyErr_Restore(kind, cause, trace);
+    return;
+  }
+  if (trace != nullptr) PyException_SetTraceback(cause, trace);
   PyObject* error = pickle == nullptr ? Py_NewRef(kind) : PyObject_GetAttrString(pickle, "PicklingError");
   Py_XDECREF(pickle);
   if (error != nullptr) {
@@ -45,9 +61,15 @@ void explain(Py_ssize_t index, bool pickling) {
 
 // Two new references to arrays over one new block; false with an exception set.
 bool call_grow(const Writer& writer, uint64_t least, uint64_t wanted, PyObject*& to_write, PyObject*& to_read) {
+  const uint64_t forks = Writer::forks();
   PyObject* made = PyObject_CallFunction(writer.grow, "KK", static_cast<unsigned long long>(least),
                                          static_cast<unsigned long long>(wanted));
   if (made == nullptr) return false;
+  if (forks != Writer::forks()) {
+    Py_DECREF(made);
+    (void)raise_forked();
+    return false;
+  }
   if (!PyTuple_Check(made) || PyTuple_GET_SIZE(made) != 2 || !is_array(PyTuple_GET_ITEM(made, 0), NPY_UINT8) ||
       !is_array(PyTuple_GET_ITEM(made, 1), NPY_UINT8) ||
       static_cast<uint64_t>(PyArray_SIZE(array_of(PyTuple_GET_ITEM(made, 0)))) < least ||
@@ -118,11 +140,6 @@ bool put(Items& items, Writer& writer, const Sink& sink, const Py_buffer* key) {
     PyErr_SetString(PyExc_OverflowError, "it has more than a TiB");
     return false;
   }
-  if (writer.forked != Writer::forks()) {
-    writer.used = writer.capacity;  // the parent goes on in that chunk and that index
-    writer.entries_capacity = 0;
-    writer.forked = Writer::forks();
-  }
   const uint64_t begin = aligned(writer.used, kRecordAlignment);
   const bool fits = begin <= writer.capacity && need <= writer.capacity - begin;
   if (!fits && !more_chunks(items, writer, need)) return false;
@@ -161,10 +178,32 @@ bool put(Items& items, Writer& writer, const Sink& sink, const Py_buffer* key) {
   return true;
 }
 
+// A new pickler for the writer; false with an exception set.
+bool renew_pickler(Writer& writer) {
+  PyObject* made = PyObject_CallNoArgs(writer.make_pickler);
+  if (made == nullptr) return false;
+  if (!PyTuple_Check(made) || PyTuple_GET_SIZE(made) != 3 || sink_of(PyTuple_GET_ITEM(made, 0)) == nullptr) {
+    Py_DECREF(made);
+    PyErr_SetString(PyExc_TypeError, "a sink, dump and forget are expected");
+    return false;
+  }
+  Py_XSETREF(writer.sink_object, Py_NewRef(PyTuple_GET_ITEM(made, 0)));
+  Py_XSETREF(writer.dump, Py_NewRef(PyTuple_GET_ITEM(made, 1)));
+  Py_XSETREF(writer.forget, Py_NewRef(PyTuple_GET_ITEM(made, 2)));
+  Py_DECREF(made);
+  return true;
+}
+
 }  // namespace
 
 PyObject* raise_in_use() {
-  PyErr_SetString(PyExc_RuntimeError, "another thread, or a method that pickles an item, appends to this list");
+  PyErr_SetString(PyExc_RuntimeError,
+                  "another thread, or a method that pickles an item, appends to this list or seals it");
+  return nullptr;
+}
+
+PyObject* raise_forked() {
+  PyErr_SetString(PyExc_RuntimeError, "the process was forked meanwhile, by what appends to this list");
   return nullptr;
 }
 
@@ -180,8 +219,22 @@ Writer* begin_writing(Items& items) {
     (void)raise_in_use();
     return nullptr;
   }
+  if (writer->forked == Writer::forks()) {
+    writer->busy = true;
+    return writer;
+  }
+  // The parent goes on in that chunk and that index, and a thread of its may have been using that pickler.
+  writer->used = writer->capacity;
+  writer->entries_capacity = 0;
+  writer->sealing = 0;
+  const uint64_t forks = writer->forked = Writer::forks();
   writer->busy = true;
-  return writer;
+  const bool renewed = renew_pickler(*writer);
+  if (forks != Writer::forks()) return nullptr;
+  if (renewed) return writer;
+  writer->busy = false;
+  writer->forked = forks - 1;  // the next one tries again
+  return nullptr;
 }
 
 namespace {
@@ -189,20 +242,31 @@ namespace {
 int append(Items& items, PyObject* item, const Py_buffer* key) {
   Writer* writer = begin_writing(items);
   if (writer == nullptr) return -1;
-  Sink& sink = *sink_of(writer->sink_object);
+  const uint64_t forks = Writer::forks();
+  // In a child that was forked in here the writer may have got others, or be gone.
+  PyObject *sink_object = Py_NewRef(writer->sink_object), *forget = Py_NewRef(writer->forget);
+  PyObject* dump = Py_NewRef(writer->dump);
+  Sink& sink = *sink_of(sink_object);
   sink.clear();
-  PyObject* done = PyObject_CallOneArg(writer->dump, item);
+  PyObject* done = PyObject_CallOneArg(dump, item);
   bool stands = done != nullptr;
   Py_XDECREF(done);
+  if (stands && forks != Writer::forks()) {
+    (void)raise_forked();
+    stands = false;
+  }
   if (stands) stands = put(items, *writer, sink, key);
   if (!stands) explain(items.count, done == nullptr);
   PyObject *kind = nullptr, *value = nullptr, *trace = nullptr;
   if (!stands) PyErr_Fetch(&kind, &value, &trace);
-  PyObject* forgotten = PyObject_CallNoArgs(writer->forget);
+  PyObject* forgotten = PyObject_CallNoArgs(forget);
   if (forgotten == nullptr) PyErr_Clear();
   Py_XDECREF(forgotten);
   sink.clear();
-  writer->busy = false;
+  if (forks == Writer::forks()) writer->busy = false;
+  Py_DECREF(sink_object);
+  Py_DECREF(forget);
+  Py_DECREF(dump);
   if (!stands) PyErr_Restore(kind, value, trace);
   return stands ? 0 : -1;
 }
@@ -247,17 +311,15 @@ PyObject* extend_items(PyObject* self, PyObject* iterable) {
 }
 
 PyObject* start_writing(PyObject* self, PyObject* arguments) {
-  PyObject *sink = nullptr, *dump = nullptr, *forget = nullptr, *grow = nullptr;
-  if (!PyArg_ParseTuple(arguments, "OOOO:_start", &sink, &dump, &forget, &grow)) return nullptr;
-  if (sink_of(sink) == nullptr) return nullptr;
-  Items& items = items_of(self);
-  if (items.writer != nullptr && items.writer->in_use()) return raise_in_use();
+  PyObject *make_pickler = nullptr, *grow = nullptr;
+  if (!PyArg_ParseTuple(arguments, "OO:_start", &make_pickler, &grow)) return nullptr;
   Items made;
   made.writer = std::make_unique<Writer>();
-  made.writer->sink_object = Py_NewRef(sink);
-  made.writer->dump = Py_NewRef(dump);
-  made.writer->forget = Py_NewRef(forget);
+  made.writer->make_pickler = Py_NewRef(make_pickler);
   made.writer->grow = Py_NewRef(grow);
+  if (!renew_pickler(*made.writer)) return nullptr;
+  Items& items = items_of(self);
+  if (items.writer != nullptr && items.writer->in_use()) return raise_in_use();
   items.swap(made);
   Py_RETURN_NONE;
 }

@@ -18,5 +18,6 @@ PyObject* extend_items(PyObject* self, PyObject* iterable);
 // Takes the writer for this thread, until its `busy` is false again; null with an exception set.
 Writer* begin_writing(Items& items);
 PyObject* raise_in_use();
+PyObject* raise_forked();
 
 }  // namespace torchshm::python

@@ -24,6 +24,7 @@ struct Chunk {
 
 // Of a list that can be appended to.
 struct Writer {
+  PyObject* make_pickler = nullptr;  // () -> (sink, dump, forget)
   PyObject* sink_object = nullptr;
   PyObject* dump = nullptr;
   PyObject* forget = nullptr;  // the pickler's clear_memo
@@ -35,20 +36,21 @@ struct Writer {
   PyObject* index = nullptr;        // to write
   uint64_t* entries = nullptr;
   uint64_t entries_capacity = 0;
-  uint64_t forked = forks();  // when the last chunk was made: a child does not write where its parent does
+  uint64_t forked = forks();  // of the process that the rest is of: a child does not write where its parent does
   bool busy = false;          // a thread appends
+  int sealing = 0;            // threads
 
   Writer() = default;
   Writer(const Writer&) = delete;
   Writer& operator=(const Writer&) = delete;
   ~Writer() {
-    for (PyObject* object : {sink_object, dump, forget, grow, chunk, index}) Py_XDECREF(object);
+    for (PyObject* object : {make_pickler, sink_object, dump, forget, grow, chunk, index}) Py_XDECREF(object);
   }
 
   // How often this process and its ancestors were forked, as far as the children are concerned.
   static uint64_t forks();
   static int count_forks();  // once; -1 with an exception set
-  bool in_use() const { return busy && forked == forks(); }
+  bool in_use() const { return (busy || sealing != 0) && forked == forks(); }
 };
 
 struct Items {

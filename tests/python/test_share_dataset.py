@@ -6,6 +6,8 @@ import collections
 import dataclasses
 import gc
 import logging
+import mmap
+import multiprocessing
 import threading
 import weakref
 
@@ -171,3 +173,94 @@ def test_it_tells_what_it_did(caplog):
         for text in caplog.messages
     )
     assert any("Pictures.array" in text for text in caplog.messages)
+
+
+def test_what_is_shared_or_mapped_stays(tmp_path):
+    path = tmp_path / "file"
+    np.zeros(300_000).tofile(path)
+    torch.save(torch.zeros(300_000), tmp_path / "saved")
+    with open(path, "r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0)
+    holder = Record(
+        [
+            np.frombuffer(multiprocessing.RawArray("d", 300_000)),
+            np.frombuffer(mapped),
+            torch.from_numpy(np.memmap(path, np.float64, "r+")),
+            torch.from_file(str(path), shared=True, size=300_000, dtype=torch.float64),
+            torch.load(tmp_path / "saved", mmap=True),
+            torch.zeros(300_000).share_memory_(),
+        ]
+    )
+    before = list(holder.i)
+    holder.own = np.frombuffer(bytearray(3_000_000), np.uint8)
+    share_dataset(holder)
+    assert [a is b for a, b in zip(holder.i, before, strict=True)] == [True] * len(before)
+    assert torchshm.is_shared(holder.own)
+
+
+class Usage:
+    def memory_usage(self, unit):
+        return unit
+
+
+class Unloaded:
+    @property
+    def nbytes(self):
+        raise RuntimeError("not loaded yet")
+
+
+class Forwards:
+    __slots__ = ("missing",)
+
+    def __getattr__(self, name):
+        return {}[name]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: torch.nested.nested_tensor([torch.zeros(300_000), torch.ones(5)]),
+        Usage,
+        Unloaded,
+        Forwards,
+    ],
+)
+def test_what_raises_when_it_is_looked_at_stops_nothing(make):
+    holder = Record(make())
+    value, holder.array = holder.i, np.zeros(300_000)
+    share_dataset(holder)
+    assert holder.i is value and torchshm.is_shared(holder.array)
+
+
+def test_a_long_chain_of_objects_is_walked():
+    chain = Record(np.zeros(300_000))
+    last = chain
+    for _ in range(3000):
+        chain = Record(chain)
+    share_dataset(chain)
+    assert torchshm.is_shared(last.i)
+
+
+def test_a_tuple_in_two_tuples_stays_one():
+    pair = (np.zeros(300_000), 1)
+    holder = Record(((pair,), (pair, 2)))
+    share_dataset(holder)
+    (first,), (second, _) = holder.i
+    assert first is second and torchshm.is_shared(first[0])
+
+
+def test_what_items_have_in_common_is_not_multiplied(registered):
+    array = np.zeros(100_000)
+    holder = Record([{"id": i, "array": array[:]} for i in range(400)])
+    holder.same = [{"id": i, "array": array} for i in range(400)]
+    holder.windows = [array[i : i + 50_000] for i in range(400)]
+    holder.rows = [array[i * 250 : i * 250 + 250] for i in range(400)]
+    share_dataset(holder, min_bytes="400kB")
+    assert type(holder.i) is type(holder.same) is type(holder.windows) is list
+    assert type(holder.rows) is SharedList
+    assert holder.same[0]["array"] is holder.same[399]["array"] and torchshm.is_shared(
+        holder.same[0]["array"]
+    )

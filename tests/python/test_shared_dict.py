@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import decimal
 import enum
 import os
 import pickle
@@ -71,6 +73,32 @@ def test_equal_keys_of_other_types_are_found():
     assert items[np.int64(5)] == items[Number.FIVE] == items[5.0] == "five" and items[True] == "one"
     assert items[np.str_("text")] == items[Text("text")] == "text" and items[np.int8(1), 2] == "pair"
     assert 5.5 not in items and b"text" not in items and ("1", "2") not in items and object() not in items
+
+
+def test_equal_keys_of_other_types_are_found_in_tuples():
+    class Name(str, enum.Enum):
+        A = "a"
+
+    class One(enum.IntEnum):
+        ONE = 1
+
+    pair = collections.namedtuple("pair", "a b")
+    plain = {(1, 2): "pair", ("a", 1): "name", 1: "one", "a": "letter", ((1, 2), "a"): "deep"}
+    items = SharedDict(plain)
+    keys = [
+        *(pair(1, 2), (1.0, 2), (True, 2), (Name.A, 1), ("a", One.ONE), pair(pair(1, 2.0), Name.A)),
+        *(np.True_, np.float32(1), np.float64(1), 1 + 0j, decimal.Decimal(1), Name.A, One.ONE),
+        *(pair(1, 3), (1.5, 2), (None, 2), np.float32(1.5), 1 + 1j, float("inf"), float("nan"), (object(),)),
+    ]
+    for key in keys:
+        assert items.get(key) == plain.get(key), key
+    with pytest.raises(TypeError, match="unhashable"):
+        items.get(pair([], 1))
+
+
+def test_it_is_read_backwards_and_copied():
+    items = SharedDict({"a": 1, "b": 2})
+    assert list(reversed(items)) == ["b", "a"] and items.copy() == {"a": 1, "b": 2}
 
 
 @pytest.mark.parametrize("key", [None, 1.5, frozenset(), ("a", None), object()])

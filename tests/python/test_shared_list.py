@@ -64,7 +64,7 @@ def test_an_index_out_of_range_is_an_index_error(samples, index):
         samples[index]
 
 
-@pytest.mark.parametrize("key", ["1", 1.0, None, (1, 2), [1.5], np.zeros((2, 2), int), b"1"])
+@pytest.mark.parametrize("key", ["1", 1.0, None, (1, 2), [1.5], np.zeros((2, 2), int), b"1", np.array(1.5)])
 def test_other_keys_are_type_errors(samples, key):
     with pytest.raises(TypeError, match="SharedList"):
         samples[key]
@@ -95,6 +95,9 @@ def test_arrays_and_lists_of_numbers_and_bools_choose_items(samples):
     chosen = [5, -1, 5, 0]
     wanted = [SAMPLES[i] for i in chosen]
     assert samples[chosen] == samples[np.array(chosen)] == samples[torch.tensor(chosen)] == wanted
+    for one in (np.array([7]), torch.tensor([7])):
+        assert type(samples[one]) is SharedList and samples[one] == SAMPLES[7:8]
+    assert samples[np.array(7)] == samples[torch.tensor(7)] == SAMPLES[7]
     mask = np.arange(2000) % 7 == 3
     assert samples[mask] == SAMPLES[3::7] == samples[mask.tolist()]
     assert samples[[]] == []
@@ -124,6 +127,24 @@ def test_copies_are_the_same_memory(samples):
     for made in (copy.copy(samples), copy.deepcopy({"a": samples})["a"]):
         assert made == samples
     assert torchshm.stats()["blocks"] == blocks
+
+
+def test_copies_of_an_open_list_are_open():
+    items = SharedList([1, "two"])
+    for made in (items.copy(), copy.copy(items), copy.deepcopy(items)):
+        made.append(3)
+        assert made == [1, "two", 3] and not made.sealed
+    assert items == [1, "two"] and not items.sealed
+
+
+def test_lists_are_added():
+    items = SharedList([1, 2]).seal()
+    zero, three = [0], [3]
+    assert items + three == items + SharedList(three) == [1, 2, 3] and zero + items == [0, 1, 2]
+    assert type(zero + items) is SharedList
+    pair: tuple = (3,)
+    with pytest.raises(TypeError):
+        items + pair
 
 
 # ---- appending
@@ -204,7 +225,7 @@ def test_an_item_that_appends_to_its_own_list_is_an_error():
             items.append(1)
             return int, ()
 
-    with pytest.raises(pickle.PicklingError, match=r"item 0 .*appends to this list"):
+    with pytest.raises(RuntimeError, match="appends to this list"):
         items.append(Appends())
     items.append(2)
     assert items == [2]
@@ -343,6 +364,8 @@ TENSORS = [
     torch.empty(0, 3),
     torch.arange(3000.0, requires_grad=True),
     torch.nn.Parameter(torch.arange(3000.0)),
+    torch.arange(2400.0).reshape(2, 3, 20, 20).to(memory_format=torch.channels_last),
+    torch.arange(6000.0)[::2],
     torch.sparse_coo_tensor([[0, 5]], [1.0, 2.0], (10,)),
     torch.ones(3000, dtype=torch.complex64).conj(),
 ]
@@ -357,6 +380,30 @@ def test_tensors_in_items_are_equal(tensor):
         assert got.requires_grad == tensor.requires_grad and got.layout == tensor.layout
         assert torch.equal(got.to_dense().detach().resolve_conj(), tensor.to_dense().detach().resolve_conj())
         items.seal()
+
+
+def test_the_order_of_a_tensors_dimensions_in_memory_stays():
+    tensors = [
+        torch.arange(2400.0).reshape(2, 3, 20, 20).to(memory_format=torch.channels_last),
+        torch.arange(6000.0).reshape(2, 3000).T,
+        torch.ones(4, 1, 500).permute(2, 1, 0),
+    ]
+    items = SharedList(tensors)
+    for _ in range(2):
+        assert [x.stride() for x in items] == [x.stride() for x in tensors]
+        assert all(map(torch.equal, items, tensors))
+        items.seal()
+    assert all(map(torchshm.is_shared, items))
+    assert SharedList([torch.ones(400).expand(50, 400)])[0].is_contiguous()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_items(layout):
+    nested = torch.nested.nested_tensor([torch.zeros(3), torch.ones(500)], layout=layout)
+    for items in (SharedList([nested]), SharedList([nested]).seal()):
+        assert items[0].is_nested
+        assert all(map(torch.equal, items[0].unbind(), nested.unbind()))
 
 
 def test_large_tensors_are_views_of_the_memory():

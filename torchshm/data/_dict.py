@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing.reduction
+import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
@@ -66,11 +67,14 @@ class SharedDict(Mapping[K, V]):
 
     def _number(self, key: Any) -> int:
         try:
-            return self._list._find(self._slots, _encoded(key))
+            encoded = _encoded(key)
         except TypeError:
             hash(key)  # an unhashable key is the caller's mistake, as with a dict
-        plain = _plain(key)
-        return -1 if plain is None else self._list._find(self._slots, _encoded(plain))
+            try:
+                encoded = _encoded(_plain(key))
+            except TypeError:
+                return -1
+        return self._list._find(self._slots, encoded)
 
     def __getitem__(self, key: K) -> V:
         number = self._number(key)
@@ -88,6 +92,10 @@ class SharedDict(Mapping[K, V]):
         key = self._list._key
         return (cast("K", _decoded(key(number))) for number in range(len(self._list)))
 
+    def __reversed__(self) -> Iterator[K]:
+        key = self._list._key
+        return (cast("K", _decoded(key(number))) for number in reversed(range(len(self._list))))
+
     def __repr__(self) -> str:
         shown = [f"{_decoded(self._list._key(i))!r}: {self._list[i]!r}" for i in range(min(3, len(self)))]
         if len(self) > 3:
@@ -99,6 +107,10 @@ class SharedDict(Mapping[K, V]):
         """Bytes of shared memory that the mapping keeps."""
         chunks, _, index, _ = self._list._parts()
         return sum(chunk.nbytes for chunk in chunks) + cast("int", index.nbytes) + self._slots.nbytes
+
+    def copy(self) -> SharedDict[K, V]:
+        """The mapping itself, which can't be changed."""
+        return self
 
     def __copy__(self) -> SharedDict[K, V]:
         return self
@@ -153,17 +165,25 @@ def _encoded(key: Any) -> bytes:
     raise TypeError(f"a key of a SharedDict is a str, bytes, an int or a tuple of these, not {kind.__name__}")
 
 
-def _plain(key: Any) -> str | bytes | int | None:
-    """The key that another one is equal to, as members of an IntEnum and 1.0 are."""
+def _plain(key: Any) -> Any:
+    """The key that another one is equal to, as members of an IntEnum, 1.0 and namedtuples are, if there is one."""
+    if isinstance(key, tuple):
+        return tuple(map(_plain, key))
     if isinstance(key, str):
         return str.__str__(key)
     if isinstance(key, bytes):
         return bytes.__getitem__(key, slice(None))
     if isinstance(key, int):
         return int.__index__(key)
-    if isinstance(key, float) and key.is_integer():
+    if isinstance(key, np.bool_):
         return int(key)
-    return None
+    if isinstance(key, (numbers.Number, np.number)):
+        try:
+            real = int(cast("Any", key).real)
+        except (AttributeError, ArithmeticError, ValueError, TypeError):
+            return key
+        return real if real == key else key
+    return key
 
 
 def _decoded(key: bytes) -> Any:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torchshm
 from torchshm import _C
 from torchshm._sharing import _MODES
-from torchshm.errors import PoolFullError
+from torchshm.errors import PoolFullError, TorchshmError
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
@@ -26,12 +26,19 @@ PAGES = 16 << 10
 # ---- pickling
 
 
-def _rebuild_tensor(buffer: Any, dtype: Any, shape: tuple[int, ...], requires_grad: bool) -> Any:
+def _rebuild_tensor(
+    buffer: Any,
+    dtype: Any,
+    shape: tuple[int, ...],
+    requires_grad: bool,
+    strides: tuple[int, ...] | None = None,
+) -> Any:
     import torch
 
     if memoryview(buffer).readonly:  # which a tensor can't be
         buffer = bytearray(buffer)
-    tensor = torch.frombuffer(buffer, dtype=dtype).view(shape)
+    tensor = torch.frombuffer(buffer, dtype=dtype)
+    tensor = tensor.view(shape) if strides is None else tensor.as_strided(shape, strides)
     return tensor.requires_grad_() if requires_grad else tensor
 
 
@@ -42,6 +49,7 @@ def _reduce_tensor(tensor: Any) -> Any:
     if (
         tensor.device.type != "cpu"
         or tensor.layout != torch.strided
+        or tensor.is_nested
         or tensor.is_quantized
         or not tensor.is_leaf
         or tensor.is_neg()
@@ -51,13 +59,28 @@ def _reduce_tensor(tensor: Any) -> Any:
         or tensor._backward_hooks
     ):
         return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    plain, strides = tensor.detach(), None
+    if not plain.is_contiguous() and _is_dense(plain):
+        strides = plain.stride()
+        plain = plain.as_strided((plain.numel(),), (1,))
+    data = plain.contiguous().view(-1).view(torch.uint8).numpy()
     return _rebuild_tensor, (
         pickle.PickleBuffer(data),
         tensor.dtype,
         tuple(tensor.shape),
         tensor.requires_grad,
+        strides,
     )
+
+
+def _is_dense(tensor: Any) -> bool:
+    """Whether its elements fill a range of memory in some order of the dimensions, as those of a channels_last tensor do."""
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != filled:
+            return False
+        filled *= size
+    return True
 
 
 _as_ever = operator.methodcaller("__reduce_ex__", pickle.HIGHEST_PROTOCOL)
@@ -79,10 +102,14 @@ class _Reducers(dict[type, Any]):
 
 def open_list(items: _C.ItemList) -> None:
     """Let an empty list be appended to."""
+    items._start(_make_pickler, _grow)
+
+
+def _make_pickler() -> tuple[_C.ItemSink, Any, Any]:
     sink = _C.ItemSink()
     pickler = pickle.Pickler(sink, pickle.HIGHEST_PROTOCOL, buffer_callback=sink.keep)
     pickler.dispatch_table = _Reducers()
-    items._start(sink, pickler.dump, pickler.clear_memo, _grow)
+    return sink, pickler.dump, pickler.clear_memo
 
 
 # ---- blocks
@@ -90,6 +117,7 @@ def open_list(items: _C.ItemList) -> None:
 
 def _grow(least: int, wanted: int) -> tuple[Bytes, Bytes]:
     """One new block, twice: to write and to read. The smaller the block the fuller the pool."""
+    least = max(least, PAGES)
     while True:
         try:
             block = torchshm.empty(wanted, np.uint8)
@@ -128,14 +156,16 @@ def _fitted(array: npt.NDArray[Any], of: int) -> npt.NDArray[Any]:
 
 def seal(items: _C.ItemList, mode: str) -> None:
     """Close a list that is open: spare room is given back, and what is written to items' arrays from here on stays this process's."""
-    chunks, _, index, used = items._parts()
-    if used is None:
-        return
-    index = np.empty(0, np.uint64) if index is None else index.view(np.uint64)[: len(items)]
-    if chunks:
-        total = sum(chunk.nbytes for chunk in chunks)
-        chunks = (*chunks[:-1], _fitted(chunks[-1][:used], total))
-    items._seal_as(chunks, arrays(chunks, mode), _fitted(index, index.nbytes))
+
+    def made_of(parts: tuple[Any, Any, Any, int | None]) -> tuple[Any, Any, Any]:
+        chunks, _, index, used = parts
+        index = np.empty(0, np.uint64) if index is None else index.view(np.uint64)[: len(items)]
+        if chunks:
+            total = sum(chunk.nbytes for chunk in chunks)
+            chunks = (*chunks[:-1], _fitted(chunks[-1][:used], total))
+        return chunks, arrays(chunks, mode), _fitted(index, index.nbytes)
+
+    items._seal_with(made_of)
 
 
 def arrays(chunks: tuple[Bytes, ...], mode: str) -> tuple[Bytes, ...]:
@@ -146,7 +176,14 @@ def arrays(chunks: tuple[Bytes, ...], mode: str) -> tuple[Bytes, ...]:
 def _array(chunk: Bytes, mode: str) -> Bytes:
     if mode == "r":
         return chunk
-    return alias(chunk, "c") if torchshm.is_shared(chunk) else chunk.view()
+    if not torchshm.is_shared(chunk):
+        return chunk.view()
+    try:
+        return alias(chunk, "c")
+    except TorchshmError:
+        if chunk.nbytes >= PAGES:
+            raise
+        return chunk.copy()  # it shares pages with other blocks
 
 
 def received(chunks: tuple[Bytes, ...], mode: str) -> tuple[tuple[Bytes, ...], tuple[Bytes, ...]]:

@@ -139,11 +139,13 @@ class SharedList(_C.ItemList, Sequence[T]):
     def _select(self, key: Any) -> Any:
         """What an index that is no integer stands for."""
         if not isinstance(key, slice):
-            if not isinstance(key, (np.ndarray, Sequence)) or isinstance(key, (str, bytes, tuple)):
+            ndim = getattr(key, "ndim", None)  # arrays of one item are indices as well
+            chooses = isinstance(key, Sequence) and not isinstance(key, (str, bytes, tuple))
+            if not chooses if ndim is None else ndim == 0:
                 try:
                     return self[operator.index(cast("Any", key))]
                 except TypeError:
-                    if not hasattr(key, "__array__"):
+                    if not hasattr(key, "__array__") or ndim == 0:
                         raise TypeError(
                             "SharedList indices are integers, slices, or lists and arrays of integers or bools, not "
                             + type(key).__name__
@@ -155,8 +157,9 @@ class SharedList(_C.ItemList, Sequence[T]):
                 raise TypeError(
                     f"an array that indexes a SharedList has one dimension and integers or bools, not {key.ndim} and {key.dtype}"
                 )
+        count = len(self)  # before the parts: these may be more, and never less
         chunks, arrays, index, used = self._parts()
-        entries = _entries(index, used, len(self))[key]
+        entries = _entries(index, used, count)[key]
         return type(self)._over(chunks, arrays, entries, self._mode)
 
     def __iter__(self) -> Iterator[T]:
@@ -179,13 +182,33 @@ class SharedList(_C.ItemList, Sequence[T]):
         chunks, _, index, _ = self._parts()
         return sum(chunk.nbytes for chunk in chunks) + (0 if index is None else index.nbytes)
 
+    def __add__(self, other: list[T] | SharedList[T]) -> SharedList[T]:
+        return self._joined(self, other)
+
+    def __radd__(self, other: list[T]) -> SharedList[T]:
+        return self._joined(other, self)
+
+    def _joined(self, *lists: Any) -> SharedList[T]:
+        if not all(isinstance(items, (SharedList, list)) for items in lists):
+            return NotImplemented
+        made = type(self).__new__(type(self))
+        made._mode = self._mode
+        _items.open_list(made)
+        for items in lists:
+            made._extend(items)
+        return made
+
+    def copy(self) -> SharedList[T]:
+        """Of a sealed list one over the same memory; of an open one another open one, with copies of its items."""
+        return self[:] if self.sealed else self._joined(self)
+
     # ---- pickling
 
     def __copy__(self) -> SharedList[T]:
-        return self[:]
+        return self.copy()
 
     def __deepcopy__(self, memo: Any) -> SharedList[T]:
-        return self[:]
+        return self.copy()
 
     def _contents(self) -> tuple[Any, ...]:
         self.seal()

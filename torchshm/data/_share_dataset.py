@@ -5,11 +5,11 @@ from __future__ import annotations
 import datetime
 import logging
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import PurePath
-from pickle import PicklingError
-from types import ModuleType
+from types import MemberDescriptorType, ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -57,8 +57,9 @@ def share_dataset(dataset: D, min_bytes: int | str = "1MiB") -> D:
       anew;
     - arrays, tensors, and pandas objects by :func:`torchshm.share`'s, mode ``"c"``.
 
-    Two attributes that were one object stay one object. Left alone are subclasses of list, tuple and dict, object arrays, memory maps,
-    modules and their parameters, and what can't be pickled. The logger ``torchshm`` tells what was replaced (INFO).
+    Two attributes that were one object stay one object. Left alone are subclasses of list, tuple and dict, lists most of whose bytes
+    are shared by their items, object arrays, what lies in shared memory or in a mapped file, modules and their parameters, and what
+    can't be pickled. The logger ``torchshm`` tells what was replaced (INFO).
 
     Parameters
     ----------
@@ -91,12 +92,24 @@ class _Walk:
         self._places: dict[int, list[tuple[Any, Any, str]]] = {}  # of what is large: owner, name there, path
         self._tuples: list[tuple[list[Any], list[tuple[Any, Any, str]]]] = []  # outer ones first
         self._of_tuple: dict[int, int] = {}
+        self._private = _PrivateMemory()
+        self._waiting: list[tuple[Any, str]] = []
 
     def into(self, owner: Any, path: str) -> None:
-        """Look at what an object, a list or a dict refers to."""
+        """Look at what an object, a list or a dict refers to, and at what that does."""
+        self._later(owner, path)
+        while self._waiting:
+            owner, path = self._waiting.pop()
+            for name, where, value in list(_references(owner)):
+                place = (owner, name, path + where)
+                try:
+                    self._look(value, place)
+                except Exception as error:
+                    _log.warning("%s is not looked into: %r", place[2], error)
+
+    def _later(self, owner: Any, path: str) -> None:
         self._known[id(owner)] = owner
-        for name, where, value in list(_references(owner)):
-            self._look(value, (owner, name, path + where))
+        self._waiting.append((owner, path))
 
     def _look(self, value: Any, place: tuple[Any, Any, str]) -> None:
         if isinstance(value, (type(None), bool, int, float, str, bytes, type, ModuleType)):
@@ -107,7 +120,7 @@ class _Walk:
             self._tuples[self._of_tuple[id(value)]][1].append(place)
         elif id(value) in self._known:
             return
-        elif self._is_large(value):
+        elif self._is_large(value, place[2]):
             self._known[id(value)] = value
             self._places[id(value)] = [place]
         elif type(value) is tuple:
@@ -115,21 +128,29 @@ class _Walk:
             cells = list(value)  # replaced in here, and made a tuple again
             self._of_tuple[id(value)] = len(self._tuples)
             self._tuples.append((cells, [place]))
-            self.into(cells, place[2])
+            self._later(cells, place[2])
         elif _has_parts(value):
-            self.into(value, place[2])
+            self._later(value, place[2])
 
-    def _is_large(self, value: Any) -> bool:
+    def _is_large(self, value: Any, path: str) -> bool:
         kind, size = type(value), _size(value)
         if size < self._least:
             return False
         if kind not in (list, tuple, dict):
-            return _is_data(value) and not torchshm.is_shared(value)
+            return _is_data(value) and not torchshm.is_shared(value) and self._private.has(value)
         if len(value) < _LONG or size >= self._least * len(value):
             return False  # what is large in it is replaced there
-        if kind is dict:
-            return all(map(_is_key, value)) and all(map(_is_plain, value.values()))
-        return all(map(_is_plain, value))
+        if kind is dict and not all(map(_is_key, value)):
+            return False
+        if not all(map(_is_plain, value.values() if kind is dict else value)):
+            return False
+        items = _Sum(self._private)
+        if not items.add(value):
+            return False
+        if items.again >= self._least and 2 * items.again > items.bytes:
+            _log.warning("%s stays as it is, %s: its items share %d bytes", path, _text(value), items.again)
+            return False
+        return True
 
     def replace(self) -> None:
         """Replace what was found."""
@@ -140,12 +161,15 @@ class _Walk:
                 for owner, name, _ in places:
                     _put(owner, name, made)
             del value
-        for cells, places in reversed(self._tuples):
-            owner, name, _ = places[0]
-            if any(a is not b for a, b in zip(cells, _get(owner, name), strict=True)):
-                made = tuple(cells)
-                for owner, name, _ in places:
-                    _put(owner, name, made)
+        changed = True
+        while changed:  # one in two others may come after one of them
+            changed = False
+            for cells, places in reversed(self._tuples):
+                owner, name, _ = places[0]
+                if any(a is not b for a, b in zip(cells, _get(owner, name), strict=True)):
+                    changed, made = True, tuple(cells)
+                    for owner, name, _ in places:
+                        _put(owner, name, made)
 
 
 def _moved(value: Any, path: str) -> Any:
@@ -160,7 +184,7 @@ def _moved(value: Any, path: str) -> Any:
             made = torchshm.share(value)
     except PoolFullError:
         raise
-    except (PicklingError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:
         _log.warning("%s stays as it is, %s: %s", path, before, error)
         return value
     _log.info("%s: %s is now %s", path, before, _text(made))
@@ -184,33 +208,44 @@ def _references(owner: Any) -> Iterator[tuple[Any, str, Any]]:
         for key, value in owner.items():
             yield key, f"[{key!r}]", value
     else:
-        for name, value in getattr(owner, "__dict__", {}).items():
+        for name, value in _attributes(owner).items():
             yield name, f".{name}", value
-        for name in _slots(type(owner)):
-            if hasattr(owner, name):
-                yield name, f".{name}", getattr(owner, name)
+        for name, member in _slots(type(owner)):
+            try:
+                value = member.__get__(owner)
+            except AttributeError:
+                continue
+            yield name, f".{name}", value
 
 
-def _slots(kind: type) -> Iterator[str]:
+def _attributes(owner: Any) -> dict[str, Any]:
+    """Without asking a __getattr__ of the program's."""
+    try:
+        found = object.__getattribute__(owner, "__dict__")
+    except AttributeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _slots(kind: type) -> Iterator[tuple[str, Any]]:
     for base in kind.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__"):
-                yield f"_{base.__name__.lstrip('_')}{name}" if name.startswith("__") else name
+        for name, member in base.__dict__.items():
+            if isinstance(member, MemberDescriptorType):
+                yield name, member
 
 
 def _get(owner: Any, name: Any) -> Any:
     if isinstance(owner, (list, dict)):
         return owner[name]
-    attributes = getattr(owner, "__dict__", {})
-    return attributes[name] if name in attributes else getattr(owner, name)
+    attributes = _attributes(owner)
+    return attributes[name] if name in attributes else object.__getattribute__(owner, name)
 
 
 def _put(owner: Any, name: Any, value: Any) -> None:
     if isinstance(owner, (list, dict)):
         owner[name] = value
-    elif name in getattr(owner, "__dict__", {}):
-        owner.__dict__[name] = value  # also of a frozen dataclass
+    elif name in (attributes := _attributes(owner)):
+        attributes[name] = value  # also of a frozen dataclass
     else:
         object.__setattr__(owner, name, value)
 
@@ -263,18 +298,100 @@ def _is_data(value: Any) -> bool:
         return not value.dtype.hasobject
     torch, pandas = sys.modules.get("torch"), sys.modules.get("pandas")
     if torch is not None and type(value) is torch.Tensor:
-        return value.device.type == "cpu" and value.layout == torch.strided and value.grad_fn is None
+        return (
+            value.device.type == "cpu"
+            and value.layout == torch.strided
+            and not value.is_nested
+            and value.grad_fn is None
+        )
     return pandas is not None and isinstance(value, (pandas.DataFrame, pandas.Series, pandas.Index))
 
 
 def _size(value: Any, depth: int = 0) -> float:
     """Bytes, estimated from some items of what has many."""
-    own = sys.getsizeof(value, 64)
-    if isinstance(value, (list, tuple, set, frozenset, dict)) and len(value) and depth < _DEEPEST:
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        own = sys.getsizeof(value)
+        if not len(value) or depth >= _DEEPEST:
+            return own
         step = -(-len(value) // _SAMPLES)
         parts = list(islice(value.items() if isinstance(value, dict) else value, 0, None, step))
         return own + len(value) / len(parts) * sum(_size(part, depth + 1) for part in parts)
-    nbytes = getattr(value, "nbytes", None)
-    if nbytes is None and hasattr(value, "memory_usage"):
-        nbytes = np.sum(value.memory_usage())
-    return max(own, float(nbytes)) if isinstance(nbytes, (int, np.integer)) else own
+    if type(value) in _PLAIN:
+        return sys.getsizeof(value)
+    return _bytes(value) if _is_data(value) else 64
+
+
+def _bytes(data: Any) -> int:
+    nbytes = data.memory_usage() if hasattr(data, "memory_usage") else data.nbytes
+    return int(np.sum(nbytes))
+
+
+class _Sum:
+    """The bytes of the items of a list, and how many of them are those of an object that others refer to as well."""
+
+    def __init__(self, private: _PrivateMemory) -> None:
+        self.bytes = self.again = 0
+        self._private = private
+        self._seen: dict[int, int] = {}  # by id; all of them are kept by the list
+        self._owners: dict[int, int] = {}  # of arrays: bytes not yet counted
+
+    def add(self, value: Any) -> bool:
+        """Count an object; whether all arrays in it are of private memory."""
+        before, key = self.bytes, id(value)
+        if key in self._seen:
+            self.bytes += self._seen[key]
+            self.again += self._seen[key]
+            return True
+        kind, good = type(value), True
+        if isinstance(value, (list, tuple, set, frozenset)):
+            self.bytes += sys.getsizeof(value)
+            good = all(map(self.add, value))
+        elif kind is dict:
+            self.bytes += sys.getsizeof(value)
+            good = all(map(self.add, value)) and all(map(self.add, value.values()))
+        elif kind in (str, bytes, bytearray):
+            self.bytes += len(value)
+        elif _is_data(value):
+            self.bytes += _bytes(value)
+            good = self._private.has(value)
+            if kind is np.ndarray and value.base is not None:
+                self._add_view(value)
+        else:
+            self.bytes += 16
+        if self.bytes - before >= 1024:
+            self._seen[key] = self.bytes - before
+        return good
+
+    def _add_view(self, array: np.ndarray[Any, Any]) -> None:
+        owner: Any = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        left = self._owners.get(id(owner), owner.nbytes)
+        self.again += max(0, array.nbytes - left)
+        self._owners[id(owner)] = max(0, left - array.nbytes)
+
+
+class _PrivateMemory:
+    """The ranges of this process's memory that nobody else sees and that are of no file."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        with open("/proc/self/maps") as lines:
+            for line in lines:
+                extent, rights, _, _, inode = line.split(maxsplit=5)[:5]
+                if rights[3] == "p" and inode == "0":
+                    start, _, end = extent.partition("-")
+                    self._starts.append(int(start, 16))
+                    self._ends.append(int(end, 16))
+
+    def has(self, data: Any) -> bool:
+        """Whether an array or a tensor lies there; of frames it is taken for granted."""
+        if isinstance(data, np.ndarray):
+            address = data.__array_interface__["data"][0]
+        elif hasattr(data, "data_ptr"):
+            address = data.data_ptr()
+        else:
+            return True
+        i = bisect_right(self._starts, address) - 1
+        return address == 0 or data.nbytes == 0 or (i >= 0 and address < self._ends[i])

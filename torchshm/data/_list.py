@@ -40,7 +40,8 @@ class SharedList(_C.ItemList, Sequence[T]):
     Raises
     ------
     pickle.PicklingError
-        For an item that can't be pickled; its number is in the message. What came before it stays in the list.
+        For an item that pickle refuses; its number is in the message. What came before it stays in the list. What an item's own
+        ``__reduce__`` raises otherwise passes as it is.
     PoolFullError
         When there is no room, likewise.
     ValueError

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from benchmarks.remote import RemoteFailed, serve
+
+
+def end(links: Sequence[Connection], processes: Sequence[BaseProcess]) -> None:
+    """Ends processes that end when their link does, by force where they do not."""
+    for link in links:
+        link.close()
+    for process in processes:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 class Crew:
@@ -52,13 +65,7 @@ class Crew:
             link.send((method, args))
 
     def close(self) -> None:
-        for link in self._links:
-            link.close()
-        for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        end(self._links, self._processes)
 
     def gather(self, timeout: float = 300.0) -> list[Any]:
         """The answers to `begin`."""

@@ -44,22 +44,21 @@ def only(samples: list[Any]) -> Any:
     return samples[0]
 
 
-class FieldsLoader:
-    """A DataLoader with one worker; `variant` is "stock", "torchshm" or "shared"."""
+class SampleLoader:
+    """A DataLoader with one worker that delivers `sample`; `variant` is "stock", "torchshm" or "shared"."""
 
-    def __init__(self, variant: str, times: int) -> None:
-        self._expected = make_fields(times)
-        sample = self._expected
+    def __init__(self, variant: str, sample: Any) -> None:
+        self._expected = sample
         if variant != "stock":
             import torchshm
 
             torchshm.register()
             if variant == "shared":
                 sample = torchshm.share(sample)
-        self._epochs = Epochs(Samples(sample), only, lambda fields: None, workers=1, batch_size=1)
+        self._epochs = Epochs(Samples(sample), only, lambda batch: None, workers=1, batch_size=1)
 
     def check(self) -> None:
-        """Gets a Dataset and compares it.
+        """Gets the sample and compares it.
 
         Raises
         ------
@@ -67,8 +66,15 @@ class FieldsLoader:
             It is not equal to what the worker was given.
         """
         if not self._epochs.first().equals(self._expected):
-            raise AssertionError("the Dataset arrived damaged")
+            raise AssertionError("the sample arrived damaged")
 
     def run(self, batches: int) -> tuple[float, float, float]:
-        """Seconds, minor faults and processor seconds per Dataset."""
+        """Seconds, minor faults and processor seconds per sample."""
         return self._epochs.run(batches)
+
+
+class FieldsLoader(SampleLoader):
+    """Of a Dataset of so many time steps."""
+
+    def __init__(self, variant: str, times: int) -> None:
+        super().__init__(variant, make_fields(times))

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.epochs import Epochs
-from benchmarks.fields import Samples, only
+from benchmarks.fields import SampleLoader
 
 ROWS = 1_000_000
 COLUMNS = 24
@@ -36,31 +35,8 @@ def make_frame(rows: int) -> Any:
     return frame
 
 
-class FrameLoader:
-    """A DataLoader with one worker; `variant` is "stock", "torchshm" or "shared"."""
+class FrameLoader(SampleLoader):
+    """Of a frame of so many rows."""
 
     def __init__(self, variant: str, rows: int) -> None:
-        self._expected = make_frame(rows)
-        sample = self._expected
-        if variant != "stock":
-            import torchshm
-
-            torchshm.register()
-            if variant == "shared":
-                sample = torchshm.share(sample)
-        self._epochs = Epochs(Samples(sample), only, lambda frame: None, workers=1, batch_size=1)
-
-    def check(self) -> None:
-        """Gets a frame and compares it.
-
-        Raises
-        ------
-        AssertionError
-            It is not equal to what the worker was given.
-        """
-        if not self._epochs.first().equals(self._expected):
-            raise AssertionError("the frame arrived damaged")
-
-    def run(self, batches: int) -> tuple[float, float, float]:
-        """Seconds, minor faults and processor seconds per frame."""
-        return self._epochs.run(batches)
+        super().__init__(variant, make_frame(rows))

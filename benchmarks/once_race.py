@@ -27,6 +27,7 @@ import numpy as np
 
 from benchmarks.arms import Arms
 from benchmarks.benchmark import Benchmark
+from benchmarks.crew import end
 from benchmarks.figure import at_most
 from benchmarks.meter import Meter
 from benchmarks.result import Arm, Result
@@ -156,13 +157,7 @@ class Race:
         return self._links[index].recv()
 
     def close(self) -> None:
-        for link in self._links:
-            link.close()
-        for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        end(self._links, self._processes)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

@@ -113,10 +113,22 @@ Result<os::Fd> open_place(const std::string& dir, int64_t group) {
 }
 
 // Whether the name still is the file behind the descriptor.
-bool still_there(int directory, const std::string& name, int fd) {
-  auto named = os::info_at(directory, name);
+Result<bool> still_there(int directory, const std::string& name, int fd) {
   auto opened = os::info_of(fd);
-  return named && opened && named->inode == opened->inode && named->device == opened->device;
+  if (!opened) return std::move(opened.status());
+  auto named = os::info_at(directory, name);
+  if (!named) {
+    if (is_missing(named.status())) return false;
+    return std::move(named.status());
+  }
+  return named->inode == opened->inode && named->device == opened->device;
+}
+
+// Locks the file, and says whether the name still is that file: false when somebody else has it locked, or swept it away.
+Result<bool> lock_named(int directory, const std::string& name, int fd, bool shared, os::Wait wait) {
+  auto locked = os::lock_file(fd, shared, wait);
+  if (!locked || !*locked) return locked;
+  return still_there(directory, name, fd);
 }
 
 // Of a dead store; the lock is held exclusively. `alive` goes last: while it is there, the next sweep knows what this is.
@@ -188,9 +200,9 @@ Result<std::unique_ptr<SpillDirectory>> SpillDirectory::make(const std::string& 
     given = os::set_access(alive->get(), group >= 0 ? 0660 : 0600, group);
     if (!given.ok()) return given;
     TORCHSHM_POINT("spill.alive_made");
-    auto locked = os::lock_file(alive->get(), true, os::Wait::kYes);
+    auto locked = lock_named(directory->get(), kAlive, alive->get(), true, os::Wait::kYes);
     if (!locked) return std::move(locked.status());
-    if (!still_there(directory->get(), kAlive, alive->get())) continue;
+    if (!*locked) continue;
     TORCHSHM_POINT("spill.joined");
     if (persistent) {
       auto mark = os::open_lock_file(directory->get(), kPersistent, true);
@@ -207,10 +219,9 @@ Result<std::unique_ptr<SpillDirectory>> SpillDirectory::join(os::Fd directory, u
     if (!is_missing(alive.status())) return std::move(alive.status());
     return Status(Code::kMissing, os::path_of(directory.get()) + " is no directory of a living store");
   }
-  auto locked = os::lock_file(alive->get(), true, os::Wait::kNo);
+  auto locked = lock_named(directory.get(), kAlive, alive->get(), true, os::Wait::kNo);
   if (!locked) return std::move(locked.status());
-  if (!*locked || !still_there(directory.get(), kAlive, alive->get()))
-    return Status(Code::kMissing, os::path_of(directory.get()) + " is being removed: its store is dead");
+  if (!*locked) return Status(Code::kMissing, os::path_of(directory.get()) + " is being removed: its store is dead");
   return joined(std::move(directory), alive.take(), pool_id);
 }
 
@@ -232,13 +243,12 @@ Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {
       return std::move(file.status());
     }
     TORCHSHM_POINT("spill.part_made");
-    auto locked = os::lock_file((*file)->fd(), false, os::Wait::kNo);
+    auto locked = lock_named(fd(), name, (*file)->fd(), false, os::Wait::kNo);
     if (!locked) {
       (void)os::remove_file_at(fd(), name);
       return std::move(locked.status());
     }
-    // A sweeper was quicker; it removes the name.
-    if (!*locked || !still_there(fd(), name, (*file)->fd())) continue;
+    if (!*locked) continue;  // a sweeper was quicker; it removes the name
     return Part{file.take(), std::move(name)};
   }
 }
@@ -341,9 +351,8 @@ uint32_t SpillDirectory::sweep_parts() {
     if (!parsed || !parsed->part) continue;
     auto part = os::open_lock_file(fd(), name, false);
     if (!part) continue;
-    auto locked = os::lock_file(part->get(), false, os::Wait::kNo);
-    // The name may be another writer's by now.
-    if (!locked || !*locked || !still_there(fd(), name, part->get())) continue;
+    auto locked = lock_named(fd(), name, part->get(), false, os::Wait::kNo);
+    if (!locked || !*locked) continue;  // the name may be another writer's by now
     TORCHSHM_POINT("spill.part_sweeping");
     removed += os::remove_file_at(fd(), name).ok() ? 1 : 0;
   }

@@ -263,12 +263,7 @@ Status SpillDirectory::fill(const SpillHead& head, const std::vector<const std::
   auto allocated = part.file->preallocate(shape->file_bytes);
   if (!allocated.ok()) return allocated;
   TORCHSHM_POINT("spill.allocated");
-  auto checksums = spill::write_body(*part.file, *shape, head.lengths, blocks);
-  if (!checksums) return std::move(checksums.status());
-  TORCHSHM_POINT("spill.body_written");
-  auto first = spill::encode(head, *shape, *checksums);
-  if (!first) return std::move(first.status());
-  auto written = part.file->write_at(first->data(), shape->head_bytes, 0);
+  auto written = spill::write_value(*part.file, head, *shape, blocks);
   if (!written.ok()) return written;
   TORCHSHM_POINT("spill.head_written");
   // What the page cache could not write it tells here alone.

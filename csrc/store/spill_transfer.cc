@@ -8,6 +8,7 @@
 #include <thread>
 #include <utility>
 
+#include "base/failpoint.h"
 #include "os/thread.h"
 #include "store/checksum.h"
 
@@ -138,13 +139,21 @@ class Work {
 
 }  // namespace
 
-Result<std::vector<uint64_t>> write_body(os::File& file, const Shape& shape, const std::vector<uint64_t>& lengths,
-                                         const std::vector<const std::byte*>& blocks) {
+Status write_value(os::File& file, const SpillHead& head, const Shape& shape,
+                   const std::vector<const std::byte*>& blocks) {
   std::vector<std::byte*> memory;  // only read
   memory.reserve(blocks.size());
   for (const std::byte* block : blocks) memory.push_back(const_cast<std::byte*>(block));
   std::vector<uint64_t> checksums(shape.pieces);
-  const Blocks from(shape, lengths, std::move(memory));
+  const auto write_head = [&](std::vector<os::File::Span> then) -> Status {
+    TORCHSHM_POINT("spill.body_written");
+    auto first = encode(head, shape, checksums);
+    if (!first) return std::move(first.status());
+    then.insert(then.begin(), {first->data(), shape.head_bytes});
+    return file.write_all(then, 0);
+  };
+  const bool at_once = shape.pieces == 1;
+  const Blocks from(shape, head.lengths, std::move(memory));
   Work work(shape);
   auto status = work.run(from, [&](uint64_t piece, uint64_t begin, const Plan& plan, std::byte* buffer) -> Status {
     for (const Run& run : plan.runs) {
@@ -152,17 +161,15 @@ Result<std::vector<uint64_t>> write_body(os::File& file, const Shape& shape, con
     }
     for (const Part& part : plan.parts) std::memcpy(buffer + (part.begin - begin), part.memory, part.end - part.begin);
     Checksum sum;
+    std::vector<os::File::Span> spans;
     for (const Run& run : plan.runs) {
-      const std::byte* bytes = run.memory != nullptr ? run.memory : buffer + (run.begin - begin);
-      sum.add(bytes, run.end - run.begin);
-      auto written = file.write_at(bytes, run.end - run.begin, run.begin);
-      if (!written.ok()) return written;
+      spans.push_back({run.memory != nullptr ? run.memory : buffer + (run.begin - begin), run.end - run.begin});
+      sum.add(spans.back().from, spans.back().bytes);
     }
     checksums[piece] = sum.value();
-    return {};
+    return at_once ? write_head(std::move(spans)) : file.write_all(spans, begin);
   });
-  if (!status.ok()) return status;
-  return checksums;
+  return !status.ok() || at_once ? std::move(status) : write_head({});
 }
 
 Status read_body(os::File& file, const Shape& shape, const std::vector<uint64_t>& lengths,

@@ -16,9 +16,10 @@
 
 namespace torchshm::store::spill {
 
-// The checksums of the pieces.
-Result<std::vector<uint64_t>> write_body(os::File& file, const Shape& shape, const std::vector<uint64_t>& lengths,
-                                         const std::vector<const std::byte*>& blocks);
+// The body, and then the head with its checksums: a file is nothing without it. Of one piece, both at once.
+// REQUIRES: shape is that of head; the file is new.
+Status write_value(os::File& file, const SpillHead& head, const Shape& shape,
+                   const std::vector<const std::byte*>& blocks);
 
 // kCorrupt when a piece has another checksum, or is not there; the blocks then hold anything.
 Status read_body(os::File& file, const Shape& shape, const std::vector<uint64_t>& lengths,

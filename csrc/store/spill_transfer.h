@@ -1,5 +1,6 @@
-// The bytes of a value between its blocks and a spill file: in pieces, by this thread and, of large values, a second one, so that the
-// checksum of one piece is computed while another is on its way to or from the disk.
+// The bytes of a value between its blocks and a spill file. Of large values the checksums come from a second thread: beside the one that
+// writes, since the two have nothing to wait for from each other; when reading, each of the two reads pieces and checks them, so that one
+// is checked while another is on its way from the disk.
 //
 // Whole pages of blocks that begin on a page go straight between their memory and the disk; everything else through a buffer.
 // Private: the buffers, one of kPiece bytes per thread. A process that dies leaves a part of the file written, or of the blocks.

@@ -125,7 +125,7 @@ void BM_ReadBuffered(benchmark::State& state) { read_files(state, false); }
 
 void sizes(benchmark::internal::Benchmark* of) {
   for (const int64_t kib : {64, 1024, 16384, 65536}) of->Arg(kib << 10);
-  of->UseRealTime()->MinTime(0.2);
+  of->UseRealTime();
 }
 
 BENCHMARK(BM_Spill)->Apply(sizes);

@@ -21,6 +21,8 @@ constexpr size_t kDigits = 16;
 constexpr uint32_t kSticky = 01000, kSetgid = 02000, kGroupWrites = 0020, kOthersWrite = 0002;
 // How often something may be swept away under make() before it gives up: arbitrary, twice does not happen by itself.
 constexpr int kTries = 100;
+// Files of so many bytes are read by one call, and copied: a call costs some 30 us, the copy 5.
+constexpr uint64_t kAllAtOnce = uint64_t{128} << 10;
 
 std::string hex(uint64_t value) {
   static const char* digits = "0123456789abcdef";
@@ -167,6 +169,10 @@ bool sweep_one(int place, const std::string& name) {
 Status SpillReader::read(const std::vector<std::byte*>& into) {
   if (into.size() != head().lengths.size())
     return Status(Code::kInvalid, "a spilled value has as many blocks as it had when it was written");
+  if (whole_) {
+    if (spill::copy_body(whole_.data(), decoded_.shape, head().lengths, decoded_.checksums, into)) return {};
+    return Status(Code::kCorrupt, file_->path() + " is damaged");
+  }
   return spill::read_body(*file_, decoded_.shape, head().lengths, decoded_.checksums, into);
 }
 
@@ -297,17 +303,20 @@ Result<SpillReader> SpillDirectory::open(uint64_t id) {
   os::File& file = **opened;
   auto info = os::info_of(file.fd());
   if (!info) return std::move(info.status());
-  if (info->bytes < spill::kPage)
+  if (info->bytes < spill::kPage || info->bytes % spill::kPage != 0)
     return Status(Code::kCorrupt, file.path() + " has " + std::to_string(info->bytes) + " bytes: it is cut short");
-  spill::Buffer bytes(spill::kPage);
-  if (!bytes) return Status(Code::kFull, "no memory for the head of a spill file", ENOMEM);
-  auto read = file.read_at(bytes.data(), spill::kPage, 0);
+  const auto no_memory = [] { return Status(Code::kFull, "no memory for the head of a spill file", ENOMEM); };
+  const bool small = info->bytes <= kAllAtOnce;
+  const uint64_t first = small ? info->bytes : spill::kPage;
+  spill::Buffer bytes(first);
+  if (!bytes) return no_memory();
+  auto read = file.read_at(bytes.data(), first, 0);
   if (!read.ok()) return read;
   auto head = spill::head_bytes(bytes.data(), info->bytes);
   if (!head) return damaged(file.path(), head.status());
-  if (*head > spill::kPage) {
+  if (*head > first) {
     bytes = spill::Buffer(*head);
-    if (!bytes) return Status(Code::kFull, "no memory for the head of a spill file", ENOMEM);
+    if (!bytes) return no_memory();
     read = file.read_at(bytes.data(), *head, 0);
     if (!read.ok()) return read;
   }
@@ -315,7 +324,7 @@ Result<SpillReader> SpillDirectory::open(uint64_t id) {
   if (!decoded) return damaged(file.path(), decoded.status());
   if (decoded->head.pool_id != pool_id_ || decoded->head.id != id)
     return Status(Code::kCorrupt, file.path() + " holds a value of another store, or another one of this");
-  return SpillReader(opened.take(), decoded.take());
+  return SpillReader(opened.take(), decoded.take(), small ? std::move(bytes) : spill::Buffer());
 }
 
 bool SpillDirectory::remove(uint64_t id) {

@@ -305,4 +305,14 @@ Status read_body(os::File& file, const Shape& shape, const std::vector<uint64_t>
   });
 }
 
+bool copy_body(const std::byte* file, const Shape& shape, const std::vector<uint64_t>& lengths,
+               const std::vector<uint64_t>& checksums, const std::vector<std::byte*>& blocks) {
+  if (shape.pieces == 1 && checksum(file + shape.head_bytes, shape.file_bytes - shape.head_bytes) != checksums.front())
+    return false;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    if (lengths[i] != 0) std::memcpy(blocks[i], file + shape.offsets[i], lengths[i]);
+  }
+  return true;
+}
+
 }  // namespace torchshm::store::spill

@@ -26,4 +26,8 @@ Status write_value(os::File& file, const SpillHead& head, const Shape& shape,
 Status read_body(os::File& file, const Shape& shape, const std::vector<uint64_t>& lengths,
                  const std::vector<uint64_t>& checksums, const std::vector<std::byte*>& blocks);
 
+// The same from a file of one piece that is in memory. False: another checksum.
+bool copy_body(const std::byte* file, const Shape& shape, const std::vector<uint64_t>& lengths,
+               const std::vector<uint64_t>& checksums, const std::vector<std::byte*>& blocks);
+
 }  // namespace torchshm::store::spill

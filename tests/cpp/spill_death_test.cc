@@ -129,10 +129,14 @@ TEST(SpillFile, WhatTheKernelRefusesIsAnErrorThatNamesTheFile) {
   EXPECT_TRUE(succeeds([&] {
     const auto directory = spill_to(place.path());
     Pair pair;
-    if (!directory->write(head_of(pair.lengths), pair.newer.from).ok()) return false;
+    const Blocks large({300000});
+    if (!directory->write(head_of(pair.lengths, 1), pair.newer.from).ok() ||
+        !directory->write(head_of({300000}), large.from).ok())
+      return false;
     auto reader = directory->open(kSpillId);
     if (!tests::refuse(SYS_pread64, EIO)) return false;
-    return directory->open(kSpillId).status().error() == EIO && reader->read(pair.newer.into).error() == EIO;
+    return directory->open(kSpillId).status().error() == EIO && directory->open(1).status().error() == EIO &&
+           reader->read(large.into).error() == EIO;
   }));
 }
 
@@ -178,10 +182,9 @@ TEST(SpillFailure, OfAnyCallOfAWriteLeavesTheOldOrTheNew) {
   EXPECT_GT(failures, 30U);
 }
 
-TEST(SpillFailure, OfAnyCallOfAReadIsAnErrorOrTheRightBytes) {
+void every_call_of_a_read_fails(Pair& pair) {
   const TemporaryDirectory place;
   const auto directory = spill_to(place.path());
-  Pair pair;
   ASSERT_TRUE(directory->write(head_of(pair.lengths), pair.newer.from).ok());
   for (const bool persistent : {false, true}) {
     for (uint64_t at = 1;; ++at) {
@@ -193,6 +196,13 @@ TEST(SpillFailure, OfAnyCallOfAReadIsAnErrorOrTheRightBytes) {
       if (!more) break;
     }
   }
+}
+
+TEST(SpillFailure, OfAnyCallOfAReadIsAnErrorOrTheRightBytes) {
+  Pair small, larger({9, 300000}), of_two_threads({9 * kMiB});
+  every_call_of_a_read_fails(small);
+  every_call_of_a_read_fails(larger);
+  every_call_of_a_read_fails(of_two_threads);
 }
 
 TEST(SpillFailure, OfAnyCallOnTheWayInOrOutIsAnError) {

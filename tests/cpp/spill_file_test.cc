@@ -160,22 +160,27 @@ TEST(SpillFile, OfAnotherValueOrStoreIsNotTakenForThisOne) {
 
 // ---- damage
 
-TEST(SpillFile, AnyByteThatChangedIsNoticed) {
+void change_each(const Lengths& lengths, size_t step) {
   const TemporaryDirectory place;
   const auto directory = spill_to(place.path());
-  const Lengths lengths = {100, 5000};
   Blocks blocks(lengths);
   blocks.fill(1);
   ASSERT_TRUE(directory->write(head_of(lengths), blocks.from).ok());
   const std::string whole = content(file_of(*directory));
   const os::Fd file(::open(file_of(*directory).c_str(), O_RDWR | O_CLOEXEC));
-  for (size_t i = 0; i < whole.size(); ++i) {
+  for (size_t i = 0; i < whole.size(); i += step) {
     const char changed = static_cast<char>(whole[i] ^ (1 << i % 8));
     ASSERT_EQ(::pwrite(file.get(), &changed, 1, static_cast<off_t>(i)), 1);
     ASSERT_EQ(tests::read(*directory, blocks, lengths), Code::kCorrupt) << i;
     ASSERT_EQ(::pwrite(file.get(), &whole[i], 1, static_cast<off_t>(i)), 1);
   }
   EXPECT_EQ(tests::read(*directory, blocks, lengths), Code::kOk);
+}
+
+TEST(SpillFile, AnyByteThatChangedIsNoticed) {
+  change_each({100, 5000}, 1);
+  change_each({100, 200000, 70001}, 997);    // read by several calls
+  change_each({3, 9 * kMiB + 1, 5}, 99991);  // and by two threads
 }
 
 TEST(SpillFile, AnyOtherLengthIsNoticed) {

@@ -46,7 +46,9 @@ std::string spill_name(uint64_t id) { return hex(id) + kSpill; }
 
 // <id>.part; <id>-2.part and so on while there are others, of writers that died.
 std::string part_name(uint64_t id, int attempt) {
-  return hex(id) + (attempt == 1 ? "" : "-" + std::to_string(attempt)) + kPart;
+  std::string name = hex(id);
+  if (attempt > 1) name.append("-").append(std::to_string(attempt));
+  return name + kPart;
 }
 
 struct Parsed {

@@ -249,7 +249,9 @@ void SpillDirectory::leave() {
   if (slash == std::string::npos || slash == 0) return;
   const std::string name = path.substr(slash + 1);
   auto place = os::open_directory(path.substr(0, slash));
-  if (place && still_there(place->get(), name, fd())) (void)sweep_one(place->get(), name);
+  if (!place) return;
+  auto same = still_there(place->get(), name, fd());
+  if (same && *same) (void)sweep_one(place->get(), name);
 }
 
 std::string SpillDirectory::path() const { return os::path_of(fd()); }

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 there is no such store or name, or it can't be served; 2 w
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import json
 import os
@@ -238,6 +239,11 @@ def stop(argument: Name = None, name: NameOption = None, as_json: Json = False) 
     except StoreUnavailableError as error:
         if "pid" not in locals():
             _fail(f"no store named {store_name}: {error}")
+        # A persistent store's service writes it out before it lets go of the file.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            while os.path.exists(_C.store_lock_path(store_name)):
+                os.kill(pid, 0)
+                time.sleep(0.02)
         _say(as_json, {"name": store_name, "pid": pid}, f"The store {store_name} is not served any more.")
         return
     except ValueError as error:

@@ -10,11 +10,13 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <filesystem>
 #include <fstream>
 
 #include "base/failpoint.h"
+#include "os/memfd.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
@@ -144,6 +146,18 @@ Status reserve(int fd, uint64_t offset, uint64_t length) {
                 : unknown ? Code::kUnsupported
                           : Code::kSystem,
                 full ? "the disk is full" : "fallocate", error);
+}
+
+Status reserve_holes(int fd, uint64_t base, uint64_t from, uint64_t to) {
+  while (from < to) {
+    const Range data = next_data(fd, from, to, base);
+    if (data.begin > from) {
+      if (Status done = reserve(fd, base + from, data.begin - from); !done) return done;
+    }
+    from = std::max(data.end, data.begin);
+    if (data.begin >= to) break;
+  }
+  return {};
 }
 
 Status reserve_mapped(std::byte* at, uint64_t length) {

@@ -53,6 +53,8 @@ Status set_length(int fd, uint64_t size);
 // Gives a range its place on the disk, or in memory, so that no later write to it can fail. kFull when there is none left. What has it
 // already is left alone.
 Status reserve(int fd, uint64_t offset, uint64_t length);
+// What of [from, to), counted from `base`, looks like a hole. Costs little where there are none.
+Status reserve_holes(int fd, uint64_t base, uint64_t from, uint64_t to);
 // The same through a mapping, for a file system that knows no such thing, or where this process has closed its descriptors: the pages are
 // made. REQUIRES: page boundaries, a kShared mapping.
 Status reserve_mapped(std::byte* at, uint64_t length);

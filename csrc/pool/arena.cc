@@ -231,8 +231,8 @@ Result<Arena> Arena::attach_in(os::Fd file, const Regions& regions) {
 Result<Arena> Arena::inspect_in(os::Fd file, const Regions& regions) {
   auto arena = over(std::move(file), regions);
   if (!arena) return arena;
-  auto mapped =
-      os::Mapping::map(os::Mapping::Kind::kReadOnly, arena->control_fd(), regions.control_size, regions.control_at, false);
+  auto mapped = os::Mapping::map(os::Mapping::Kind::kReadOnly, arena->control_fd(), regions.control_size,
+                                 regions.control_at, false);
   if (!mapped) return std::move(mapped.status());
   arena->control_ = mapped.take();
   Status valid = arena->validate(regions.control_size, regions.data_size);
@@ -287,6 +287,32 @@ bool Arena::grow_tickets(uint32_t end) {
           .ok();
   if (done) tickets_reserved_ = most;
   return done;
+}
+
+Status Arena::reserve_all() {
+  if (!in_file_) return {};
+  const auto table = [&](uint64_t from, uint64_t to) {
+    return os::reserve_holes(control_fd(), control_at_, from / kPage * kPage,
+                             std::min((to + kPage - 1) / kPage * kPage, control_.size()));
+  };
+  Status done = table(0, offsets_.tickets);
+  if (done) done = table(offsets_.tickets, offsets_.tickets + sizeof(Ticket) * uint64_t{tickets_used()});
+  if (done) done = table(offsets_.blocks, offsets_.blocks + sizeof(Block) * kPagesPerChunk * uint64_t{chunks_used()});
+  if (done) done = table(offsets_.ledgers, offsets_.ledgers + offsets_.ledger_stride * slots_used());
+  // Neighbouring ranges in one call.
+  uint64_t start = 0, end = 0;
+  for (uint32_t i = 0, used = chunks_used(); i <= used && done; ++i) {
+    const uint64_t at = uint64_t{i} * kChunk;
+    const uint64_t pages = i < used ? std::min(ChunkValue::of(chunk(i).value.load()).committed, kPagesPerChunk) : 0;
+    if (end != at || pages == 0) {
+      if (end != start) done = os::reserve_holes(data_fd(), data_at_, start, end);
+      start = at;
+    }
+    end = at + pages * kPage;
+  }
+  if (done.code() == Code::kFull)
+    return Status(Code::kFull, "the file system of " + os::path_of(data_fd()) + " is full", done.error());
+  return done.code() == Code::kUnsupported ? Status() : std::move(done);
 }
 
 Status Arena::commit(uint64_t offset, uint64_t length) {

@@ -103,6 +103,10 @@ class Arena {
   bool reserve_tickets(uint32_t end) { return end <= tickets_reserved_ || grow_tickets(end); }
   // Gives a range of the data pages, mapped here. REQUIRES: page boundaries.
   Status commit(uint64_t offset, uint64_t length);
+  // All of it anew, for a file that was copied: copies have holes where there were zeros. REQUIRES: nobody is at work.
+  Status reserve_all();
+  // Whether the pool lies in an ordinary file. What is reserved there may look like a hole.
+  bool in_file() const { return in_file_; }
   // Whether the pool's pages are a disk's, and the memory that they take can be had back.
   bool on_disk() const { return on_disk_; }
   // Where the two begin in their files.

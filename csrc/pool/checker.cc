@@ -499,6 +499,7 @@ void Look::pages() {
       default:
         break;
     }
+    if (arena_.in_file()) continue;
     const uint64_t end = begin + wanted * kPage;
     uint64_t missing = begin;
     for (auto r = range; r != data.end() && r->begin <= missing && missing < end; ++r) missing = r->end;

@@ -130,6 +130,8 @@ py::tuple store_files(const std::string& name) {
 
 void add_check(py::module_& m) {
   m.def("check", &check, py::arg("data_fd"), py::arg("control_fd"), py::arg("at_rest") = false);
+  // Gone when a service has ended, all that it does at its end included.
+  m.def("store_lock_path", &service::lock_path, py::arg("name"));
   m.def("store_names", &service::names);
   m.def("store_files", &store_files, py::arg("name"));
   m.def("catalogue_name", &catalogue_name, py::arg("catalogue_fd"));

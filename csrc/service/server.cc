@@ -153,6 +153,9 @@ Result<Server::Opened> Server::open_file(const ServerOptions& options, pool::Ado
     if (!adoption.room()) return Status(Code::kUnsupported, pool::kTooMany);
     auto arena = pool::Arena::attach_in(file.take(), backing->regions());
     if (!arena) return std::move(arena.status());
+    if (!in_use) {
+      if (Status reserved = arena->reserve_all(); !reserved) return reserved;
+    }
     auto member = pool::Member::over(arena.take());
     if (!member) return std::move(member.status());
     opened.member = adoption.hold(member.take());
@@ -166,6 +169,7 @@ Result<Server::Opened> Server::open_file(const ServerOptions& options, pool::Ado
                                      ", which living processes still use under that name: serve it as " + name +
                                      ", or end them first");
   if (!in_use) {
+    if (Status reserved = opened.catalogue->reserve_all(); !reserved) return reserved;
     opened.catalogue->rename(options.name, place());
     (void)opened.member->drop_messages();
     (void)opened.catalogue->sweep();

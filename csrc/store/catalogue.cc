@@ -117,6 +117,20 @@ void Catalogue::rename(const std::string& name, uint64_t place) {
   header().place = place;
 }
 
+Status Catalogue::reserve_all() {
+  const auto table = [&](uint64_t from, uint64_t to) {
+    return os::reserve_holes(fd_.get(), kCatalogueAt, from / pool::kPage * pool::kPage,
+                             std::min(offsets::align(to), offsets::kTotal));
+  };
+  const uint64_t slots = level_start(levels() - 1) + uint64_t{level_size(levels() - 1)}, cells = cells_used();
+  Status done = table(0, offsets::kSlotsAt + sizeof(Slot) * slots);
+  if (done) done = table(offsets::kWordsAt, offsets::kWordsAt + sizeof(CellWord) * cells);
+  if (done) done = table(offsets::kBodiesAt, offsets::kBodiesAt + sizeof(Body) * cells);
+  if (done.code() == Code::kFull)
+    return Status(Code::kFull, "the file system of " + backing_->path() + " is full", done.error());
+  return done.code() == Code::kUnsupported ? Status() : std::move(done);
+}
+
 uint64_t Catalogue::now() const { return os::boot_time() + static_cast<uint64_t>(clock_); }
 
 Status Catalogue::reserve(uint64_t from, uint64_t to) {

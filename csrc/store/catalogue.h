@@ -49,6 +49,8 @@ class Catalogue {
   std::string name() const;
   // After Backing::finish() or begin_boot().
   void follow_clock() { clock_ = backing_->clock(); }
+  // As pool::Arena::reserve_all().
+  Status reserve_all();
   // Of a store whose file nobody else has.
   void rename(const std::string& name, uint64_t place);
   // The file of a persistent store; null for one in memory.

@@ -42,8 +42,8 @@ def _digest(core: _C.Store | _C.StoreFile, key: str) -> str:
         return digest.hexdigest()
     text, blocks = raw
     digest.update(text)
-    for block in blocks:
-        digest.update(core.open(*block, _values.MODES["r"]))
+    for block, generation in blocks:
+        digest.update(core.open(block, generation, _values.MODES["r"]).data)
     return digest.hexdigest()
 
 
@@ -120,9 +120,9 @@ def _copy(old: _C.StoreFile, new: _C.Store, key: str) -> None:
     if isinstance(raw, np.ndarray) and new.save_array(key, raw, False, ttl, False):
         return
     text, blocks = raw
-    refs = []
-    for block in blocks:
-        data = old.open(*block, _values.MODES["r"])
+    refs: list[Any] = []
+    for block, generation in blocks:
+        data = old.open(block, generation, _values.MODES["r"])
         target = new.blank(data.nbytes)
         _C.copy_into(target, 0, data.__array_interface__["data"][0], data.nbytes)
         refs.append(target.base)

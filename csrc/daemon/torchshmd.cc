@@ -108,10 +108,15 @@ bool whole(std::string_view text, int base, T& to) {
 }
 
 Options parse(int count, char** arguments) {
-  static const option known[] = {{"name", required_argument, nullptr, 'n'},  {"limit", required_argument, nullptr, 'l'},
-                                 {"ttl", required_argument, nullptr, 't'},   {"mode", required_argument, nullptr, 'm'},
-                                 {"group", required_argument, nullptr, 'g'}, {"file", required_argument, nullptr, 'f'},  {"json", no_argument, nullptr, 'j'},
-                                 {"help", no_argument, nullptr, 'h'},        {nullptr, 0, nullptr, 0}};
+  static const option known[] = {{"name", required_argument, nullptr, 'n'},
+                                 {"limit", required_argument, nullptr, 'l'},
+                                 {"ttl", required_argument, nullptr, 't'},
+                                 {"mode", required_argument, nullptr, 'm'},
+                                 {"group", required_argument, nullptr, 'g'},
+                                 {"file", required_argument, nullptr, 'f'},
+                                 {"json", no_argument, nullptr, 'j'},
+                                 {"help", no_argument, nullptr, 'h'},
+                                 {nullptr, 0, nullptr, 0}};
   Options options;
   bool named = false;
   opterr = 0;

@@ -314,7 +314,7 @@ def _fill(path):
     with pytest.raises(PoolFullError, match="is full"):
         _save_many(store, "rest", np.ones(60_000))
     # Names without blocks of their own, until the tables can't grow either.
-    with pytest.raises(PoolFullError, match="is full|in the store's file"):
+    with pytest.raises(PoolFullError, match=r"is full|in the store's file"):
         _save_many(store, "name", store["small-0"])
     names = store.keys()
     for key in names:

@@ -57,11 +57,10 @@ class Reader {
       fail_damaged(key, "its extent is larger than the block");
     PyArray_Descr* dtype = dtype_of(*wire, nullptr);
     if (dtype == nullptr) throw py::error_already_set();
-    return over(base,
-                PyArray_NewFromDescr(&PyArray_Type, dtype, wire->ndim, const_cast<npy_intp*>(wire->shape.data()),
-                                     const_cast<npy_intp*>(wire->strides.data()),
-                                     const_cast<std::byte*>(data) + wire->offset,
-                                     writeable(mode) ? NPY_ARRAY_WRITEABLE : 0, nullptr));
+    return over(base, PyArray_NewFromDescr(&PyArray_Type, dtype, wire->ndim, const_cast<npy_intp*>(wire->shape.data()),
+                                           const_cast<npy_intp*>(wire->strides.data()),
+                                           const_cast<std::byte*>(data) + wire->offset,
+                                           writeable(mode) ? NPY_ARRAY_WRITEABLE : 0, nullptr));
   }
 
   // The whole block, as bytes.
@@ -107,8 +106,7 @@ class Reader {
     }
     py::list names;
     for (const std::string& key : found) {
-      PyObject* name =
-          PyUnicode_DecodeUTF8(key.data(), static_cast<Py_ssize_t>(key.size()), "surrogateescape");
+      PyObject* name = PyUnicode_DecodeUTF8(key.data(), static_cast<Py_ssize_t>(key.size()), "surrogateescape");
       if (name == nullptr) throw py::error_already_set();
       names.append(py::reinterpret_steal<py::object>(name));
     }

@@ -147,6 +147,8 @@ Result<Server::Opened> Server::open_file(const ServerOptions& options, pool::Ado
       if (Status forgotten = pool::forget_processes(backing->regions(), file->get()); !forgotten) return forgotten;
       backing->begin_boot();
     }
+    // From here on its tables change, names or not. After the boot: else a death in between would pass for a loss of power.
+    backing->touch();
   }
   opened.member = pool::find_pool(backing->superblock().pool_id);
   if (opened.member == nullptr) {

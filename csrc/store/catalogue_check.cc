@@ -503,7 +503,8 @@ Result<CatalogueReport> check_catalogue(int catalogue, const pool::Arena& arena,
   if (named->pool_id != arena.header().pool_id) return Status(Code::kForeign, "the catalogue belongs to another pool");
   auto file = os::Mapping::map(os::Mapping::Kind::kReadOnly, catalogue, offsets::kTotal, at);
   if (!file) return std::move(file.status());
-  auto data = os::Mapping::map(os::Mapping::Kind::kReadOnly, arena.data_fd(), uint64_t{arena.chunks()} * pool::kChunk, arena.data_at());
+  auto data = os::Mapping::map(os::Mapping::Kind::kReadOnly, arena.data_fd(), uint64_t{arena.chunks()} * pool::kChunk,
+                               arena.data_at());
   if (!data) return std::move(data.status());
   return pool::insist<CatalogueReport>([&] { return Look(catalogue, at, file->data(), arena, *data, at_rest).look(); },
                                        at_rest);

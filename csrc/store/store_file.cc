@@ -35,14 +35,16 @@ Result<std::unique_ptr<StoreFile>> StoreFile::open(const std::string& path, bool
   const auto boot = os::boot_id();
   const bool same_boot = boot[0] == s.boot[0] && boot[1] == s.boot[1];
   if (!clean && os::any_locked(fd->get(), 0, pool::kMaxLeases))
-    return Status(Code::kMissing, path +
-                                      " has no service, but living processes still use it: end them, or serve it again by "
-                                      "torchshm.start(file=) and connect to it by its name");
+    return Status(Code::kMissing,
+                  path +
+                      " has no service, but living processes still use it: end them, or serve it again by "
+                      "torchshm.start(file=) and connect to it by its name");
   if (!clean && !same_boot && !any_state)
-    return Status(Code::kCorrupt, path +
-                                      " was in use when the machine went down, and may be half written: `torchshm check "
-                                      "--repair " +
-                                      path + "` keeps what store.sync() has recorded and is whole");
+    return Status(Code::kCorrupt,
+                  path +
+                      " was in use when the machine went down, and may be half written: `torchshm check "
+                      "--repair " +
+                      path + "` keeps what store.sync() has recorded and is whole");
 
   std::unique_ptr<StoreFile> file(new StoreFile);
   const pool::Regions regions{s.control_at, s.control_size, s.data_at, s.data_size};
@@ -108,9 +110,7 @@ std::optional<Entry> StoreFile::entry_of(const Body& body) const {
 }
 
 // What is bound to a process has gone with it; its mark may still be there.
-bool StoreFile::shown(const Body& body) const {
-  return body.owner == 0 && (body.expires == 0 || body.expires > now());
-}
+bool StoreFile::shown(const Body& body) const { return body.owner == 0 && (body.expires == 0 || body.expires > now()); }
 
 std::optional<Found> StoreFile::look(const Key& key) const {
   auto found = search_index(catalogue_.data(), levels(), key, SlotState::kNamed, kSlots, [&](const Body& body) {

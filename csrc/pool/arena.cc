@@ -4,7 +4,7 @@
 #include <fstream>
 
 #include "base/failpoint.h"
-#include "os/file.h"
+#include "os/mapped_file.h"
 #include "os/memfd.h"
 #include "os/memory.h"
 #include "pool/mark.h"

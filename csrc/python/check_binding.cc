@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "os/file.h"
+#include "os/mapped_file.h"
 #include "os/memfd.h"
 #include "pool/checker.h"
 #include "pool/stats.h"

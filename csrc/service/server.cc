@@ -6,7 +6,7 @@
 #include <map>
 
 #include "base/failpoint.h"
-#include "os/file.h"
+#include "os/mapped_file.h"
 #include "os/futex.h"
 #include "os/memfd.h"
 #include "os/process.h"

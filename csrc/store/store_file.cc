@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "base/failpoint.h"
-#include "os/file.h"
+#include "os/mapped_file.h"
 #include "os/futex.h"
 #include "os/memfd.h"
 #include "pool/mark.h"

@@ -8,7 +8,7 @@
 #include <filesystem>
 
 #include "base/failpoint.h"
-#include "os/file.h"
+#include "os/mapped_file.h"
 #include "os/lock.h"
 #include "pool/checker.h"
 #include "service/server.h"

@@ -6,8 +6,8 @@
 #include <map>
 
 #include "base/failpoint.h"
-#include "os/mapped_file.h"
 #include "os/futex.h"
+#include "os/mapped_file.h"
 #include "os/memfd.h"
 #include "os/process.h"
 #include "os/thread.h"

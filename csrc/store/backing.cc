@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "base/failpoint.h"
-#include "os/mapped_file.h"
 #include "os/futex.h"
+#include "os/mapped_file.h"
 #include "os/memfd.h"
 #include "os/memory.h"
 #include "os/process.h"

@@ -3,8 +3,8 @@
 #include <cstring>
 
 #include "base/failpoint.h"
-#include "os/mapped_file.h"
 #include "os/futex.h"
+#include "os/mapped_file.h"
 #include "os/memfd.h"
 #include "pool/mark.h"
 #include "store/backing.h"

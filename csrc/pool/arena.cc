@@ -5,9 +5,9 @@
 
 #include "base/failpoint.h"
 #include "os/directory.h"
+#include "os/mapped_file.h"
 #include "os/memfd.h"
 #include "os/memory.h"
-#include "os/plain_file.h"
 #include "pool/mark.h"
 
 namespace torchshm::pool {

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "os/mapped_file.h"
 #include "os/memfd.h"
-#include "os/plain_file.h"
 #include "pool/checker.h"
 #include "pool/stats.h"
 #include "python/errors.h"

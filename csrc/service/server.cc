@@ -8,8 +8,8 @@
 
 #include "base/failpoint.h"
 #include "os/futex.h"
+#include "os/mapped_file.h"
 #include "os/memfd.h"
-#include "os/plain_file.h"
 #include "os/process.h"
 #include "os/thread.h"
 #include "pool/members.h"
@@ -160,6 +160,8 @@ Result<Server::Opened> Server::open_file(const ServerOptions& options, pool::Ado
       if (Status forgotten = pool::forget_processes(backing->regions(), file->get()); !forgotten) return forgotten;
       backing->begin_boot();
     }
+    // From here on its tables change, names or not. After the boot: else a death in between would pass for a loss of power.
+    backing->touch();
   }
   opened.member = pool::find_pool(backing->superblock().pool_id);
   if (opened.member == nullptr) {

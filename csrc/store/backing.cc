@@ -6,9 +6,9 @@
 #include "base/failpoint.h"
 #include "os/directory.h"
 #include "os/futex.h"
+#include "os/mapped_file.h"
 #include "os/memfd.h"
 #include "os/memory.h"
-#include "os/plain_file.h"
 #include "os/process.h"
 #include "os/socket.h"
 

@@ -5,8 +5,8 @@
 
 #include "base/failpoint.h"
 #include "os/futex.h"
+#include "os/mapped_file.h"
 #include "os/memfd.h"
-#include "os/plain_file.h"
 #include "pool/mark.h"
 #include "store/body.h"
 #include "store/eviction.h"

@@ -4,8 +4,8 @@
 
 #include "base/failpoint.h"
 #include "os/futex.h"
+#include "os/mapped_file.h"
 #include "os/memfd.h"
-#include "os/plain_file.h"
 #include "pool/mark.h"
 #include "store/backing.h"
 

@@ -8,8 +8,8 @@
 #include <filesystem>
 
 #include "base/failpoint.h"
-#include "os/plain_file.h"
 #include "os/lock.h"
+#include "os/mapped_file.h"
 #include "pool/checker.h"
 #include "service/server.h"
 #include "store/file_layout.h"

@@ -560,6 +560,53 @@ def test_damaged_superblocks_are_refused(path):
         assert file["a"] == 1
 
 
+def test_damaged_tables_end_in_exceptions_or_other_values(path):
+    keys = [*"abcdefgh", *(c * 300 for c in "abcd")]
+    save(
+        path, {key: {"x": np.arange(20_000), "y": [key]} if len(key) > 1 else np.arange(100) for key in keys}
+    )
+    catalogue, control, data = (struct.unpack("<Q", _read(path, at, 8))[0] for at in (40, 56, 72))
+
+    def work():
+        rng = np.random.default_rng(3)
+        read = refused = 0
+        for _ in range(150):
+            copy = bytearray()
+            with open(path, "r+b") as file:
+                # Somewhere in what is used of a table; put back afterwards.
+                low = int(rng.choice([catalogue, catalogue + (70 << 20), control + (4 << 20), control, data]))
+                at, copy = _used(file, low, rng)
+                file.seek(at)
+                file.write(rng.bytes(len(copy)))
+            try:
+                with torchshm.open(path) as file:
+                    for key in {*keys, *file.keys()}:
+                        try:
+                            np.asarray(file[key] if len(key) == 1 else file[key]["x"]).sum()
+                            read += 1
+                        except (KeyError, ValueError, TypeError, TorchshmError):
+                            refused += 1
+            except (ValueError, TorchshmError):
+                refused += 1
+            patch(path, at, copy)
+        assert read > 0
+        assert refused > 0
+
+    assert child(work) == 0
+
+
+def _used(file, low, rng):
+    """The place and the content of 64 bytes that are not all zero, at or after `low`."""
+    while True:
+        low = os.lseek(file.fileno(), low, os.SEEK_DATA)
+        page = os.pread(file.fileno(), 4096, low)
+        places = [i for i in range(0, len(page), 64) if any(page[i : i + 64])]
+        if places:
+            at = int(rng.choice(places))
+            return low + at, page[at : at + 64]
+        low += 4096
+
+
 def test_a_newer_layout_is_named(path):
     save(path, {"a": 1})
     version = struct.unpack("<I", _read(path, VERSION, 4))[0]

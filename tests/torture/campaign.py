@@ -148,6 +148,13 @@ CAMPAIGNS = [
         needs=("dev",),
     ),
     Campaign(
+        "persist_kill",
+        "everything that uses a persistent store killed at random moments; what was acknowledged is in the file, read and served",
+        [*script("tests/torture/persist_kill.py"), "--kills", "15"],
+        [*script("tests/torture/persist_kill.py"), "--full"],
+        needs=("dev",),
+    ),
+    Campaign(
         "loader_deaths",
         "a DataLoader whose worker is killed ends as PyTorch's own does, and all memory comes back",
         [

@@ -1,4 +1,4 @@
-#include "os/plain_file.h"
+#include "os/mapped_file.h"
 
 #include <fcntl.h>
 #include <linux/magic.h>

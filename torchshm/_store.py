@@ -15,7 +15,7 @@ import numpy as np
 
 from torchshm import _C, _tensors, _values
 from torchshm._locks import Lock
-from torchshm._size import parse_size
+from torchshm._size import parse_limit
 from torchshm.errors import KeyExistsError, StaleHandleError, StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -544,6 +544,9 @@ def _connect(name: str, timeout: float) -> _C.Store:
         ) from None
 
 
+_HUGEPAGES = {None: "auto", False: "never", True: "2MiB"}
+
+
 def start(
     name: str,
     limit: int | str | None = None,
@@ -551,6 +554,9 @@ def start(
     *,
     mode: int = 0o600,
     group: int | str | None = None,
+    hugepages: bool | str | None = None,
+    prefault: bool = False,
+    numa: str | None = None,
 ) -> Store:
     """Serve a store from this process, by a thread that needs neither Python nor its lock, and return a client of it.
 
@@ -562,13 +568,24 @@ def start(
     name : str
         Letters, digits, ``.``, ``_`` and ``-``.
     limit : int or str, optional
-        Most memory that the store takes, in bytes or as in ``"8GiB"``. Default: half of what the machine or the cgroup allows.
+        Most memory that the store takes: bytes, as in ``"8GiB"``, or a share of what the machine or the cgroup allows, as in
+        ``"25%"``. Default: ``"50%"``; with reserved huge pages, those that are free, if they are fewer.
     ttl : float, optional
         Seconds after which names go that were saved without a ttl. Default: never.
     mode : int
         Permissions of the socket.
     group : int or str, optional
         Members of this group may use the store too; give it with a `mode` such as ``0o660``.
+    hugepages : bool or {"auto", "never", "2MiB"}, optional
+        ``"auto"``, the default: transparent huge pages where the system has some. False or ``"never"``: pages of 4 KiB only. True or
+        ``"2MiB"``: huge pages that the administrator has reserved (``sysctl vm.nr_hugepages``).
+    prefault : bool
+        Take the memory up to the limit at the start, and keep it: no save waits for the kernel to find and clear pages.
+    numa : str, optional
+        On which nodes memory is put: ``"local"``, the default: the node of who first writes to it; ``"interleave"``, over all nodes
+        in turn, or ``"interleave:0,1"``; ``"bind:0,1"``: on these only; ``"preferred:0"``: there while there is room.
+
+    `limit`, `hugepages`, `prefault` and `numa` are those of a new store: one that is taken over keeps its own.
 
     Raises
     ------
@@ -576,15 +593,20 @@ def start(
         When a store of that name is being served.
     StoreUnavailableError
         When the directory of sockets is not this user's alone.
+    PoolFullError
+        When `prefault` asks for more memory than there is.
+    ValueError
+        For limits and pages that there are none of, and nodes that this machine has not.
+    TorchshmError
+        When fewer huge pages are reserved than the limit needs, and when the system refuses a policy.
     """
-    size = 0 if limit is None else parse_size(limit)
-    if limit is not None and size < 1:
-        raise ValueError(f"limit is a number of bytes, 1 or more, not {limit}")
+    size = 0 if limit is None else parse_limit(limit)
+    pages = _HUGEPAGES[hugepages] if hugepages is None or isinstance(hugepages, bool) else str(hugepages)
     if isinstance(group, str):
         import grp
 
         group = grp.getgrnam(group).gr_gid
-    core = _C.Store.start(name, size, _ttl(ttl), mode, -1 if group is None else group)
+    core = _C.Store.start(name, size, _ttl(ttl), mode, -1 if group is None else group, pages, prefault, numa or "")
     return Store(name, 10.0, core)
 
 

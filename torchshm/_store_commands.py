@@ -17,11 +17,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from torchshm import _C
-from torchshm._size import parse_size
+from torchshm._size import parse_limit
 from torchshm._store import Store, connect, start
 from torchshm.errors import StoreUnavailableError, TorchshmError
 
-_MOST = 9 * 10**18  # bytes or nanoseconds; above, they do not fit
+_MOST = 9 * 10**18  # nanoseconds; above, they do not fit
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -90,12 +90,9 @@ def _limit(text: str | None) -> int | None:
     if text is None:
         return None
     try:
-        size = parse_size(text)
+        return parse_limit(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if not 1 <= size <= _MOST:
-        raise typer.BadParameter(f"not a size: {text!r}; write it as 256MiB, 8GB or a number of bytes")
-    return size
 
 
 def _mode(text: str) -> int:
@@ -176,7 +173,7 @@ def serve(
     ] = False,
     limit: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Most memory, as in 8GiB. Default: half of the machine's."),
+        typer.Option(metavar="SIZE", help="Most memory, as in 8GiB or 25%. Default: half of the machine's."),
     ] = None,
     ttl: Annotated[
         str | None, typer.Option(metavar="TIME", help="How long names live, as in 2h. Default: for ever.")
@@ -186,6 +183,21 @@ def serve(
         str | None,
         typer.Option(
             metavar="GROUP", help="Its members, by name or number, may use the store; with --mode 0660."
+        ),
+    ] = None,
+    hugepages: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|2MiB", help="Huge pages: transparent ones, none, or those that are reserved."
+        ),
+    ] = "auto",
+    prefault: Annotated[
+        bool, typer.Option("--prefault", help="Take the memory up to the limit at the start.")
+    ] = False,
+    numa: Annotated[
+        str | None,
+        typer.Option(
+            metavar="POLICY", help="Nodes that memory is put on: local, interleave, bind:0,1, preferred:0."
         ),
     ] = None,
     as_json: Json = False,
@@ -200,7 +212,16 @@ def serve(
         if number != signal.SIGHUP or report is not None:
             signal.signal(number, lambda number, _frame: ended.append(number))
     try:
-        store = start(store_name, size, lifetime, mode=permissions, group=members)
+        store = start(
+            store_name,
+            size,
+            lifetime,
+            mode=permissions,
+            group=members,
+            hugepages=hugepages,
+            prefault=prefault,
+            numa=numa,
+        )
     except (TorchshmError, ValueError) as error:
         if report is None:
             _fail(error.args[0] if error.args else error)

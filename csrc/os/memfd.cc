@@ -14,6 +14,9 @@
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 0x0008U
 #endif
+#ifndef MFD_HUGE_2MB
+#define MFD_HUGE_2MB (21U << 26)
+#endif
 
 namespace torchshm::os {
 namespace {
@@ -26,7 +29,7 @@ void Fd::reset() {
   if (fd_ >= 0) ::close(std::exchange(fd_, -1));
 }
 
-Result<Fd> create_memfd(const std::string& name, uint64_t size) {
+Result<Fd> create_memfd(const std::string& name, uint64_t size, bool huge) {
   rlimit limit{};
   if (::getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && limit.rlim_cur < size) {
     return Status(Code::kUnsupported, "the limit on file sizes (ulimit -f) is below the " + std::to_string(size) +
@@ -34,10 +37,11 @@ Result<Fd> create_memfd(const std::string& name, uint64_t size) {
   }
   int error = TORCHSHM_INJECT("os.memfd_create");
   int raw = -1;
+  const unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (huge ? MFD_HUGETLB | MFD_HUGE_2MB : 0U);
   if (error == 0) {
-    raw = ::memfd_create(name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
+    raw = ::memfd_create(name.c_str(), flags | MFD_NOEXEC_SEAL);
     // Kernels before 6.3 do not know the flag.
-    if (raw < 0 && errno == EINVAL) raw = ::memfd_create(name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (raw < 0 && errno == EINVAL) raw = ::memfd_create(name.c_str(), flags);
     error = errno;
   }
   if (raw < 0) return Status::system("memfd_create", name, error);

@@ -4,6 +4,7 @@
 #include <fstream>
 
 #include "base/failpoint.h"
+#include "os/huge_pages.h"
 #include "os/memfd.h"
 #include "os/memory.h"
 #include "pool/mark.h"
@@ -42,8 +43,21 @@ Status Arena::map(uint64_t control_size, uint64_t data_size) {
   shared_ = data.take();
   // The other faces are optional: a private mapping of this size may be refused (vm.overcommit_memory=2, RLIMIT_AS).
   if (auto read = os::Mapping::map(os::Mapping::Kind::kReadOnly, data_fd_.get(), data_size)) read_ = read.take();
-  if (auto copy = os::Mapping::map(os::Mapping::Kind::kPrivate, data_fd_.get(), data_size)) copy_ = copy.take();
+  // A private copy of a reserved huge page needs another one, and there being none is SIGBUS at a write: callers copy instead.
+  if (os::in_huge_pages(data_fd_.get())) {
+    page_kind_ = PageKind::kReserved;
+  } else if (auto copy = os::Mapping::map(os::Mapping::Kind::kPrivate, data_fd_.get(), data_size)) {
+    copy_ = copy.take();
+  }
   return remember_files();
+}
+
+// Of the file they are seen already.
+void Arena::keep_to_pages() {
+  // Relaxed: written before the pool is ready.
+  if (header().pages.load(std::memory_order_relaxed) != static_cast<uint32_t>(PageKind::kSmall)) return;
+  page_kind_ = PageKind::kSmall;
+  for (os::Mapping* face : {&shared_, &read_, &copy_}) face->use_small_pages();
 }
 
 Status Arena::remember_files() {
@@ -57,7 +71,11 @@ Status Arena::remember_files() {
 }
 
 Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
-  const uint64_t limit = std::max<uint64_t>(limits.limit != 0 ? limits.limit : os::memory_allowed() / 2, kChunk);
+  const bool reserved = limits.pages.kind == PageKind::kReserved;
+  const uint64_t most = os::memory_allowed() / 2;
+  auto chosen = reserved ? reserved_limit(limits.limit, most) : limits.limit != 0 ? limits.limit : most;
+  if (!chosen) return std::move(chosen.status());
+  const uint64_t limit = std::max<uint64_t>(*chosen, kChunk);
   auto id = random_id();
   if (!id) return std::move(id.status());
   auto secret = random_id();
@@ -75,7 +93,7 @@ Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
       last = std::move(control.status());
       continue;
     }
-    auto data = os::create_memfd("torchshm-" + hex(*id) + "-data", chunks * kChunk);
+    auto data = os::create_memfd("torchshm-" + hex(*id) + "-data", chunks * kChunk, reserved);
     if (!data) {
       last = std::move(data.status());
       continue;
@@ -84,6 +102,8 @@ Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
     arena.data_fd_ = data.take();
     last = arena.map(arena.offsets_.total, chunks * kChunk);
     if (!last) continue;
+    last = os::set_policy(arena.shared_.data(), chunks * kChunk, limits.pages.numa);
+    if (!last) return last;
     Header& header = arena.header();
     header.magic = kMagic;
     header.version = kVersion;
@@ -95,7 +115,12 @@ Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
     header.data_size = chunks * kChunk;
     header.control_size = arena.offsets_.total;
     header.limit.store(limit, std::memory_order_relaxed);
-    header.warm.store(limits.warm != 0 ? limits.warm : limit / 4, std::memory_order_relaxed);
+    header.warm.store(limits.warm != 0        ? limits.warm
+                      : limits.pages.prefault ? limit
+                                              : limit / 4,
+                      std::memory_order_relaxed);
+    header.pages.store(static_cast<uint32_t>(limits.pages.kind), std::memory_order_relaxed);
+    arena.keep_to_pages();
     header.ticket_age.store(kTicketAge, std::memory_order_relaxed);
     header.next_incarnation.store(1, std::memory_order_relaxed);
     TORCHSHM_POINT("create.before_ready");
@@ -118,6 +143,7 @@ Result<Arena> Arena::attach(os::Fd data, os::Fd control) {
   if (!mapped) return mapped;
   Status valid = arena.validate(*control_size, *data_size);
   if (!valid) return valid;
+  arena.keep_to_pages();
   return arena;
 }
 
@@ -155,6 +181,7 @@ Result<Arena> Arena::inspect(os::Fd data, os::Fd control) {
   arena.data_fd_ = std::move(data);
   arena.control_ = mapped.take();
   arena.is_copy_ = is_copy;
+  if (os::in_huge_pages(arena.data_fd_.get())) arena.page_kind_ = PageKind::kReserved;
   Status valid = arena.validate(*control_size, *data_size);
   if (valid) valid = arena.remember_files();
   if (!valid) return valid;
@@ -175,6 +202,7 @@ Result<Arena> Arena::alias() const {
   arena.offsets_ = offsets_;
   arena.chunks_ = chunks_;
   arena.is_copy_ = is_copy_;
+  arena.page_kind_ = page_kind_;
   arena.data_id_ = data_id_;
   arena.control_id_ = control_id_;
   return arena;
@@ -192,6 +220,8 @@ Result<uint64_t> Arena::family_of(int control_fd) {
 Status Arena::make_private(uint64_t offset, uint64_t length, bool on) {
   const auto id = os::file_id(data_fd_.get());
   if (!id.ok() || *id != data_id_) return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
+  if (page_kind_ == PageKind::kReserved && on)
+    return Status(Code::kUnsupported, "reserved huge pages are not made private");
   return shared_.remap(on ? os::Mapping::Kind::kPrivate : os::Mapping::Kind::kShared, data_fd_.get(), offset, length);
 }
 

@@ -12,6 +12,7 @@
 #include "os/mapping.h"
 #include "os/memfd.h"
 #include "pool/layout.h"
+#include "pool/pages.h"
 
 namespace torchshm::pool {
 
@@ -20,7 +21,8 @@ enum class Mode : uint8_t { kReadWrite = 0, kRead = 1, kCopyOnWrite = 2 };
 
 struct Limits {
   uint64_t limit = 0;  // bytes; 0: half of what the machine or the cgroup allows
-  uint64_t warm = 0;   // bytes; 0: a quarter of the limit
+  uint64_t warm = 0;   // bytes; 0: a quarter of the limit, with Pages::prefault all of it
+  Pages pages;
 };
 
 class Arena {
@@ -79,6 +81,8 @@ class Arena {
   // Whether inspect() was given copies: their holes and locks say nothing about the pool's memory and processes.
   bool is_copy() const { return is_copy_; }
 
+  PageKind page_kind() const { return page_kind_; }
+
   int data_fd() const { return data_fd_.get(); }
   int control_fd() const { return control_fd_.get(); }
   uint64_t data_inode() const { return data_id_.inode; }
@@ -92,12 +96,14 @@ class Arena {
  private:
   Status map(uint64_t control_size, uint64_t data_size);
   Status remember_files();
+  void keep_to_pages();
   Status validate(uint64_t control_size, uint64_t data_size);
   os::Fd data_fd_, control_fd_;
   os::Mapping control_, shared_, read_, copy_;
   Offsets offsets_{};
   uint32_t chunks_ = 0;
   bool is_copy_ = false;
+  PageKind page_kind_ = PageKind::kAuto;
   os::FileId data_id_, control_id_;
 };
 

@@ -61,6 +61,7 @@ struct alignas(64) Header {
   std::atomic<uint64_t> taken_back;     // tickets taken back
   std::atomic<uint32_t> ticket_age;     // seconds after which a full pool takes a living sender's ticket back
   std::atomic<uint32_t> warned;         // 1 once some member has said that the pool is full
+  std::atomic<uint32_t> pages;          // a PageKind, which members keep to
 };
 
 // state in the low byte, incarnation above.

@@ -149,11 +149,35 @@ Status Space::check_headroom(uint64_t bytes) {
   return {};
 }
 
+os::Backing Space::backing() const {
+  switch (arena_.page_kind()) {
+    case PageKind::kSmall:
+      return os::Backing::kSmall;
+    case PageKind::kReserved:
+      return os::Backing::kReserved;
+    default:
+      return os::Backing::kAuto;
+  }
+}
+
+Status Space::prefault() {
+  const uint64_t bytes = arena_.header().limit.load(std::memory_order_relaxed) / kChunk * kChunk;
+  auto run = claim_run(bytes);
+  if (!run) {
+    return Status(run.code(),
+                  "prefault: " + std::to_string(bytes) + " bytes are not to be had now: " + run.status().what());
+  }
+  TORCHSHM_POINT("prefault.claimed");
+  abandon_run(*run);
+  return {};
+}
+
 Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need) {
   uint64_t growth = 0;
   for (size_t i = 0; i < need.size(); ++i) growth += need[i] > taken[i].had ? (need[i] - taken[i].had) * kPage : 0;
   if (growth == 0) return {};
-  if (Status enough = check_headroom(growth); !enough) return enough;
+  // Reserved huge pages are no longer part of what the machine has left.
+  if (Status enough = backing() == os::Backing::kReserved ? Status() : check_headroom(growth); !enough) return enough;
   arena_.lease(slot_).grown.fetch_add(growth, std::memory_order_relaxed);
   TORCHSHM_POINT("claim.growth_told");
   // Neighbouring ranges in one call.
@@ -166,7 +190,7 @@ Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, c
       continue;
     }
     if (end != start) {
-      if (Status done = os::commit(arena_.data() + start, end - start); !done) return done;
+      if (Status done = os::commit(arena_.data() + start, end - start, backing()); !done) return done;
     }
     start = end = 0;
     if (more) {
@@ -217,7 +241,9 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
   std::vector<uint32_t>& need = need_;
   taken.assign(n, {});
   need.assign(n, kPagesPerChunk);
-  need.back() = static_cast<uint32_t>(pages - uint64_t{n - 1} * kPagesPerChunk);
+  // A reserved huge page is there as a whole or not at all, and is counted so.
+  if (backing() != os::Backing::kReserved)
+    need.back() = static_cast<uint32_t>(pages - uint64_t{n - 1} * kPagesPerChunk);
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     const auto head = find_run(n);
     if (!head) return full("no " + std::to_string(n) + " neighbouring chunks are free");

@@ -9,6 +9,7 @@
 #include "pool/checker.h"
 #include "pool/stats.h"
 #include "python/errors.h"
+#include "python/stats_binding.h"
 #include "python/without_gil.h"
 #include "service/address.h"
 #include "store/catalogue_check.h"
@@ -56,6 +57,18 @@ py::dict check(int data, int control, bool at_rest) {
   return out;
 }
 
+// Figures of a pool that this process need not have joined. The descriptors stay the caller's.
+py::dict pool_stats(int data, int control) {
+  auto arena = inspect(data, control);
+  if (!arena) fail(arena.status());
+  pool::Stats stats;
+  {
+    const WithoutGil release;
+    stats = pool::collect(*arena);
+  }
+  return describe(stats);
+}
+
 // A store that this process need not be a client of. The descriptors stay the caller's.
 py::dict check_catalogue(int catalogue, int data, int control, bool at_rest) {
   auto arena = inspect(data, control);
@@ -94,6 +107,7 @@ py::tuple store_files(const std::string& name) {
 
 void add_check(py::module_& m) {
   m.def("check", &check, py::arg("data_fd"), py::arg("control_fd"), py::arg("at_rest") = false);
+  m.def("pool_stats", &pool_stats, py::arg("data_fd"), py::arg("control_fd"));
   m.def("store_names", &service::names);
   m.def("store_files", &store_files, py::arg("name"));
   m.def("catalogue_name", &catalogue_name, py::arg("catalogue_fd"));

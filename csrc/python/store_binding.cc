@@ -15,6 +15,7 @@
 #include "python/numpy_memory.h"
 #include "python/rebuild.h"
 #include "python/reduce.h"
+#include "python/stats_binding.h"
 #include "python/without_gil.h"
 #include "service/address.h"
 #include "service/client.h"
@@ -62,6 +63,17 @@ Mode mode_of(int mode) {
   return static_cast<Mode>(mode);
 }
 
+const char* pages_of(const pool::Arena& arena) {
+  switch (arena.page_kind()) {
+    case pool::PageKind::kSmall:
+      return "4KiB";
+    case pool::PageKind::kReserved:
+      return "2MiB";
+    default:
+      return "auto";
+  }
+}
+
 py::dict as_dict(const service::Reply& reply) {
   py::dict row;
   row["pid"] = reply.pid;
@@ -80,10 +92,14 @@ class Store {
   Store& operator=(const Store&) = delete;
 
   static std::unique_ptr<Store> start(const std::string& name, uint64_t limit, uint64_t ttl, uint32_t mode,
-                                      int64_t group) {
+                                      int64_t group, const std::string& hugepages, bool prefault,
+                                      const std::string& numa) {
+    auto pages = pool::parse_pages(hugepages, prefault, numa);
+    if (!pages) fail_in_store(pages.status());
     service::ServerOptions options;
     options.name = name;
     options.limits.limit = limit;
+    options.limits.pages = pages.take();
     options.ttl = ttl;
     options.mode = mode;
     options.group = group;
@@ -353,6 +369,11 @@ class Store {
     row["limit_bytes"] = stats.limit;
     row["blocks"] = stats.blocks;
     row["leases"] = stats.leases.size();
+    row["warm_bytes"] = stats.warm;
+    row["tickets"] = stats.tickets;
+    row["ticket_bytes"] = stats.ticket_bytes;
+    row["pages"] = pages_of(member_->arena());
+    row["processes"] = describe_processes(stats);
     return row;
   }
 
@@ -464,7 +485,8 @@ void add_store(py::module_& m) {
   add_lock(m);
   py::class_<Store>(m, "Store")
       .def_static("start", &Store::start, py::arg("name"), py::arg("limit") = 0, py::arg("ttl") = 0,
-                  py::arg("mode") = 0600, py::arg("group") = -1)
+                  py::arg("mode") = 0600, py::arg("group") = -1, py::arg("hugepages") = "", py::arg("prefault") = false,
+                  py::arg("numa") = "")
       .def_static("connect", &Store::connect, py::arg("name"), py::arg("timeout"))
       .def("save_array", &Store::save_array)
       .def("load", &Store::load)

@@ -93,8 +93,8 @@ def register(
         ``0`` sends every buffer through the pool.
     limit : int or str, optional
         Most memory that the pool takes: bytes, as in ``"8GiB"``, or a share of what the machine or the cgroup allows, as in
-        ``"25%"``. Default: the environment's ``TORCHSHM_LIMIT``, else ``"50%"``. A pool that exists already takes the new limit at once, for all its processes. A
-        store's is given when it is started.
+        ``"25%"``. Default: the environment's ``TORCHSHM_LIMIT``, else ``"50%"``. A pool that exists already takes the new limit at
+        once, for all its processes. A store's is given when it is started.
     store : Store or str, optional
         Use the pool of this store, or of the store of this name, so that messages and names share memory: what was loaded from it
         or made in :meth:`Store.storage` is sent without a copy, and what was received is saved without one. For this process and

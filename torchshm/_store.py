@@ -487,7 +487,9 @@ class Store(MutableMapping[str, Any]):
             Of a name: ``kind`` ("array", "values" or "object"), ``bytes`` (of the blocks that it keeps), ``blocks``, ``created`` (seconds
             since 1970), ``expires_in`` (seconds, or None), ``pid`` of who saved it. Of the store: ``name``, ``names``, ``created``,
             ``ttl``, ``saved``, ``removed``, ``expired``, ``service_pid``, ``live_bytes``, ``committed_bytes``, ``limit_bytes``,
-            ``blocks``, ``leases``.
+            ``blocks``, ``leases``; ``warm_bytes`` (pages kept for the next blocks), ``tickets`` and ``ticket_bytes`` (unreceived
+            messages, and the blocks that they keep), ``pages`` ("auto", "4KiB" or "2MiB") and ``processes``: a list of dicts with
+            ``pid``, ``name``, ``held_bytes`` and ``held_blocks`` for each process that has the store.
         """
         if key is None:
             return self._core.info()
@@ -606,7 +608,9 @@ def start(
         import grp
 
         group = grp.getgrnam(group).gr_gid
-    core = _C.Store.start(name, size, _ttl(ttl), mode, -1 if group is None else group, pages, prefault, numa or "")
+    core = _C.Store.start(
+        name, size, _ttl(ttl), mode, -1 if group is None else group, pages, prefault, numa or ""
+    )
     return Store(name, 10.0, core)
 
 

@@ -113,7 +113,8 @@ def _group(text: str | None) -> int | None:
         raise typer.BadParameter(f"no group named {text!r}") from None
 
 
-def _bytes(n: float) -> str:
+def size_in_words(n: float) -> str:
+    """Bytes for people."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n < 1024:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
@@ -297,8 +298,8 @@ def ls(
                 str(s["pid"]),
                 str(s["clients"]),
                 str(s["names"]),
-                _bytes(s["live_bytes"]),
-                _bytes(s["limit_bytes"]),
+                size_in_words(s["live_bytes"]),
+                size_in_words(s["limit_bytes"]),
             ]
             if "names" in s
             else [s["name"], "not served", "", "", "", ""]
@@ -323,7 +324,7 @@ def ls(
             [
                 f["key"],
                 f["kind"],
-                _bytes(f["bytes"]),
+                size_in_words(f["bytes"]),
                 _age(now - f["created"]),
                 "" if f["expires_in"] is None else _age(f["expires_in"]),
                 str(f["pid"]),
@@ -350,7 +351,14 @@ def info(
     if as_json:
         typer.echo(json.dumps(figures))
         return
-    _table(["", ""], [[k, _bytes(v) if k.endswith("bytes") else str(v)] for k, v in figures.items()])
+    rows = [
+        [f"process {each['pid']} ({each['name']})", size_in_words(each["held_bytes"])]
+        for each in figures.pop("processes", [])
+    ]
+    _table(
+        ["", ""],
+        [[k, size_in_words(v) if k.endswith("bytes") else str(v)] for k, v in figures.items()] + rows,
+    )
 
 
 def rm(

@@ -22,7 +22,7 @@ enum class Mode : uint8_t { kReadWrite = 0, kRead = 1, kCopyOnWrite = 2 };
 struct Limits {
   uint64_t limit = 0;  // bytes; 0: half of what the machine or the cgroup allows
   uint64_t warm = 0;   // bytes; 0: a quarter of the limit, with Pages::prefault all of it
-  Pages pages;
+  Pages pages = {};
 };
 
 class Arena {

@@ -251,11 +251,17 @@ using Nanoseconds = std::chrono::nanoseconds;
 /// As long as it takes.
 inline constexpr Nanoseconds kForever = Nanoseconds::max();
 
+/// Bytes of memory that the machine has, or the tightest cgroup limit above this process if that is less: what a limit may be a share of.
+TORCHSHM_API uint64_t memory_allowed();
+
 struct StartOptions {
   uint64_t limit = 0;             ///< most bytes that the store takes; 0: half of what the machine or the cgroup allows
   Nanoseconds ttl{0};             ///< after which names go that were saved without one; 0: never
   uint32_t mode = 0600;           ///< permissions of the socket
   std::optional<uint32_t> group;  ///< whose members may use the store too; with a mode such as 0660
+  std::string hugepages = {};     ///< "auto", the default: transparent ones; "never"; "2MiB": those that are reserved
+  bool prefault = false;          ///< take the memory up to the limit at the start, and keep it
+  std::string numa = {};          ///< "local", the default; "interleave", "interleave:0,1", "bind:0,1" or "preferred:0"
 };
 
 struct SaveOptions {

@@ -66,7 +66,7 @@ def ensure(limit: int | None = None) -> None:
         if not _C.is_member():
             environ = os.environ
             given = environ.get("TORCHSHM_LIMIT", "0")
-            size = limit if limit is not None else 0 if given in ("", "0") else parse_limit(given)
+            size = limit if limit is not None else 0 if given == "0" else parse_limit(given)
             _C.create(digest(), size, parse_size(environ.get("TORCHSHM_WARM", "0")))
             _C.set_ticket_age(int(environ.get("TORCHSHM_TICKET_AGE", "300")))
         elif limit is not None:

@@ -51,7 +51,9 @@ def parse_limit(text: str | int) -> int:
     except ValueError:
         size = 0
     if not 1 <= size <= _MOST:
-        raise ValueError(f"not a size: {text!r}; write it as 256MiB, 8GB, a number of bytes, or 25%")
+        raise ValueError(
+            f"not a size for a limit: {text!r}; write it as 256MiB, 8GB, a number of bytes, or 25%"
+        )
     return size
 
 

@@ -679,14 +679,19 @@ def test_wrong_usage_of_the_daemon_says_what_is_right(prefix, runtime, arguments
 
 
 def test_the_daemon_takes_a_share_and_the_pages_it_is_told(daemon):
-    served = daemon("--name", "paged", "--limit", "0.2%", "--hugepages", "never", "--prefault", "--numa", "local")
+    served = daemon(
+        "--name", "paged", "--limit", "0.2%", "--hugepages", "never", "--prefault", "--numa", "local"
+    )
     served.said()
     with torchshm.connect("paged") as store:
         info = store.info()
         assert info["limit_bytes"] == int(torchshm._C.memory_allowed() * 0.002) and info["pages"] == "4KiB"
         assert info["warm_bytes"] == info["limit_bytes"] >> 21 << 21
     assert served.end(signal.SIGTERM) == (0, "")
-    for option, value, why in (("--hugepages", "1GiB", "chunks of 2 MiB"), ("--numa", "bind", "names no nodes")):
+    for option, value, why in (
+        ("--hugepages", "1GiB", "chunks of 2 MiB"),
+        ("--numa", "bind", "names no nodes"),
+    ):
         refused = daemon("--name", "refused", option, value).process
         error = refused.communicate(timeout=PATIENCE)[1]
         assert refused.returncode == 1 and why in error, error

@@ -19,7 +19,7 @@
 namespace torchshm::pool {
 
 constexpr uint64_t kMagic = 0x4d48535f48435254;  // "TRCH_SHM"
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 
 constexpr uint64_t kGranule = 1024;  // with blocks of at least 4 KiB: at most 20 % internal waste
 constexpr uint64_t kPage = 4096;

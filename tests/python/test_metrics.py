@@ -20,12 +20,6 @@ pytest.importorskip("typer")
 parser = pytest.importorskip("prometheus_client.parser")
 
 
-@pytest.fixture
-def served(runtime):
-    with torchshm.start("measured", "64MiB") as store:
-        yield store
-
-
 def command(*arguments):
     return [sys.executable, "-m", "torchshm", "metrics", *arguments]
 
@@ -46,13 +40,13 @@ def of(name, found, **labels):
     return found[name, frozenset(labels.items())]
 
 
-def test_figures_are_those_of_the_store(served):
-    served["a"], served["b"] = np.ones(1 << 20, "u1"), 1
-    held = served["a"]
-    del served["b"]
-    done = subprocess.run(command("measured"), capture_output=True, text=True, timeout=PATIENCE)
+def test_figures_are_those_of_the_store(store):
+    store["a"], store["b"] = np.ones(1 << 20, "u1"), 1
+    held = store["a"]
+    del store["b"]
+    done = subprocess.run(command("session"), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
-    found, info = values(done.stdout), served.info()
+    found, info = values(done.stdout), store.info()
     for name in (
         "live_bytes",
         "warm_bytes",
@@ -62,17 +56,19 @@ def test_figures_are_those_of_the_store(served):
         "names",
         "blocks",
     ):
-        assert of(f"torchshm_store_{name}", found, store="measured") == info[name]
-    assert of("torchshm_store_up", found, store="measured") == 1
-    assert of("torchshm_store_saves_total", found, store="measured") == info["saved"] >= 2
-    assert of("torchshm_store_removals_total", found, store="measured") == info["removed"] >= 1
-    assert of("torchshm_store_spill_errors_total", found, store="measured") == 0
-    assert of("torchshm_store_processes", found, store="measured") == 1  # the one that looks is not counted
+        assert of(f"torchshm_store_{name}", found, store="session") == info[name]
+    assert of("torchshm_store_up", found, store="session") == 1
+    assert of("torchshm_store_saves_total", found, store="session") == info["saved"] >= 2
+    assert of("torchshm_store_removals_total", found, store="session") == info["removed"] >= 1
+    assert of("torchshm_store_spill_errors_total", found, store="session") == 0
+    assert (
+        of("torchshm_store_processes", found, store="session") == info["leases"]
+    )  # who looks is not counted
     pool = f"{info['pool_id']:016x}"
     name = next(row["name"] for row in info["processes"] if row["pid"] == os.getpid())
     bytes_held = of("torchshm_process_held_bytes", found, pool=pool, pid=str(os.getpid()), process=name)
     assert bytes_held >= held.nbytes
-    assert of("torchshm_store_info", found, store="measured", pool=pool) == 1
+    assert of("torchshm_store_info", found, store="session", pool=pool) == 1
     assert not [key for key in found if key[0].startswith("torchshm_pool_")]  # one store was asked for
 
 
@@ -83,13 +79,13 @@ def test_a_store_that_is_not_there_is_down(runtime):
     assert list(found) == [("torchshm_store_up", frozenset({("store", "not-there")}))]
 
 
-def test_all_stores_and_pools_without_a_name(served):
+def test_all_stores_and_pools_without_a_name(store):
     torchshm.register()
     try:
         block = torchshm.empty(1 << 20, "u1")
         done = subprocess.run(command(), capture_output=True, text=True, timeout=PATIENCE)
         found = values(done.stdout)
-        assert of("torchshm_store_up", found, store="measured") == 1
+        assert of("torchshm_store_up", found, store="session") == 1
         live = [value for (name, _), value in found.items() if name == "torchshm_pool_live_bytes"]
         assert torchshm.stats()["live_bytes"] in live and block.nbytes <= max(live)
     finally:
@@ -97,19 +93,19 @@ def test_all_stores_and_pools_without_a_name(served):
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_http_serves_what_is_true_then(served, end):
-    served["a"] = np.ones(1 << 20, "u1")
+def test_http_serves_what_is_true_then(store, end):
+    store["a"] = np.ones(1 << 20, "u1")
     with subprocess.Popen(command("--port", "0"), stdout=subprocess.PIPE, text=True) as server:
         url = re.search(r"http://127\.0\.0\.1:\d+/metrics", server.stdout.readline())[0]
 
         def live():
             with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
                 assert answer.headers["Content-Type"].startswith("text/plain")
-                return of("torchshm_store_live_bytes", values(answer.read().decode()), store="measured")
+                return of("torchshm_store_live_bytes", values(answer.read().decode()), store="session")
 
-        assert live() == served.info()["live_bytes"]
-        del served["a"]
-        assert live() == served.info()["live_bytes"]
+        assert live() == store.info()["live_bytes"]
+        del store["a"]
+        assert live() == store.info()["live_bytes"]
         children = psutil.Process(server.pid).children()
         assert children
         server.send_signal(end)

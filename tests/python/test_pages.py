@@ -107,11 +107,22 @@ def test_prefaulted_memory_is_there_at_the_start_and_stays(runtime, tmp_path):
     assert passes(script, tmp_path) == "ok\n"
 
 
-def test_prefault_without_the_memory_is_an_error_and_leaves_nothing(runtime):
-    with pytest.raises(torchshm.PoolFullError, match=r"prefault: .* bytes are not to be had"):
-        torchshm.start("too-much", "100%", prefault=True)
-    assert not list(runtime.glob("torchshm/too-much*"))
-    torchshm.start("too-much", "16MiB").close()
+def test_prefault_without_the_memory_is_an_error_and_leaves_nothing(runtime, tmp_path):
+    script = """
+        import pathlib, sys
+        import torchshm
+
+        try:
+            torchshm.start("too-much", "100%", prefault=True)
+        except torchshm.PoolFullError as error:
+            assert str(error).startswith("prefault: ") and "bytes are not to be had now" in str(error), error
+        else:
+            raise AssertionError("there was memory")
+        assert not list(pathlib.Path(sys.argv[1]).glob("torchshm/too-much*"))
+        torchshm.start("too-much", "16MiB").close()
+        print("ok")
+    """
+    assert passes(script, tmp_path, str(runtime)) == "ok\n"
 
 
 # ---- what
@@ -258,12 +269,21 @@ def test_too_few_reserved_pages_say_how_many_are_missing(runtime, reserve):
     ) as said:
         torchshm.start("few", "63MiB", hugepages=True)
     assert f"sysctl vm.nr_hugepages={total + 32 - free}" in str(said.value)
-    with torchshm.start("few", hugepages=True) as store:  # all that are free
-        assert store.info()["limit_bytes"] == free << 21
     with pytest.raises(ValueError, match="chunks of 2 MiB"):
         torchshm.start("few2", hugepages="1GiB")
     with pytest.raises(ValueError, match="hugepages is auto, never or 2MiB, not '3MiB'"):
         torchshm.start("few2", hugepages="3MiB")
+
+
+def test_without_a_limit_those_that_are_free_are_it(runtime, reserve, tmp_path):
+    reserve(4)
+    script = f"""
+        import torchshm
+        with torchshm.start("free", hugepages=True) as store:
+            assert store.info()["limit_bytes"] == {huge_pages("Free")} << 21, store.info()
+        print("ok")
+    """
+    assert passes(script, tmp_path) == "ok\n"
 
 
 def test_reserved_pages_that_others_have_taken_are_an_error_and_no_signal(runtime, reserve, tmp_path):

@@ -14,12 +14,10 @@ import time
 import uuid
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 from scripts import PATIENCE
 
-import torchshm
 from torchshm import _pools
 from torchshm._figures import Sample, StoreSample, Watcher, hit_rate, rates
 
@@ -169,23 +167,20 @@ def test_all_pools_of_the_user_are_shown(screen, serve):
 # ---- once, and as JSON
 
 
-def test_a_look_is_a_line_of_json_with_rates_from_the_second_on(serve):
-    serve("lines")
+def test_a_look_is_a_line_of_json_with_rates_from_the_second_on(store):
     with subprocess.Popen(
-        command("top", "lines", "--json", "--interval", "0.1"), stdout=subprocess.PIPE, text=True
+        command("top", "session", "--json", "--interval", "0.1"), stdout=subprocess.PIPE, text=True
     ) as top:
         first = json.loads(top.stdout.readline())["stores"][0]
-        assert first["name"] == "lines" and first["rates"] == {} and first["hit_rate"] is None
-        store = torchshm.connect("lines")
+        assert first["name"] == "session" and first["rates"] == {} and first["hit_rate"] is None
         saved = 0.0
         store["a"] = 1
         while saved == 0:  # the watchdog ends it
             row = json.loads(top.stdout.readline())["stores"][0]
             saved = row["rates"]["saved"]
-        assert (
-            row["names"] == 1 and row["service_pid"] and os.getpid() in [p["pid"] for p in row["processes"]]
-        )
-        store.close()
+        assert row["names"] == 1 and row["service_pid"] == os.getpid()
+        assert [process["pid"] for process in row["processes"]].count(os.getpid()) == 1
+        assert top.pid not in [process["pid"] for process in row["processes"]]
         top.send_signal(signal.SIGTERM)
         top.stdout.read()
     assert top.returncode == 0
@@ -241,15 +236,22 @@ def test_watching_keeps_nothing_alive_and_finds_what_comes_back(serve):
 
 def test_what_clients_still_have_is_watched_when_the_service_has_died(serve):
     first = serve("twice")
-    with Watcher("twice") as watcher:
+    script = 'import sys, torchshm\nx = torchshm.connect("twice")\nx["a"] = 1\nprint(flush=True)\nsys.stdin.read()\n'
+    with (
+        Watcher("twice") as watcher,
+        subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as client,
+    ):
+        client.stdout.readline()
         (one,) = watcher.sample().stores
-        client = torchshm.connect("twice")  # keeps the first one
-        client["a"] = np.ones(3)
         os.kill(first, signal.SIGKILL)
         until(lambda: watcher.sample().stores[0].service_pid is None)
         (kept,) = watcher.sample().stores
         assert kept.number("names") == 1 and kept.figures["pool_id"] == one.figures["pool_id"]
-        client.close()
+        client.stdin.close()
+        client.wait()
+        until(lambda: watcher.sample().stores[0].figures is None and not members(one.figures["pool_id"]))
 
 
 def test_rates_are_differences_by_second():

@@ -1,6 +1,7 @@
 // On which nodes of the machine the pages of a memory file are put (mbind(2), by the raw system call: libnuma is not needed).
 //
 // Shared: the policy of a memory file belongs to the file, whoever touches a page first, so one process sets it once. It goes with the file.
+// That of a file of reserved huge pages is the mapping's alone: each process sets it for the pages that it adds.
 #pragma once
 
 #include <cstddef>

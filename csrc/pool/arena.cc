@@ -1,6 +1,7 @@
 #include "pool/arena.h"
 
 #include <algorithm>
+#include <bit>
 #include <fstream>
 
 #include "base/failpoint.h"
@@ -50,6 +51,19 @@ Status Arena::map(uint64_t control_size, uint64_t data_size) {
     copy_ = copy.take();
   }
   return remember_files();
+}
+
+// For hugetlbfs the kernel keeps a policy with the mapping and not with the file.
+Status Arena::keep_to_policy() {
+  os::Numa numa;
+  // Relaxed: written before the pool is ready.
+  const uint32_t policy = header().numa_policy.load(std::memory_order_relaxed);
+  if (page_kind_ != PageKind::kReserved || policy == 0 || policy > static_cast<uint32_t>(os::Numa::Policy::kPreferred))
+    return {};
+  numa.policy = static_cast<os::Numa::Policy>(policy);
+  for (uint64_t mask = header().numa_nodes.load(std::memory_order_relaxed); mask != 0; mask &= mask - 1)
+    numa.nodes.push_back(static_cast<uint32_t>(std::countr_zero(mask)));
+  return os::set_policy(shared_.data(), shared_.size(), numa);
 }
 
 // Of the file they are seen already.
@@ -121,6 +135,10 @@ Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
                       std::memory_order_relaxed);
     header.pages.store(static_cast<uint32_t>(limits.pages.kind), std::memory_order_relaxed);
     arena.keep_to_pages();
+    header.numa_policy.store(static_cast<uint32_t>(limits.pages.numa.policy), std::memory_order_relaxed);
+    uint64_t nodes = 0;
+    for (const uint32_t node : limits.pages.numa.nodes) nodes |= node < 64 ? uint64_t{1} << node : 0;
+    header.numa_nodes.store(nodes, std::memory_order_relaxed);
     header.ticket_age.store(kTicketAge, std::memory_order_relaxed);
     header.next_incarnation.store(1, std::memory_order_relaxed);
     TORCHSHM_POINT("create.before_ready");
@@ -144,6 +162,8 @@ Result<Arena> Arena::attach(os::Fd data, os::Fd control) {
   Status valid = arena.validate(*control_size, *data_size);
   if (!valid) return valid;
   arena.keep_to_pages();
+  // Where it is forbidden here, pages that this process adds lie where they may.
+  (void)arena.keep_to_policy();
   return arena;
 }
 

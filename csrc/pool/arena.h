@@ -97,6 +97,7 @@ class Arena {
   Status map(uint64_t control_size, uint64_t data_size);
   Status remember_files();
   void keep_to_pages();
+  Status keep_to_policy();
   Status validate(uint64_t control_size, uint64_t data_size);
   os::Fd data_fd_, control_fd_;
   os::Mapping control_, shared_, read_, copy_;

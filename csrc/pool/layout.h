@@ -62,6 +62,8 @@ struct alignas(64) Header {
   std::atomic<uint32_t> ticket_age;     // seconds after which a full pool takes a living sender's ticket back
   std::atomic<uint32_t> warned;         // 1 once some member has said that the pool is full
   std::atomic<uint32_t> pages;          // a PageKind, which members keep to
+  std::atomic<uint32_t> numa_policy;    // an os::Numa::Policy, which members with reserved pages set for themselves
+  std::atomic<uint64_t> numa_nodes;     // its nodes, below 64
 };
 
 // state in the low byte, incarnation above.

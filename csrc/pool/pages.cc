@@ -23,6 +23,8 @@ Result<Pages> parse_pages(const std::string& hugepages, bool prefault, const std
   auto policy = os::parse_numa(numa);
   if (!policy) return std::move(policy.status());
   pages.numa = policy.take();
+  if (pages.kind == PageKind::kReserved && !pages.numa.nodes.empty() && pages.numa.nodes.back() > 63)
+    return Status(Code::kInvalid, "numa: with reserved huge pages the nodes are 0 to 63, not '" + numa + "'");
   return pages;
 }
 

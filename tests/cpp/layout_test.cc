@@ -26,6 +26,7 @@ TEST(Layout, HeaderStartsWithWhatAnyVersionCanRead) {
   EXPECT_EQ(offsetof(Header, chunks), 40U);
   EXPECT_EQ(offsetof(Header, limit), 64U);
   EXPECT_EQ(offsetof(Header, pages), 136U);
+  EXPECT_EQ(offsetof(Header, numa_nodes), 144U);
   EXPECT_EQ(sizeof(Header), 192U);
 }
 

@@ -316,9 +316,12 @@ def test_reserved_pages_that_others_have_taken_are_an_error_and_no_signal(runtim
 # ---- where
 
 
-def test_the_policy_of_nodes_is_the_files_for_all_its_members(runtime, tmp_path):
+@pytest.mark.parametrize("huge", [False, True])
+def test_the_policy_of_nodes_is_that_of_all_members(runtime, request, tmp_path, huge):
     if not NODES.exists():
         pytest.skip(f"the kernel tells of no nodes: no {NODES}")
+    if huge:
+        request.getfixturevalue("reserve")(64)
     script = """
         import re
         import multiprocessing
@@ -327,35 +330,42 @@ def test_the_policy_of_nodes_is_the_files_for_all_its_members(runtime, tmp_path)
         import torchshm
 
 
-        def policies(name):
+        def policies(name, huge):
             store = torchshm.connect(name)
             store[f"of {name}"] = np.ones(4 << 20, "u1")
             lines = [line for line in open("/proc/self/numa_maps") if f"{store.info()['pool_id']:016x}-data" in line]
-            assert lines
+            assert len(lines) >= 2
+            if huge:  # kept with the mapping that pages are added through
+                maps = [line.split() for line in open("/proc/self/maps")]
+                writable = [words[0].split("-")[0] for words in maps if words[1] == "rw-s"]
+                lines = [line for line in lines if line.split()[0].lstrip("0") in writable]
+                assert len(lines) == 1 and " huge " in lines[0], lines
             return {line.split()[1] for line in lines}
 
 
-        def child(name, expected):
-            assert policies(name) == {expected}, policies(name)
+        def child(name, expected, huge):
+            found = policies(name, huge)
+            assert found == {expected}, found
 
 
         if __name__ == "__main__":
+            huge = sys.argv[1] == "True"
             wanted = {None: "default", "local": "default", "bind:0": "bind:0", "preferred:0": "prefer:0", "interleave:0": "interleave:0"}
             for n, (numa, expected) in enumerate(wanted.items()):
                 try:
-                    store = torchshm.start(f"node{n}", "32MiB", numa=numa)
+                    store = torchshm.start(f"node{n}", "32MiB", numa=numa, hugepages=huge or None)
                 except torchshm.TorchshmError as error:
                     assert "mbind: forbidden here" in str(error), error
                     print(error)
                     sys.exit()
-                child(store.name, expected)
-                process = multiprocessing.get_context("spawn").Process(target=child, args=(store.name, expected))
+                child(store.name, expected, huge)
+                process = multiprocessing.get_context("spawn").Process(target=child, args=(store.name, expected, huge))
                 process.start()
                 process.join()
                 assert process.exitcode == 0
             print("ok")
     """
-    said = passes(script, tmp_path)
+    said = passes(script, tmp_path, str(huge))
     if said != "ok\n":
         pytest.skip(said.strip())
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchshm import _C, _tensors, _values
+from torchshm import _C, _prefetch, _tensors, _values
 from torchshm._locks import Lock
 from torchshm._size import parse_limit
-from torchshm.errors import KeyExistsError, StaleHandleError, StoreUnavailableError
+from torchshm.errors import KeyExistsError, PoolFullError, StaleHandleError, StoreUnavailableError
 
 if TYPE_CHECKING:
     import torch
 
 _FOREVER = (1 << 63) - 1  # ns
 _LOOK = 1_000_000_000  # ns; a saver that dies after it has named the value rings no bell
+_TURN = "\0room"  # the lock of those who wait for room for several parts
+_STOPPED = 1.0  # s after which one who has the turn is not waited for
 _ATTEMPTS = 100  # at a name that changes while it is being opened
 
 
@@ -38,6 +43,21 @@ def _ttl(seconds: float | None) -> int:
     return max(1, int(seconds * 1e9))
 
 
+POLICIES = ("keep", "drop", "spill", "pin")  # csrc/store/layout.h has the same order
+
+
+def _policy(policy: str | None) -> int:
+    if policy is None:
+        return -1
+    if policy not in POLICIES:
+        raise ValueError(f"policy is one of {', '.join(map(repr, POLICIES))}, not {policy!r}")
+    return POLICIES.index(policy)
+
+
+def _patience(timeout: float | None) -> int:
+    return -1 if timeout is None else _nanoseconds(timeout)
+
+
 def _checked(key: Any) -> str:
     if not isinstance(key, str):
         raise TypeError(
@@ -46,6 +66,16 @@ def _checked(key: Any) -> str:
     if not key or key[0] == "\0":
         raise ValueError("a key has at least one character, and does not begin with a zero byte")
     return key
+
+
+# At the end of the program whoever had a store last removes its files.
+_cores: weakref.WeakSet[_C.Store] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    for core in list(_cores):
+        core.leave()
 
 
 class Store(MutableMapping[str, Any]):
@@ -61,6 +91,8 @@ class Store(MutableMapping[str, Any]):
     def __init__(self, name: str, timeout: float, core: _C.Store | None) -> None:
         self._name, self._timeout = name, timeout
         self._held = core
+        if core is not None:
+            _cores.add(core)
         self._closed = False
         self._end: Any = None
         if core is not None and core.serving:
@@ -81,6 +113,7 @@ class Store(MutableMapping[str, Any]):
                     f"this client of the store {self._name} is closed; torchshm.connect({self._name!r}) makes another"
                 )
             core = self._held = _connect(self._name, self._timeout)
+            _cores.add(core)
         return core
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -103,7 +136,16 @@ class Store(MutableMapping[str, Any]):
 
     # ---- values
 
-    def save(self, key: str, value: Any, ttl: float | None = None, overwrite: bool = False) -> None:
+    def save(
+        self,
+        key: str,
+        value: Any,
+        ttl: float | None = None,
+        overwrite: bool = False,
+        *,
+        policy: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
         """Put a value into the store under a name. Others see all of it or nothing.
 
         What lies in the store's memory already is only named: made in :meth:`storage`, loaded from it, or, with
@@ -121,27 +163,91 @@ class Store(MutableMapping[str, Any]):
             Seconds after which the name goes. Default: the store's. Who holds the data keeps it.
         overwrite : bool
             Replace what has that name. Who holds the old value keeps it.
+        policy : {"keep", "drop", "spill", "pin"}, optional
+            What may become of the value while nobody uses it, when the store needs room. In this order values go, least recently used
+            first: ``"drop"`` is removed; ``"spill"`` and then ``"keep"`` go to the store's spill directory, where it has one, and come back
+            when they are loaded; ``"pin"`` stays in memory. Default: the store's, which is ``"keep"`` unless said otherwise. What several
+            names have stays in memory.
+        timeout : float, optional
+            Seconds to wait for room. Default: the store's.
 
         Raises
         ------
         KeyExistsError
             When the name is taken and `overwrite` is not set.
         PoolFullError
-            When the store has no room.
+            When the store has no room, and none was made in time.
         TypeError
             For tensors that can't be shared: on another device, or of a layout without plain memory.
         """
-        self._save(self._core, _checked(key), value, _ttl(ttl), overwrite)
+        self._save(
+            self._core, _checked(key), value, _ttl(ttl), overwrite, _policy(policy), _patience(timeout)
+        )
 
-    def _save(self, core: _C.Store, key: str, value: Any, ttl: int, overwrite: bool) -> None:
-        if type(value) is np.ndarray and core.save_array(key, value, overwrite, ttl, False):
+    def _save(
+        self,
+        core: _C.Store,
+        key: str,
+        value: Any,
+        ttl: int,
+        overwrite: bool,
+        policy: int = -1,
+        patience: int = -1,
+    ) -> None:
+        if type(value) is np.ndarray and core.save_array(key, value, overwrite, ttl, False, policy, patience):
             return
         if not overwrite and core.contains(key):  # before the work
             raise KeyExistsError(
                 f"{key} is a name in this store already; save it under another one, or with overwrite=True"
             )
-        text, refs = _values.describe(core, value)
-        core.save(key, text, refs, overwrite, ttl, False)
+        try:
+            text, refs = _values.describe(core, value)
+            core.save(key, text, refs, overwrite, ttl, False, policy)
+            return
+        except PoolFullError as error:
+            wanting = error
+        self._save_in_turn(core, key, value, ttl, overwrite, policy, patience, wanting)
+
+    def _save_in_turn(
+        self,
+        core: _C.Store,
+        key: str,
+        value: Any,
+        ttl: int,
+        overwrite: bool,
+        policy: int,
+        patience: int,
+        wanting: PoolFullError,
+    ) -> None:
+        """Save a value of several parts when there is room for all of them.
+
+        Those who wait for room hold nothing, and place their parts one after another, or two of them could each have half of the room.
+        """
+        begun = tried = time.monotonic()
+        deadline = begun + (core.patience if patience < 0 else patience * 1e-9)
+        turn = core.lock(_TURN)
+        try:
+            for attempt in itertools.count():
+                # What was placed so far is given up before the wait: others may need just that.
+                traceback.clear_frames(wanting.__traceback__)
+                if time.monotonic() >= deadline:
+                    raise wanting
+                core.wait_for_room(attempt)
+                # Who has the turn may be stopped.
+                mine = turn.held or turn.try_acquire(False)
+                if not mine and time.monotonic() < tried + _STOPPED:
+                    continue
+                tried = time.monotonic()
+                try:
+                    text, refs = _values.describe(core, value)
+                    core.save(key, text, refs, overwrite, ttl, False, policy)
+                    return
+                except PoolFullError as error:
+                    wanting = error
+        finally:
+            del wanting
+            if turn.held:
+                turn.release()
 
     def load(
         self,
@@ -295,7 +401,7 @@ class Store(MutableMapping[str, Any]):
                     return self._open(core, key, raw, mode, allow_pickle)
                 continue
             try:
-                core.save(mark, b"", [], False, 0, True)
+                core.save(mark, b"", [], False, 0, True, -1)
             except KeyExistsError:
                 self._wait_for_maker(core, key, mark, bell, timeout, deadline, waiting)
                 continue
@@ -312,7 +418,7 @@ class Store(MutableMapping[str, Any]):
 
     def _tell_of_making(self, key: str, text: bytes) -> None:
         """Put a text into the mark of get_or_create, by the one at work at this key."""
-        self._core.save("\0" + key, text, [], True, 0, True)
+        self._core.save("\0" + key, text, [], True, 0, True, -1)
 
     def _wait_for_maker(
         self,
@@ -457,6 +563,27 @@ class Store(MutableMapping[str, Any]):
         """
         return Lock(self, None if key is None else _checked(key), shared, timeout)
 
+    # ---- memory and disk
+
+    def set_policy(self, key: str, policy: str) -> None:
+        """Say what may become of a value when the store needs room, as :meth:`save` does.
+
+        Raises
+        ------
+        KeyError
+            When there is no such name.
+        """
+        if not self._core.set_policy(_checked(key), _policy(policy)):
+            raise KeyError(key)
+
+    def prefetch(self, keys: str | Iterable[str]) -> None:
+        """Begin to bring values back from disk, and return at once; they are loaded sooner then, if there is room for them.
+
+        Names that are not there, or in memory already, and errors, are left to :meth:`load`.
+        """
+        wanted = [_checked(key) for key in ([keys] if isinstance(keys, str) else keys)]
+        _prefetch.begin(self._core, wanted)
+
     # ---- names
 
     def contains(self, key: str) -> bool:
@@ -484,16 +611,22 @@ class Store(MutableMapping[str, Any]):
         Returns
         -------
         dict
-            Of a name: ``kind`` ("array", "values" or "object"), ``bytes`` (of the blocks that it keeps), ``blocks``, ``created`` (seconds
-            since 1970), ``expires_in`` (seconds, or None), ``pid`` of who saved it. Of the store: ``name``, ``names``, ``created``,
-            ``ttl``, ``saved``, ``removed``, ``expired``, ``service_pid``, ``live_bytes``, ``committed_bytes``, ``limit_bytes``,
-            ``blocks``, ``leases``; ``warm_bytes`` (pages kept for the next blocks), ``tickets`` and ``ticket_bytes`` (unreceived
-            messages, and the blocks that they keep), ``pages`` ("auto", "4KiB" or "2MiB") and ``processes``: a list of dicts with
-            ``pid``, ``name``, ``held_bytes`` and ``held_blocks`` for each process that has the store.
+            Of a name: ``kind`` ("array", "values" or "object"), ``bytes`` (of its blocks, or of its file), ``blocks``, ``created`` (seconds
+            since 1970), ``expires_in`` (seconds, or None), ``pid`` of who saved it, ``where`` ("memory" or "disk"), ``policy``.
+            Of the store: ``name``, ``names``, ``created``, ``ttl``, ``saved``, ``removed``, ``expired``, ``service_pid``, ``live_bytes``,
+            ``committed_bytes``, ``warm_bytes``, ``control_bytes``, ``limit_bytes``, ``blocks``, ``leases``, ``policy``,
+            ``spill_directory``;
+            now on disk and not in memory ``spilled_names``, ``spilled_bytes``; and since the store began ``loads``, ``spills`` and
+            ``spilled_total_bytes`` (memory given up for a file), ``written`` and ``written_bytes`` (files), ``restores`` and
+            ``restored_bytes``, ``evictions`` (names dropped), ``spill_errors``, ``room_waits``; ``tickets`` and
+            ``ticket_bytes`` (unreceived messages, and the blocks that they keep), ``pages`` ("auto", "4KiB" or "2MiB") and ``processes``: a
+            list of dicts with ``pid``, ``name``, ``held_bytes`` and ``held_blocks`` for each process that has the store.
         """
         if key is None:
-            return self._core.info()
+            figures = self._core.info()
+            return {**figures, "policy": POLICIES[figures["policy"]]}
         found = self._core.find(_checked(key))
+        found["policy"] = POLICIES[found["policy"]]
         text = found.pop("text")
         kind = {b"A": "array", b"J": "values", b"P": "object"}.get(text[:1], "unknown")
         del found["bound"], found["abandoned"]
@@ -556,6 +689,9 @@ def start(
     *,
     mode: int = 0o600,
     group: int | str | None = None,
+    spill: str | os.PathLike[str] | None = None,
+    policy: str = "keep",
+    timeout: float | None = None,
     hugepages: bool | str | None = None,
     prefault: bool = False,
     numa: str | None = None,
@@ -578,6 +714,12 @@ def start(
         Permissions of the socket.
     group : int or str, optional
         Members of this group may use the store too; give it with a `mode` such as ``0o660``.
+    spill : path, optional
+        Directory, on a disk, for values that do not fit into memory; made if it is missing. Files of a store that is gone are removed.
+    policy : {"keep", "drop", "spill", "pin"}
+        Of values that are saved without one, see :meth:`Store.save`. ``"drop"`` makes the store a cache.
+    timeout : float, optional
+        Seconds that :meth:`Store.save` and :meth:`Store.load` wait for room. Default: 10 with `spill` or ``policy="drop"``, else 0.
     hugepages : bool or {"auto", "never", "2MiB"}, optional
         ``"auto"``, the default: transparent huge pages where the system has some. False or ``"never"``: pages of 4 KiB only. True or
         ``"2MiB"``: huge pages that the administrator has reserved (``sysctl vm.nr_hugepages``).
@@ -608,8 +750,19 @@ def start(
         import grp
 
         group = grp.getgrnam(group).gr_gid
+    directory = "" if spill is None else os.path.abspath(os.fspath(spill))
     core = _C.Store.start(
-        name, size, _ttl(ttl), mode, -1 if group is None else group, pages, prefault, numa or ""
+        name,
+        size,
+        _ttl(ttl),
+        mode,
+        -1 if group is None else group,
+        directory,
+        _policy(policy),
+        _patience(timeout),
+        pages,
+        prefault,
+        numa or "",
     )
     return Store(name, 10.0, core)
 

@@ -1,10 +1,12 @@
 // How a name goes: removed, replaced, expired, or left behind half done by a process that died. docs/store.md has the order of steps.
 #include <cstring>
+#include <utility>
 
 #include "base/failpoint.h"
 #include "os/futex.h"
 #include "store/catalogue.h"
 #include "store/key.h"
+#include "store/spill.h"
 
 namespace torchshm::store {
 
@@ -64,10 +66,29 @@ void Catalogue::release_cell(uint32_t cell) {
   }
   if (body.parts > 0) give_up(body.first);
   give_up(body.overflow);
+  forget_file(cell, cell_value(cell).life, body.hash);
   write_body(cell, Body{});
   TORCHSHM_POINT("release.cleared");
   CellValue found = cell_value(cell);
   if (found.state == CellState::kReleasing) (void)change_cell(cell, found, CellState::kFree, 0);
+}
+
+// The file goes with the value's last cell. One that has been handed on is named by the slot now, since it goes from cell to cell with one
+// exchange of it.
+void Catalogue::forget_file(uint32_t cell, uint32_t life, uint64_t hash) {
+  uint64_t file = 0;
+  (void)change_standing(cell, life, [&](StandingValue& value) { file = std::exchange(value.file, 0); });
+  if (file == 0) return;
+  for (uint32_t level = levels(); level-- > 0;) {
+    for (uint32_t i = 0; i < kWindow; ++i) {
+      const SlotValue value = SlotValue::of(slot(slot_index(hash, level, i)).value.load());
+      if (value.state == SlotState::kEmpty) break;
+      if (value.state != SlotState::kNamed || value.cell >= kCells || value.cell == cell) continue;
+      if (standing(value.cell).file == file) return;
+    }
+  }
+  spill_->remove(file);
+  TORCHSHM_POINT("release.file");
 }
 
 bool Catalogue::remove(std::string_view name) {

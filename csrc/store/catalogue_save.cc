@@ -44,6 +44,8 @@ std::optional<std::pair<uint32_t, CellValue>> Catalogue::claim_cell() {
     ++next.step;
     Pair expected = before.pair();
     if (!word(cell).value.exchange_if(expected, next.pair())) return std::nullopt;
+    // Not the claim: who has it, from an earlier life, lets go of it.
+    begin_standing(cell, {next.life});
     return std::make_pair(cell, next);
   };
   // Relaxed: where to begin is a matter of taste.
@@ -73,9 +75,16 @@ std::optional<std::pair<uint32_t, CellValue>> Catalogue::claim_cell() {
   return std::nullopt;
 }
 
+// REQUIRES: the cell is this process's. Those who were at work at an earlier life of it may still try to change that.
+void Catalogue::begin_standing(uint32_t cell, const StandingValue& value) {
+  pool::AtomicPair& word = use_of(cell).standing;
+  Pair found = word.load();
+  while (!word.exchange_if(found, value.pair())) continue;
+}
+
 // Issues a ticket for everything, writes down each before the next, and makes them the name's when all is written.
 Status Catalogue::fill(uint32_t cell, const Key& key, std::string_view text, const std::vector<uint32_t>& blocks,
-                       const SaveOptions& options) {
+                       const SaveOptions& options, const Origin* origin) {
   Body body;
   body.hash = key.hash;
   body.created = os::real_time();
@@ -85,6 +94,27 @@ Status Catalogue::fill(uint32_t cell, const Key& key, std::string_view text, con
   if (ttl != 0) body.expires = os::boot_time() + std::min(ttl, kMost);
   body.owner = options.bound ? member_.identity() : 0;
   body.pid = member_.pid();
+  uint64_t bytes = 0;
+  for (const uint32_t block : blocks) {
+    if (const auto extent = member_.arena().extent(block)) bytes += extent->length;
+  }
+  StandingValue known = standing(cell);
+  known.policy = options.policy.value_or(static_cast<Policy>(header().policy.load(std::memory_order_relaxed)));
+  if (origin != nullptr) {
+    body.created = origin->created;
+    body.expires = origin->expires;
+    body.pid = origin->pid;
+    bytes = origin->bytes;
+    known.flags = origin->flags;
+    known.file = origin->file;
+  } else if (options.policy && !is_mark(key.text)) {
+    header().policies.fetch_add(1, std::memory_order_relaxed);
+  }
+  if (options.bound || is_mark(key.text)) known.policy = Policy::kPin;
+  Use& use = use_of(cell);
+  use.bytes.store(bytes, std::memory_order_relaxed);
+  use.used.store(header().clock.fetch_add(1, std::memory_order_relaxed), std::memory_order_relaxed);
+  begin_standing(cell, known);
   body.key_bytes = static_cast<uint32_t>(key.text.size());
   body.text_bytes = static_cast<uint32_t>(text.size());
   const bool fits = key.text.size() + text.size() <= kInline;
@@ -209,7 +239,7 @@ Status Catalogue::save(std::string_view name, std::string_view text, const std::
   if (!claimed) return Status(Code::kFull, "the catalogue has no room for a further name");
   auto [cell, mine] = *claimed;
   TORCHSHM_POINT("save.cell");
-  Status status = fill(cell, key, text, blocks, options);
+  Status status = fill(cell, key, text, blocks, options, nullptr);
   TORCHSHM_POINT("save.filled");
   if (status) status = publish(cell, mine.life, key, options.overwrite);
   TORCHSHM_POINT("save.published");
@@ -223,6 +253,36 @@ Status Catalogue::save(std::string_view name, std::string_view text, const std::
   TORCHSHM_POINT("save.standing");
   header().saved.fetch_add(1, std::memory_order_relaxed);
   ring(name);
+  return {};
+}
+
+Status Catalogue::succeed(const Found& found, std::string_view text, const std::vector<uint32_t>& blocks,
+                          const Origin& origin) {
+  const auto name = key_of(found.body);
+  if (!name) return Status(Code::kStale, "the name has gone");
+  const Key key(*name);
+  auto claimed = claim_cell();
+  if (!claimed) return Status(Code::kFull, "the catalogue has no cell left");
+  auto [cell, mine] = *claimed;
+  TORCHSHM_POINT("succeed.cell");
+  SaveOptions options;
+  options.policy = standing(found.place.value.cell).policy;
+  Status status = fill(cell, key, text, blocks, options, &origin);
+  TORCHSHM_POINT("succeed.filled");
+  const SlotValue successor{SlotState::kNamed, key.tag, cell, mine.life, 0};
+  if (status) {
+    header().moves.fetch_add(1, std::memory_order_seq_cst);
+    if (!replace(found, &successor)) status = Status(Code::kStale, "the name has been replaced");
+  }
+  TORCHSHM_POINT("succeed.exchanged");
+  if (!status) {
+    // The file is still the other cell's, or nobody's.
+    (void)change_standing(cell, mine.life, [](StandingValue& value) { value.file = 0; });
+    if (change_cell(cell, mine, CellState::kReleasing, mine.owner)) release_cell(cell);
+    return status;
+  }
+  (void)change_cell(cell, mine, CellState::kStanding, 0);
+  TORCHSHM_POINT("succeed.standing");
   return {};
 }
 

@@ -254,19 +254,33 @@ inline constexpr Nanoseconds kForever = Nanoseconds::max();
 /// Bytes of memory that the machine has, or the tightest cgroup limit above this process if that is less: what a limit may be a share of.
 TORCHSHM_API uint64_t memory_allowed();
 
+/// What may become of a value that nobody uses, when the store needs room. Values go in the order kDrop, kSpill, kKeep, least recently used
+/// first.
+enum class Policy : uint8_t {
+  kKeep,   ///< it goes to the spill directory, where there is one, and comes back when it is loaded
+  kDrop,   ///< it is removed
+  kSpill,  ///< as kKeep, but before what is kept
+  kPin     ///< it stays in memory
+};
+
 struct StartOptions {
   uint64_t limit = 0;             ///< most bytes that the store takes; 0: half of what the machine or the cgroup allows
   Nanoseconds ttl{0};             ///< after which names go that were saved without one; 0: never
   uint32_t mode = 0600;           ///< permissions of the socket
   std::optional<uint32_t> group;  ///< whose members may use the store too; with a mode such as 0660
-  std::string hugepages = {};     ///< "auto", the default: transparent ones; "never"; "2MiB": those that are reserved
-  bool prefault = false;          ///< take the memory up to the limit at the start, and keep it
-  std::string numa = {};          ///< "local", the default; "interleave", "interleave:0,1", "bind:0,1" or "preferred:0"
+  std::string spill;              ///< directory, on a disk, for values that do not fit into memory; empty: none
+  Policy policy = Policy::kKeep;  ///< of values that are saved without one
+  std::optional<Nanoseconds>
+      timeout;  ///< that savers and loaders wait for room; default: 10 s where room can be made, else none
+  std::string hugepages = {};  ///< "auto", the default: transparent ones; "never"; "2MiB": those that are reserved
+  bool prefault = false;       ///< take the memory up to the limit at the start, and keep it
+  std::string numa = {};       ///< "local", the default; "interleave", "interleave:0,1", "bind:0,1" or "preferred:0"
 };
 
 struct SaveOptions {
-  bool overwrite = false;  ///< replace what has that name; who holds the old value keeps it
-  Nanoseconds ttl{0};      ///< after which the name goes; 0: the store's default
+  bool overwrite = false;                       ///< replace what has that name; who holds the old value keeps it
+  Nanoseconds ttl{0};                           ///< after which the name goes; 0: the store's default
+  std::optional<Policy> policy = std::nullopt;  ///< default: the store's
 };
 
 struct LoadOptions {
@@ -283,11 +297,13 @@ struct MakeOptions {
 /// Figures about a name.
 struct KeyInfo {
   std::string kind;     ///< "array", "values" or "object", as Python's Store.info() says
-  uint64_t bytes = 0;   ///< of the blocks that it keeps
+  uint64_t bytes = 0;   ///< of its blocks, or of its file
   uint64_t blocks = 0;  ///< how many
   std::chrono::system_clock::time_point created;
   std::optional<Nanoseconds> expires_in;  ///< nothing: never
   uint32_t pid = 0;                       ///< of who saved it
+  bool on_disk = false;                   ///< and not in memory
+  Policy policy = Policy::kKeep;
 };
 
 /// Figures about a store.

@@ -149,6 +149,7 @@ system:
 	command -v clang++-14 >/dev/null || missing+=' clang-14'
 	compgen -G '/usr/lib/llvm-14/lib/clang/*/lib/linux/libclang_rt.fuzzer-*' >/dev/null || missing+=' libclang-rt-14-dev'
 	command -v valgrind >/dev/null || missing+=' valgrind'
+	command -v tmux >/dev/null || missing+=' tmux'
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing+=' python3-venv'
 	headers=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 	[ -e "$$headers/Python.h" ] || missing+=' python3-dev'

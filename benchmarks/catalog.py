@@ -10,6 +10,7 @@ from benchmarks import (
     descriptors,
     early_break,
     fanout,
+    huge_pages,
     inline_threshold,
     loader_tensors,
     message,
@@ -59,6 +60,7 @@ _MODULES = (
     store_module,
     once_race,
     alloc,
+    huge_pages,
 )
 
 BENCHMARKS: dict[str, Benchmark] = {module.BENCHMARK.name: module.BENCHMARK for module in _MODULES}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from torchshm import _C, _pools
-from torchshm._size import parse_size
+from torchshm._size import parse_limit, parse_size
 from torchshm.errors import TorchshmError
 
 STORES = 0  # in the place of a family, in the pools of stores
@@ -68,7 +68,8 @@ def ensure(limit: int | None = None) -> None:
     with _lock:
         if not _C.is_member():
             environ = os.environ
-            size = parse_size(environ.get("TORCHSHM_LIMIT", "0")) if limit is None else limit
+            given = environ.get("TORCHSHM_LIMIT", "0")
+            size = limit if limit is not None else 0 if given == "0" else parse_limit(given)
             _C.create(digest(), size, parse_size(environ.get("TORCHSHM_WARM", "0")))
             _C.set_ticket_age(int(environ.get("TORCHSHM_TICKET_AGE", "300")))
         elif limit is not None:

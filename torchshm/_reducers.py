@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchshm import _C, _arrow, _family, _tensors
-from torchshm._size import parse_size
+from torchshm._size import parse_limit
 from torchshm.errors import TorchshmError
 
 if TYPE_CHECKING:
@@ -92,9 +92,9 @@ def register(
         Buffers smaller than this many bytes travel inside the pickle, as without torchshm. ``None`` is the measured threshold,
         ``0`` sends every buffer through the pool.
     limit : int or str, optional
-        Most memory that the pool takes, in bytes or as in ``"8GiB"``. Default: the environment's ``TORCHSHM_LIMIT``, else half of
-        what the machine or the cgroup allows. A pool that exists already takes the new limit at once, for all its processes. A
-        store's is given when it is started.
+        Most memory that the pool takes: bytes, as in ``"8GiB"``, or a share of what the machine or the cgroup allows, as in
+        ``"25%"``. Default: the environment's ``TORCHSHM_LIMIT``, else ``"50%"``. A pool that exists already takes the new limit at
+        once, for all its processes. A store's is given when it is started.
     store : Store or str, optional
         Use the pool of this store, or of the store of this name, so that messages and names share memory: what was loaded from it
         or made in :meth:`Store.storage` is sent without a copy, and what was received is saved without one. For this process and
@@ -113,9 +113,7 @@ def register(
     """
     if min_bytes is not None and min_bytes < 0:
         raise ValueError(f"min_bytes is a number of bytes, 0 or more, not {min_bytes}")
-    size = None if limit is None else parse_size(limit)
-    if size is not None and size < 1:
-        raise ValueError(f"limit is a number of bytes, 1 or more, not {limit}")
+    size = None if limit is None else parse_limit(limit)
     if store is not None:
         from torchshm import _store
 

@@ -190,9 +190,9 @@ def stats() -> dict[str, Any]:
     -------
     dict
         ``live_bytes``, ``warm_bytes`` (free, pages kept), ``committed_bytes``, ``limit_bytes``, ``warm_limit_bytes``,
-        ``control_bytes``, ``blocks``, ``leases``, ``tickets`` (unreceived), ``named`` (kept by names of a store),
-        ``reaped``, ``tickets_taken_back``, and ``processes``: a list of dicts with ``pid``, ``name``, ``held_blocks``,
-        ``held_bytes``, ``allocations``, ``fallbacks``, ``grown_bytes``.
+        ``control_bytes``, ``blocks``, ``leases``, ``tickets`` (unreceived) and ``ticket_bytes`` (of the blocks that they keep),
+        ``named`` (kept by names of a store), ``reaped``, ``tickets_taken_back``, and ``processes``: a list of dicts with ``pid``,
+        ``name``, ``held_blocks``, ``held_bytes``, ``allocations``, ``fallbacks``, ``grown_bytes``.
     """
     _family.ensure()
     return _C.stats()

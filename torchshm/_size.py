@@ -15,6 +15,8 @@ _UNITS = {
     "gi": 1024**3,
     "ti": 1024**4,
 }
+_MOST = 9 * 10**18  # above, they do not fit
+_UNKNOWN = 1 << 63  # the system tells of no memory
 
 
 def parse_size(text: str | int) -> int:
@@ -31,3 +33,38 @@ def parse_size(text: str | int) -> int:
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"not a size: {text!r}; write it as 256MiB, 8GB or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def parse_limit(text: str | int) -> int:
+    """Bytes of a limit: a size, 1 byte or more, or a share of what the machine or its cgroup allows, such as ``"25%"``.
+
+    Raises
+    ------
+    ValueError
+        For anything else, and for a share of 0 or of more than 100 %.
+    """
+    match = isinstance(text, str) and re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    if match:
+        return _share(text, float(match[1]))
+    try:
+        size = parse_size(text)
+    except ValueError:
+        size = 0
+    if not 1 <= size <= _MOST:
+        raise ValueError(
+            f"not a size for a limit: {text!r}; write it as 256MiB, 8GB, a number of bytes, or 25%"
+        )
+    return size
+
+
+def _share(text: object, percent: float) -> int:
+    from torchshm import _C
+
+    if not 0 < percent <= 100:
+        raise ValueError(f"not a share: {text!r}; it is more than 0 % and at most 100 %, as in 25%")
+    allowed = _C.memory_allowed()
+    if allowed >= _UNKNOWN:
+        raise ValueError(
+            f"no limit can be made of {text!r}: this system does not tell how much memory it has; write it as 8GB"
+        )
+    return max(1, int(allowed * percent / 100))

@@ -18,7 +18,7 @@ import numpy as np
 
 from torchshm import _C, _prefetch, _tensors, _values
 from torchshm._locks import Lock
-from torchshm._size import parse_size
+from torchshm._size import parse_limit
 from torchshm.errors import KeyExistsError, PoolFullError, StaleHandleError, StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -618,7 +618,9 @@ class Store(MutableMapping[str, Any]):
             ``spill_directory``;
             now on disk and not in memory ``spilled_names``, ``spilled_bytes``; and since the store began ``loads``, ``spills`` and
             ``spilled_total_bytes`` (memory given up for a file), ``written`` and ``written_bytes`` (files), ``restores`` and
-            ``restored_bytes``, ``evictions`` (names dropped), ``spill_errors``, ``room_waits``.
+            ``restored_bytes``, ``evictions`` (names dropped), ``spill_errors``, ``room_waits``; ``tickets`` and
+            ``ticket_bytes`` (unreceived messages, and the blocks that they keep), ``pages`` ("auto", "4KiB" or "2MiB") and ``processes``: a
+            list of dicts with ``pid``, ``name``, ``held_bytes`` and ``held_blocks`` for each process that has the store.
         """
         if key is None:
             figures = self._core.info()
@@ -694,6 +696,9 @@ def _connect(name: str, timeout: float) -> _C.Store:
         ) from None
 
 
+_HUGEPAGES = {None: "auto", False: "never", True: "2MiB"}
+
+
 def start(
     name: str,
     limit: int | str | None = None,
@@ -705,6 +710,9 @@ def start(
     policy: str = "keep",
     timeout: float | None = None,
     file: str | os.PathLike[str] | None = None,
+    hugepages: bool | str | None = None,
+    prefault: bool = False,
+    numa: str | None = None,
 ) -> Store:
     """Serve a store from this process, by a thread that needs neither Python nor its lock, and return a client of it.
 
@@ -717,8 +725,9 @@ def start(
     name : str
         Letters, digits, ``.``, ``_`` and ``-``.
     limit : int or str, optional
-        Most memory that the store takes, in bytes or as in ``"8GiB"``. Default: half of what the machine or the cgroup allows; with
-        `file` at most half of what its disk has free. Given for a file that is there, it becomes its limit.
+        Most memory that the store takes: bytes, as in ``"8GiB"``, or a share of what the machine or the cgroup allows, as in
+        ``"25%"``. Default: ``"50%"``; with reserved huge pages, those that are free, if they are fewer; with `file` at most half of what
+        its disk has free. Given for a file that is there, it becomes its limit.
     ttl : float, optional
         Seconds after which names go that were saved without a ttl. Default: never.
     mode : int
@@ -734,6 +743,16 @@ def start(
     file : path, optional
         Keep the store in this file, which is made if it is not there: on a local disk, or on tmpfs. docs/persistence.md says what
         survives what.
+    hugepages : bool or {"auto", "never", "2MiB"}, optional
+        ``"auto"``, the default: transparent huge pages where the system has some. False or ``"never"``: pages of 4 KiB only. True or
+        ``"2MiB"``: huge pages that the administrator has reserved (``sysctl vm.nr_hugepages``).
+    prefault : bool
+        Take the memory up to the limit at the start, and keep it: no save waits for the kernel to find and clear pages.
+    numa : str, optional
+        On which nodes memory is put: ``"local"``, the default: the node of who first writes to it; ``"interleave"``, over all nodes
+        in turn, or ``"interleave:0,1"``; ``"bind:0,1"``: on these only; ``"preferred:0"``: there while there is room.
+
+    `limit`, `hugepages`, `prefault` and `numa` are those of a new store: one that is taken over keeps its own.
 
     Raises
     ------
@@ -746,10 +765,15 @@ def start(
         ``torchshm check --repair`` then keeps what can be relied on.
     StoreUnavailableError
         When the directory of sockets is not this user's alone.
+    PoolFullError
+        When `prefault` asks for more memory than there is.
+    ValueError
+        For limits and pages that there are none of, and nodes that this machine has not.
+    TorchshmError
+        When fewer huge pages are reserved than the limit needs, and when the system refuses a policy.
     """
-    size = 0 if limit is None else parse_size(limit)
-    if limit is not None and size < 1:
-        raise ValueError(f"limit is a number of bytes, 1 or more, not {limit}")
+    size = 0 if limit is None else parse_limit(limit)
+    pages = _HUGEPAGES[hugepages] if hugepages is None or isinstance(hugepages, bool) else str(hugepages)
     if isinstance(group, str):
         import grp
 
@@ -766,6 +790,9 @@ def start(
         _policy(policy),
         _patience(timeout),
         where,
+        pages,
+        prefault,
+        numa or "",
     )
     return Store(name, 10.0, core)
 

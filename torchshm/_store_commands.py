@@ -20,11 +20,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from torchshm import _C
-from torchshm._size import parse_size
+from torchshm._size import parse_limit
 from torchshm._store import Store, connect, start
 from torchshm.errors import StoreUnavailableError, TorchshmError
 
-_MOST = 9 * 10**18  # bytes or nanoseconds; above, they do not fit
+_MOST = 9 * 10**18  # nanoseconds; above, they do not fit
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -104,12 +104,9 @@ def _limit(text: str | None) -> int | None:
     if text is None:
         return None
     try:
-        size = parse_size(text)
+        return parse_limit(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if not 1 <= size <= _MOST:
-        raise typer.BadParameter(f"not a size: {text!r}; write it as 256MiB, 8GB or a number of bytes")
-    return size
 
 
 def _mode(text: str) -> int:
@@ -130,7 +127,8 @@ def _group(text: str | None) -> int | None:
         raise typer.BadParameter(f"no group named {text!r}") from None
 
 
-def _bytes(n: float) -> str:
+def size_in_words(n: float) -> str:
+    """Bytes for people."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n < 1024:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
@@ -190,7 +188,7 @@ def serve(
     ] = False,
     limit: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Most memory, as in 8GiB. Default: half of the machine's."),
+        typer.Option(metavar="SIZE", help="Most memory, as in 8GiB or 25%. Default: half of the machine's."),
     ] = None,
     ttl: Annotated[
         str | None, typer.Option(metavar="TIME", help="How long names live, as in 2h. Default: for ever.")
@@ -223,6 +221,21 @@ def serve(
         Path | None,
         typer.Option(metavar="PATH", help="Keep the store in this file. Default: in memory."),
     ] = None,
+    hugepages: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|2MiB", help="Huge pages: transparent ones, none, or those that are reserved."
+        ),
+    ] = "auto",
+    prefault: Annotated[
+        bool, typer.Option("--prefault", help="Take the memory up to the limit at the start.")
+    ] = False,
+    numa: Annotated[
+        str | None,
+        typer.Option(
+            metavar="POLICY", help="Nodes that memory is put on: local, interleave, bind:0,1, preferred:0."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Serve a store, in the background."""
@@ -249,6 +262,9 @@ def serve(
             policy=policy.value,
             timeout=patience,
             file=place,
+            hugepages=hugepages,
+            prefault=prefault,
+            numa=numa,
         )
     except (TorchshmError, ValueError, OSError) as error:
         if report is None:
@@ -330,8 +346,8 @@ def ls(
                 str(s["pid"]),
                 str(s["clients"]),
                 str(s["names"]),
-                _bytes(s["live_bytes"]),
-                _bytes(s["limit_bytes"]),
+                size_in_words(s["live_bytes"]),
+                size_in_words(s["limit_bytes"]),
             ]
             if "names" in s
             else [s["name"], "not served", "", "", "", ""]
@@ -356,7 +372,7 @@ def ls(
             [
                 f["key"],
                 f["kind"],
-                _bytes(f["bytes"]),
+                size_in_words(f["bytes"]),
                 _age(now - f["created"]),
                 "" if f["expires_in"] is None else _age(f["expires_in"]),
                 str(f["pid"]),
@@ -383,7 +399,14 @@ def info(
     if as_json:
         typer.echo(json.dumps(figures))
         return
-    _table(["", ""], [[k, _bytes(v) if k.endswith("bytes") else str(v)] for k, v in figures.items()])
+    rows = [
+        [f"process {each['pid']} ({each['name']})", size_in_words(each["held_bytes"])]
+        for each in figures.pop("processes", [])
+    ]
+    _table(
+        ["", ""],
+        [[k, size_in_words(v) if k.endswith("bytes") else str(v)] for k, v in figures.items()] + rows,
+    )
 
 
 def rm(

@@ -1,8 +1,10 @@
 // torchshm::Store itself: how it begins and ends, its names, and its figures.
 #include <algorithm>
+#include <stdexcept>
 
 #include "api/store_impl.h"
 #include "os/futex.h"
+#include "os/memory.h"
 #include "service/address.h"
 #include "service/client.h"
 
@@ -12,6 +14,8 @@ using api::check_key;
 using api::count_of;
 using api::fail;
 
+uint64_t memory_allowed() { return os::memory_allowed(); }
+
 Store::Store(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 Store Store::start(const std::string& name, const StartOptions& options) {
@@ -19,6 +23,10 @@ Store Store::start(const std::string& name, const StartOptions& options) {
   service::ServerOptions how;
   how.name = name;
   how.limits.limit = options.limit;
+  auto pages = pool::parse_pages(options.hugepages, options.prefault, options.numa);
+  if (pages.code() == Code::kInvalid) throw std::invalid_argument("torchshm: " + pages.status().what());
+  if (!pages) fail(pages.status());
+  how.limits.pages = pages.take();
   how.ttl = count_of(options.ttl, "ttl");
   how.mode = options.mode;
   how.file = options.file;

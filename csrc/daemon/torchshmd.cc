@@ -21,12 +21,13 @@ namespace {
 
 constexpr char kUsage[] =
     "Usage: torchshmd --name NAME [--limit SIZE] [--ttl TIME] [--mode OCTAL] [--group GROUP]\n"
-    "                 [--spill DIR] [--policy POLICY] [--timeout TIME] [--file PATH] [--json]\n"
+    "                 [--spill DIR] [--policy POLICY] [--timeout TIME] [--file PATH]\n"
+    "                 [--hugepages KIND] [--prefault] [--numa POLICY] [--json]\n"
     "\n"
     "Serve a store, in the foreground, until SIGTERM, Ctrl-C or `torchshm stop NAME`.\n"
     "\n"
     "  --name NAME    The store's name: 1 to 63 letters, digits, '.', '_' and '-'.\n"
-    "  --limit SIZE   Most memory, as in 8GiB. Default: half of the machine's.\n"
+    "  --limit SIZE   Most memory, as in 8GiB or 25%. Default: half of the machine's.\n"
     "  --ttl TIME     How long names live, as in 90s, 15m, 2h or 1d. Default: for ever.\n"
     "  --mode OCTAL   Permissions of the socket. Default: 0600.\n"
     "  --group GROUP  Its members, by name or number, may use the store; with --mode 0660.\n"
@@ -35,6 +36,10 @@ constexpr char kUsage[] =
     "                 (removed), pin (nothing). Default: keep.\n"
     "  --timeout TIME How long savers and loaders wait for room. Default: 10s where it can be made.\n"
     "  --file PATH    Keep the store in this file, which outlives its processes. Default: in memory.\n"
+    "  --hugepages KIND\n"
+    "                 auto (the default): transparent ones; never; 2MiB: those that are reserved.\n"
+    "  --prefault     Take the memory up to the limit at the start.\n"
+    "  --numa POLICY  Nodes to put memory on: local (the default), interleave, bind:0,1, preferred:0.\n"
     "  --json         Write JSON.\n"
     "  --help         Write this.\n"
     "\n"
@@ -61,11 +66,16 @@ std::optional<double> number_in(std::string_view text, std::string_view& unit) {
   return number;
 }
 
-std::optional<uint64_t> parse_size(std::string_view text) {
+std::optional<uint64_t> parse_limit(std::string_view text) {
   std::string_view unit;
   auto size = number_in(text, unit);
   if (!size || !(*size >= 0)) return std::nullopt;
   while (!unit.empty() && unit.front() == ' ') unit.remove_prefix(1);
+  if (unit == "%") {
+    const auto allowed = static_cast<double>(torchshm::memory_allowed());
+    if (!(*size > 0) || *size > 100 || allowed > kMost) return std::nullopt;
+    return std::max<uint64_t>(static_cast<uint64_t>(allowed * *size / 100), 1);
+  }
   if (!unit.empty() && (unit.back() == 'B' || unit.back() == 'b')) unit.remove_suffix(1);
   double step = 1000;
   if (!unit.empty() && (unit.back() == 'i' || unit.back() == 'I')) {
@@ -113,13 +123,21 @@ bool whole(std::string_view text, int base, T& to) {
 }
 
 Options parse(int count, char** arguments) {
-  static const option known[] = {
-      {"name", required_argument, nullptr, 'n'},    {"limit", required_argument, nullptr, 'l'},
-      {"ttl", required_argument, nullptr, 't'},     {"mode", required_argument, nullptr, 'm'},
-      {"group", required_argument, nullptr, 'g'},   {"json", no_argument, nullptr, 'j'},
-      {"spill", required_argument, nullptr, 's'},   {"policy", required_argument, nullptr, 'p'},
-      {"timeout", required_argument, nullptr, 'w'}, {"file", required_argument, nullptr, 'f'},
-      {"help", no_argument, nullptr, 'h'},          {nullptr, 0, nullptr, 0}};
+  static const option known[] = {{"name", required_argument, nullptr, 'n'},
+                                 {"limit", required_argument, nullptr, 'l'},
+                                 {"ttl", required_argument, nullptr, 't'},
+                                 {"mode", required_argument, nullptr, 'm'},
+                                 {"group", required_argument, nullptr, 'g'},
+                                 {"json", no_argument, nullptr, 'j'},
+                                 {"spill", required_argument, nullptr, 's'},
+                                 {"policy", required_argument, nullptr, 'p'},
+                                 {"timeout", required_argument, nullptr, 'w'},
+                                 {"help", no_argument, nullptr, 'h'},
+                                 {"hugepages", required_argument, nullptr, 'H'},
+                                 {"prefault", no_argument, nullptr, 'P'},
+                                 {"file", required_argument, nullptr, 'f'},
+                                 {"numa", required_argument, nullptr, 'u'},
+                                 {nullptr, 0, nullptr, 0}};
   Options options;
   bool named = false;
   opterr = 0;
@@ -131,10 +149,10 @@ Options parse(int count, char** arguments) {
         named = true;
         break;
       case 'l':
-        if (const auto size = parse_size(given)) {
+        if (const auto size = parse_limit(given)) {
           options.start.limit = *size;
         } else {
-          wrong("not a size: '" + given + "'; write it as 256MiB, 8GB or a number of bytes");
+          wrong("not a size: '" + given + "'; write it as 256MiB, 8GB, a number of bytes, or 25%");
         }
         break;
       case 't':
@@ -176,6 +194,15 @@ Options parse(int count, char** arguments) {
         break;
       case 'f':
         options.start.file = given;
+        break;
+      case 'H':
+        options.start.hugepages = given;
+        break;
+      case 'P':
+        options.start.prefault = true;
+        break;
+      case 'u':
+        options.start.numa = given;
         break;
       case 'j':
         options.json = true;

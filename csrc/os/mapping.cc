@@ -168,6 +168,10 @@ Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size, uint64_t at_in_fi
   return mapping;
 }
 
+void Mapping::use_small_pages() {
+  if (valid()) ::madvise(data_, size_, MADV_NOHUGEPAGE);
+}
+
 Mapping Mapping::alias() const {
   Mapping mapping;
   mapping.data_ = data_;
@@ -214,16 +218,21 @@ void commit_huge(std::byte* at, uint64_t length) {
 
 }  // namespace
 
-Status commit(std::byte* at, uint64_t length) {
+Status commit(std::byte* at, uint64_t length, Backing backing) {
   int error = TORCHSHM_INJECT("os.commit");
   if (error != 0)
     return Status::system("madvise POPULATE_WRITE", std::to_string(length) + " bytes of shared memory", error);
-  commit_huge(at, length);
+  if (backing == Backing::kAuto) commit_huge(at, length);
   int rc = 0;
   do {
     rc = ::madvise(at, length, MADV_POPULATE_WRITE);
   } while (rc != 0 && (errno == EINTR || errno == EAGAIN));
   if (rc == 0) return {};
+  if (backing == Backing::kReserved) {
+    // Touching them in place of that would be SIGBUS where there is none.
+    if (errno == EINVAL) return Status(Code::kUnsupported, "reserved huge pages need Linux 5.14", errno);
+    return Status(Code::kFull, "no reserved huge page is free", errno);
+  }
   if (errno != EINVAL) return Status(Code::kFull, "madvise POPULATE_WRITE: the system has no pages left", errno);
   // An older kernel. Nothing but the memory of the machine or cgroup, looked at before, can make a memory file's page fault fail.
   for (uint64_t offset = 0; offset < length; offset += kPageBytes) {

@@ -38,6 +38,9 @@ class Mapping {
   // REQUIRES: page boundaries; fd is the mapped file's.
   Status remap(Kind kind, int fd, uint64_t offset, uint64_t length);
 
+  // No huge pages in it, whatever the system prefers; best effort.
+  void use_small_pages();
+
   // The same range once more, which this one goes on owning. REQUIRES: this outlives it.
   Mapping alias() const;
 
@@ -63,8 +66,13 @@ class Mapping {
 
 // Backs a range of a kShared mapping with pages, mapped here, so that a later touch can't fail. Best where MADV_POPULATE_WRITE is known
 // (Linux 5.14); before that pages are touched one by one. Whole 2 MiB become huge pages where the system has them (Linux 6.1).
-// REQUIRES: page boundaries.
-Status commit(std::byte* at, uint64_t length);
+// REQUIRES: page boundaries; for kReserved those of huge pages.
+enum class Backing : uint8_t {
+  kAuto,
+  kSmall,    // pages of 4 KiB only
+  kReserved  // reserved huge pages: kFull when there are not enough
+};
+Status commit(std::byte* at, uint64_t length, Backing backing = Backing::kAuto);
 
 // Maps existing pages of a kShared mapping in one step instead of one fault each. Best effort.
 void populate(std::byte* at, uint64_t length);

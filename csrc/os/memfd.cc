@@ -15,6 +15,9 @@
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 0x0008U
 #endif
+#ifndef MFD_HUGE_2MB
+#define MFD_HUGE_2MB (21U << 26)
+#endif
 
 namespace torchshm::os {
 namespace {
@@ -27,7 +30,7 @@ void Fd::reset() {
   if (fd_ >= 0) ::close(std::exchange(fd_, -1));
 }
 
-Result<Fd> create_memfd(const std::string& name, uint64_t size) {
+Result<Fd> create_memfd(const std::string& name, uint64_t size, bool huge) {
   rlimit limit{};
   if (::getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && limit.rlim_cur < size) {
     return Status(Code::kUnsupported, "the limit on file sizes (ulimit -f) is below the " + std::to_string(size) +
@@ -35,10 +38,11 @@ Result<Fd> create_memfd(const std::string& name, uint64_t size) {
   }
   int error = TORCHSHM_INJECT("os.memfd_create");
   int raw = -1;
+  const unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (huge ? MFD_HUGETLB | MFD_HUGE_2MB : 0U);
   if (error == 0) {
-    raw = ::memfd_create(name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
+    raw = ::memfd_create(name.c_str(), flags | MFD_NOEXEC_SEAL);
     // Kernels before 6.3 do not know the flag.
-    if (raw < 0 && errno == EINVAL) raw = ::memfd_create(name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (raw < 0 && errno == EINVAL) raw = ::memfd_create(name.c_str(), flags);
     error = errno;
   }
   if (raw < 0) return Status::system("memfd_create", name, error);
@@ -128,6 +132,13 @@ Result<FileId> file_id(int fd) {
   if (error == 0 && ::fstat(fd, &st) != 0) error = errno;
   if (error != 0) return Status::system("fstat", std::to_string(fd), error);
   return FileId{static_cast<uint64_t>(st.st_dev), static_cast<uint64_t>(st.st_ino)};
+}
+
+uint64_t memory_of(int fd, const FileId& id) {
+  struct stat st {};
+  if (TORCHSHM_INJECT("os.fstat") != 0 || ::fstat(fd, &st) != 0) return 0;
+  if (static_cast<uint64_t>(st.st_dev) != id.device || static_cast<uint64_t>(st.st_ino) != id.inode) return 0;
+  return static_cast<uint64_t>(st.st_blocks) * 512;
 }
 
 }  // namespace torchshm::os

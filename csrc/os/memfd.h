@@ -13,7 +13,8 @@
 namespace torchshm::os {
 
 // A sparse file of `size` bytes, sealed. Fails with kUnsupported where RLIMIT_FSIZE forbids the size (ftruncate would raise SIGXFSZ).
-Result<Fd> create_memfd(const std::string& name, uint64_t size);
+// huge: of reserved huge pages of 2 MiB, of which it takes none yet. REQUIRES: then size is a multiple of that.
+Result<Fd> create_memfd(const std::string& name, uint64_t size, bool huge = false);
 
 // Another process's memory file, through its entry in /proc/<pid>/fd; for reading and writing.
 Result<Fd> open_memfd(const std::string& path);
@@ -48,5 +49,7 @@ struct FileId {
   friend bool operator==(const FileId&, const FileId&) = default;
 };
 Result<FileId> file_id(int fd);
+// Bytes of memory behind a memory file; 0 when fd is another one by now.
+uint64_t memory_of(int fd, const FileId& id);
 
 }  // namespace torchshm::os

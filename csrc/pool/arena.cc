@@ -1,10 +1,12 @@
 #include "pool/arena.h"
 
 #include <algorithm>
+#include <bit>
 #include <fstream>
 
 #include "base/failpoint.h"
 #include "os/directory.h"
+#include "os/huge_pages.h"
 #include "os/mapped_file.h"
 #include "os/memfd.h"
 #include "os/memory.h"
@@ -47,9 +49,34 @@ Status Arena::map(uint64_t control_size, uint64_t data_size) {
   // The other faces are optional: a private mapping of this size may be refused (vm.overcommit_memory=2, RLIMIT_AS).
   if (auto read = os::Mapping::map(os::Mapping::Kind::kReadOnly, data_fd_.get(), data_size, data_at_))
     read_ = read.take();
-  if (auto copy = os::Mapping::map(os::Mapping::Kind::kPrivate, data_fd_.get(), data_size, data_at_))
+  // A private copy of a reserved huge page needs another one, and there being none is SIGBUS at a write: callers copy instead.
+  if (!in_file_ && os::in_huge_pages(data_fd_.get())) {
+    page_kind_ = PageKind::kReserved;
+  } else if (auto copy = os::Mapping::map(os::Mapping::Kind::kPrivate, data_fd_.get(), data_size, data_at_)) {
     copy_ = copy.take();
+  }
   return remember_files();
+}
+
+// For hugetlbfs the kernel keeps a policy with the mapping and not with the file.
+Status Arena::keep_to_policy() {
+  os::Numa numa;
+  // Relaxed: written before the pool is ready.
+  const uint32_t policy = header().numa_policy.load(std::memory_order_relaxed);
+  if (page_kind_ != PageKind::kReserved || policy == 0 || policy > static_cast<uint32_t>(os::Numa::Policy::kPreferred))
+    return {};
+  numa.policy = static_cast<os::Numa::Policy>(policy);
+  for (uint64_t mask = header().numa_nodes.load(std::memory_order_relaxed); mask != 0; mask &= mask - 1)
+    numa.nodes.push_back(static_cast<uint32_t>(std::countr_zero(mask)));
+  return os::set_policy(shared_.data(), shared_.size(), numa);
+}
+
+// Of the file they are seen already.
+void Arena::keep_to_pages() {
+  // Relaxed: written before the pool is ready.
+  if (header().pages.load(std::memory_order_relaxed) != static_cast<uint32_t>(PageKind::kSmall)) return;
+  page_kind_ = PageKind::kSmall;
+  for (os::Mapping* face : {&shared_, &read_, &copy_}) face->use_small_pages();
 }
 
 Status Arena::remember_files() {
@@ -63,7 +90,11 @@ Status Arena::remember_files() {
 }
 
 Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
-  const uint64_t limit = std::max<uint64_t>(limits.limit != 0 ? limits.limit : os::memory_allowed() / 2, kChunk);
+  const bool reserved = limits.pages.kind == PageKind::kReserved;
+  const uint64_t most = os::memory_allowed() / 2;
+  auto chosen = reserved ? reserved_limit(limits.limit, most) : limits.limit != 0 ? limits.limit : most;
+  if (!chosen) return std::move(chosen.status());
+  const uint64_t limit = std::max<uint64_t>(*chosen, kChunk);
   auto id = random_id();
   if (!id) return std::move(id.status());
   auto secret = random_id();
@@ -81,7 +112,7 @@ Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
       last = std::move(control.status());
       continue;
     }
-    auto data = os::create_memfd("torchshm-" + hex(*id) + "-data", chunks * kChunk);
+    auto data = os::create_memfd("torchshm-" + hex(*id) + "-data", chunks * kChunk, reserved);
     if (!data) {
       last = std::move(data.status());
       continue;
@@ -90,13 +121,15 @@ Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
     arena.data_fd_ = data.take();
     last = arena.map(arena.offsets_.total, chunks * kChunk);
     if (!last) continue;
-    arena.write_header(*id, *secret, family, limit, limits.warm);
+    last = os::set_policy(arena.shared_.data(), chunks * kChunk, limits.pages.numa);
+    if (!last) return last;
+    arena.write_header(*id, *secret, family, {limit, limits.warm, limits.pages});
     return arena;
   }
   return last;
 }
 
-void Arena::write_header(uint64_t id, uint64_t secret, uint64_t family, uint64_t limit, uint64_t warm) {
+void Arena::write_header(uint64_t id, uint64_t secret, uint64_t family, const Limits& limits) {
   Header& made = header();
   made.magic = kMagic;
   made.version = kVersion;
@@ -107,8 +140,18 @@ void Arena::write_header(uint64_t id, uint64_t secret, uint64_t family, uint64_t
   made.chunks = chunks_;
   made.data_size = chunks_ * kChunk;
   made.control_size = offsets_.total;
-  made.limit.store(limit, std::memory_order_relaxed);
-  made.warm.store(warm != 0 ? warm : limit / 4, std::memory_order_relaxed);
+  const Pages& pages = limits.pages;
+  made.limit.store(limits.limit, std::memory_order_relaxed);
+  made.warm.store(limits.warm != 0 ? limits.warm
+                  : pages.prefault ? limits.limit
+                                   : limits.limit / 4,
+                  std::memory_order_relaxed);
+  made.pages.store(static_cast<uint32_t>(pages.kind), std::memory_order_relaxed);
+  keep_to_pages();
+  made.numa_policy.store(static_cast<uint32_t>(pages.numa.policy), std::memory_order_relaxed);
+  uint64_t nodes = 0;
+  for (const uint32_t node : pages.numa.nodes) nodes |= node < 64 ? uint64_t{1} << node : 0;
+  made.numa_nodes.store(nodes, std::memory_order_relaxed);
   made.ticket_age.store(kTicketAge, std::memory_order_relaxed);
   made.next_incarnation.store(1, std::memory_order_relaxed);
   TORCHSHM_POINT("create.before_ready");
@@ -128,6 +171,9 @@ Result<Arena> Arena::attach(os::Fd data, os::Fd control) {
   if (!mapped) return mapped;
   Status valid = arena.validate(*control_size, *data_size);
   if (!valid) return valid;
+  arena.keep_to_pages();
+  // Where it is forbidden here, pages that this process adds lie where they may.
+  (void)arena.keep_to_policy();
   return arena;
 }
 
@@ -165,6 +211,7 @@ Result<Arena> Arena::inspect(os::Fd data, os::Fd control) {
   arena.data_fd_ = std::move(data);
   arena.control_ = mapped.take();
   arena.is_copy_ = is_copy;
+  if (os::in_huge_pages(arena.data_fd_.get())) arena.page_kind_ = PageKind::kReserved;
   Status valid = arena.validate(*control_size, *data_size);
   if (valid) valid = arena.remember_files();
   if (!valid) return valid;
@@ -214,7 +261,7 @@ Result<Arena> Arena::create_in(os::Fd file, const Regions& regions, uint64_t fam
   // Whoever joins looks at every lease, and at chunks one beyond those in use.
   if (Status reserved = arena->reserve_control(0, arena->offsets_.tickets); !reserved) return reserved;
   arena->chunks_reserved_ = arena->tickets_reserved_ = 0;
-  arena->write_header(*id, *secret, family, std::max<uint64_t>(limits.limit, kChunk), limits.warm);
+  arena->write_header(*id, *secret, family, {std::max<uint64_t>(limits.limit, kChunk), limits.warm});
   return arena;
 }
 
@@ -316,14 +363,15 @@ Status Arena::reserve_all() {
   return done.code() == Code::kUnsupported ? Status() : std::move(done);
 }
 
-Status Arena::commit(uint64_t offset, uint64_t length) {
-  if (!in_file_) return os::commit(shared_.data() + offset, length);
+Status Arena::commit(uint64_t offset, uint64_t length, os::Backing backing) {
+  if (!in_file_) return os::commit(shared_.data() + offset, length, backing);
   Status done(Code::kUnsupported, "");
   if (owns_descriptors()) done = os::reserve(data_fd(), data_at_ + offset, length);
   TORCHSHM_POINT("reserve.data");
   // Then this process's page table in one step, as for memory files; of a file system in memory, huge pages.
   if (done || done.code() == Code::kUnsupported)
-    done = on_disk_ ? os::reserve_mapped(shared_.data() + offset, length) : os::commit(shared_.data() + offset, length);
+    done = on_disk_ ? os::reserve_mapped(shared_.data() + offset, length)
+                    : os::commit(shared_.data() + offset, length, backing);
   if (done.code() == Code::kFull)
     return Status(Code::kFull, "the file system of " + os::path_of(data_fd()) + " is full", done.error());
   return done;
@@ -349,6 +397,7 @@ Result<Arena> Arena::alias() const {
   arena.control_at_ = control_at_;
   arena.chunks_reserved_ = chunks_reserved_;
   arena.tickets_reserved_ = tickets_reserved_;
+  arena.page_kind_ = page_kind_;
   arena.data_id_ = data_id_;
   arena.control_id_ = control_id_;
   return arena;
@@ -366,6 +415,8 @@ Result<uint64_t> Arena::family_of(int control_fd) {
 Status Arena::make_private(uint64_t offset, uint64_t length, bool on) {
   const auto id = os::file_id(data_fd_.get());
   if (!id.ok() || *id != data_id_) return Status(Code::kUnsupported, "this process has closed the pool's descriptors");
+  if (page_kind_ == PageKind::kReserved && on)
+    return Status(Code::kUnsupported, "reserved huge pages are not made private");
   return shared_.remap(on ? os::Mapping::Kind::kPrivate : os::Mapping::Kind::kShared, data_fd_.get(), offset, length);
 }
 
@@ -373,6 +424,8 @@ bool Arena::is_control(int fd) const {
   const auto id = os::file_id(fd);
   return id.ok() && *id == control_id_;
 }
+
+uint64_t Arena::control_memory() const { return in_file_ ? 0 : os::memory_of(control_fd(), control_id_); }
 
 bool Arena::owns_descriptors() const { return is_control(control_fd_.get()); }
 

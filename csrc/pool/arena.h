@@ -12,6 +12,7 @@
 #include "os/mapping.h"
 #include "os/memfd.h"
 #include "pool/layout.h"
+#include "pool/pages.h"
 
 namespace torchshm::pool {
 
@@ -20,7 +21,8 @@ enum class Mode : uint8_t { kReadWrite = 0, kRead = 1, kCopyOnWrite = 2 };
 
 struct Limits {
   uint64_t limit = 0;  // bytes; 0: half of what the machine or the cgroup allows
-  uint64_t warm = 0;   // bytes; 0: a quarter of the limit
+  uint64_t warm = 0;   // bytes; 0: a quarter of the limit, with Pages::prefault all of it
+  Pages pages = {};
 };
 
 // Where a pool lies in one ordinary file, beside other things. Bytes; multiples of 2 MiB, but for the size of the control region.
@@ -102,7 +104,7 @@ class Arena {
   Status reserve_chunks(uint32_t end) { return end <= chunks_reserved_ ? Status() : grow_chunks(end); }
   bool reserve_tickets(uint32_t end) { return end <= tickets_reserved_ || grow_tickets(end); }
   // Gives a range of the data pages, mapped here. REQUIRES: page boundaries.
-  Status commit(uint64_t offset, uint64_t length);
+  Status commit(uint64_t offset, uint64_t length, os::Backing backing);
   // All of it anew, for a file that was copied: copies have holes where there were zeros. REQUIRES: nobody is at work.
   Status reserve_all();
   // Whether the pool lies in an ordinary file. What is reserved there may look like a hole.
@@ -112,7 +114,10 @@ class Arena {
   // Where the two begin in their files.
   uint64_t data_at() const { return data_at_; }
   uint64_t control_at() const { return control_at_; }
+  PageKind page_kind() const { return page_kind_; }
 
+  // Bytes of memory that the control file takes; 0 where the system does not tell.
+  uint64_t control_memory() const;
   int data_fd() const { return data_fd_.get(); }
   int control_fd() const { return control_fd_.get(); }
   uint64_t data_inode() const { return data_id_.inode; }
@@ -129,8 +134,10 @@ class Arena {
   bool grow_tickets(uint32_t end);
   Status reserve_control(uint64_t from, uint64_t to);
   static Result<Arena> over(os::Fd file, const Regions& regions);
-  void write_header(uint64_t id, uint64_t secret, uint64_t family, uint64_t limit, uint64_t warm);
+  void write_header(uint64_t id, uint64_t secret, uint64_t family, const Limits& limits);
   Status remember_files();
+  void keep_to_pages();
+  Status keep_to_policy();
   Status validate(uint64_t control_size, uint64_t data_size);
   os::Fd data_fd_, control_fd_;
   os::Mapping control_, shared_, read_, copy_;
@@ -140,6 +147,7 @@ class Arena {
   bool in_file_ = false, on_disk_ = false;
   uint64_t data_at_ = 0, control_at_ = 0;
   uint32_t chunks_reserved_ = UINT32_MAX, tickets_reserved_ = UINT32_MAX;  // all, but in a file
+  PageKind page_kind_ = PageKind::kAuto;
   os::FileId data_id_, control_id_;
 };
 

@@ -458,6 +458,8 @@ void Look::large_place(const SeenBlock& seen, uint64_t granules) {
 
 // Pages that are counted on are there, and holes have none.
 void Look::pages() {
+  // hugetlbfs does not tell its holes.
+  if (arena_.page_kind() == PageKind::kReserved) return;
   const int fd = arena_.data_fd();
   const uint64_t size = uint64_t{arena_.chunks()} * kChunk;
   const Memory memory(fd, size, arena_.data_at());

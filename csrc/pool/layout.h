@@ -19,7 +19,7 @@
 namespace torchshm::pool {
 
 constexpr uint64_t kMagic = 0x4d48535f48435254;  // "TRCH_SHM"
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 
 constexpr uint64_t kGranule = 1024;  // with blocks of at least 4 KiB: at most 20 % internal waste
 constexpr uint64_t kPage = 4096;
@@ -61,6 +61,9 @@ struct alignas(64) Header {
   std::atomic<uint64_t> taken_back;     // tickets taken back
   std::atomic<uint32_t> ticket_age;     // seconds after which a full pool takes a living sender's ticket back
   std::atomic<uint32_t> warned;         // 1 once some member has said that the pool is full
+  std::atomic<uint32_t> pages;          // a PageKind, which members keep to
+  std::atomic<uint32_t> numa_policy;    // an os::Numa::Policy, which members with reserved pages set for themselves
+  std::atomic<uint64_t> numa_nodes;     // its nodes, below 64
 };
 
 // state in the low byte, incarnation above.

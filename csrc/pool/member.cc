@@ -68,7 +68,10 @@ Result<std::unique_ptr<Member>> Member::make(Arena arena) {
 Result<std::unique_ptr<Member>> Member::create(uint64_t family, const Limits& limits) {
   auto arena = Arena::create(family, limits);
   if (!arena) return std::move(arena.status());
-  return make(arena.take());
+  auto member = make(arena.take());
+  if (!member || !limits.pages.prefault) return member;
+  if (Status done = (*member)->work_->space.prefault(); !done) return done;
+  return member;
 }
 
 Result<std::unique_ptr<Member>> Member::attach(os::Fd data, os::Fd control) {

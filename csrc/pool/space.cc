@@ -13,8 +13,9 @@ namespace {
 
 constexpr size_t kRecent = 32;  // arbitrary: more than the batches that a DataLoader worker has under way
 constexpr int kAttempts = 64;   // others took the run that was found; after so many the pool is as good as full
-constexpr uint64_t kReserve = uint64_t{32} << 20;  // left of a cgroup's headroom, for everything that is not ours
-constexpr uint64_t kBeyond = 64;                   // of the limit, a part
+constexpr uint64_t kReserve = uint64_t{32} << 20;    // left of a cgroup's headroom, for everything that is not ours
+constexpr uint64_t kFreeTables = uint64_t{4} << 20;  // of the control file; arbitrary
+constexpr uint64_t kBeyond = 64;                     // of the limit, a part
 
 Status full(const std::string& why) { return Status(Code::kFull, why); }
 
@@ -129,8 +130,11 @@ void Space::put_back(uint32_t chunk, const Taken& taken) {
 
 Status Space::within_limit() {
   const uint64_t set = arena_.header().limit.load(std::memory_order_relaxed);
-  const uint64_t limit = beyond_ ? set + std::max(set / kBeyond, kChunk) : set;
+  uint64_t limit = beyond_ ? set + std::max(set / kBeyond, kChunk) : set;
   uint64_t sum = committed();
+  // The tables grow with the part of the file that was ever in use; beyond a little they are at the data's expense.
+  const uint64_t tables = arena_.control_memory(), free = std::max(set / kBeyond, kFreeTables);
+  limit -= std::min(limit, tables > free ? tables - free : 0);
   if (sum <= limit) return {};
   const uint64_t warm = idle();
   const uint64_t excess = sum - limit;
@@ -151,11 +155,36 @@ Status Space::check_headroom(uint64_t bytes) {
   return {};
 }
 
+os::Backing Space::backing() const {
+  switch (arena_.page_kind()) {
+    case PageKind::kSmall:
+      return os::Backing::kSmall;
+    case PageKind::kReserved:
+      return os::Backing::kReserved;
+    default:
+      return os::Backing::kAuto;
+  }
+}
+
+Status Space::prefault() {
+  const uint64_t bytes = arena_.header().limit.load(std::memory_order_relaxed) / kChunk * kChunk;
+  auto run = claim_run(bytes);
+  if (!run) {
+    return Status(run.code(),
+                  "prefault: " + std::to_string(bytes) + " bytes are not to be had now: " + run.status().what());
+  }
+  TORCHSHM_POINT("prefault.claimed");
+  abandon_run(*run);
+  return {};
+}
+
 Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need) {
   uint64_t growth = 0;
   for (size_t i = 0; i < need.size(); ++i) growth += need[i] > taken[i].had ? (need[i] - taken[i].had) * kPage : 0;
   if (growth == 0) return {};
-  if (Status enough = arena_.on_disk() ? Status() : check_headroom(growth); !enough) return enough;
+  // Reserved huge pages are no longer part of what the machine has left, and a disk's pages are not memory.
+  const bool apart = arena_.on_disk() || backing() == os::Backing::kReserved;
+  if (Status enough = apart ? Status() : check_headroom(growth); !enough) return enough;
   arena_.lease(slot_).grown.fetch_add(growth, std::memory_order_relaxed);
   TORCHSHM_POINT("claim.growth_told");
   // Neighbouring ranges in one call.
@@ -168,7 +197,7 @@ Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, c
       continue;
     }
     if (end != start) {
-      if (Status done = arena_.commit(start, end - start); !done) return done;
+      if (Status done = arena_.commit(start, end - start, backing()); !done) return done;
     }
     start = end = 0;
     if (more) {
@@ -219,7 +248,9 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
   std::vector<uint32_t>& need = need_;
   taken.assign(n, {});
   need.assign(n, kPagesPerChunk);
-  need.back() = static_cast<uint32_t>(pages - uint64_t{n - 1} * kPagesPerChunk);
+  // A reserved huge page is there as a whole or not at all, and is counted so.
+  if (backing() != os::Backing::kReserved)
+    need.back() = static_cast<uint32_t>(pages - uint64_t{n - 1} * kPagesPerChunk);
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     const auto head = find_run(n);
     if (!head) return full("no " + std::to_string(n) + " neighbouring chunks are free");

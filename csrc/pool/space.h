@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "os/mapping.h"
 #include "pool/arena.h"
 
 namespace torchshm::pool {
@@ -42,6 +43,8 @@ class Space {
   // Makes a chunk of another lease's small blocks, or an orphan, idle when nothing in it is live: its owner may be asleep.
   void take_if_empty(uint32_t chunk);
   void take_empty();  // all of them
+  // Commits all that the limit allows, as idle chunks. REQUIRES: a new pool. kFull when there is not that much memory.
+  Status prefault();
   // A run that was claimed but not used.
   void abandon_run(uint32_t block);
 
@@ -74,6 +77,7 @@ class Space {
   void put_back(uint32_t chunk, const Taken& taken);
   void give_to_system(uint32_t chunk, ChunkValue found);
   Status within_limit();
+  os::Backing backing() const;
   Status back_with_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need);
   Status check_headroom(uint64_t bytes);
   void give_up_pages(uint32_t first, std::vector<Taken>& taken, const std::vector<uint32_t>& need);

@@ -84,9 +84,19 @@ Stats collect(const Arena& arena) {
       for (uint32_t page = 0; page < kPagesPerChunk; ++page) add_block(arena, i * kPagesPerChunk + page, stats);
     }
   }
+  std::vector<uint32_t> under_way;
   for (uint32_t i = 0, used = arena.tickets_used(); i < used; ++i) {
     const TicketValue ticket = TicketValue::of(arena.ticket(i).value.load());
-    if (ticket.sender != 0) ++(ticket.sender == TicketValue::kName ? stats.named : stats.tickets);
+    if (ticket.sender == 0) continue;
+    ++(ticket.sender == TicketValue::kName ? stats.named : stats.tickets);
+    if (ticket.sender != TicketValue::kName) under_way.push_back(ticket.block);
+  }
+  // A block may be in several messages.
+  std::sort(under_way.begin(), under_way.end());
+  under_way.erase(std::unique(under_way.begin(), under_way.end()), under_way.end());
+  for (const uint32_t block : under_way) {
+    if (block >= arena.pages() || !BlockValue::of(arena.block(block).value.load()).live) continue;
+    if (const auto extent = arena.extent(block)) stats.ticket_bytes += extent->length;
   }
   for (uint32_t slot = 0, used = arena.slots_used(); slot < used; ++slot) {
     if ((arena.lease(slot).word.load(std::memory_order_acquire) & 0xff) == kLeaseLive)

@@ -23,6 +23,7 @@ struct Stats {
   uint64_t warm = 0;       // bytes of idle chunks
   uint64_t blocks = 0;
   uint64_t tickets = 0, named = 0;  // that are out: with messages and queues, and with names
+  uint64_t ticket_bytes = 0;        // of live blocks that messages on their way keep, whoever else does
   uint64_t reaped = 0, taken_back = 0;
   uint64_t control = 0;  // bytes of the control file in use by live blocks' descriptors and tables
   std::vector<LeaseStats> leases;

@@ -10,6 +10,7 @@
 #include "pool/checker.h"
 #include "pool/stats.h"
 #include "python/errors.h"
+#include "python/stats_binding.h"
 #include "python/without_gil.h"
 #include "service/address.h"
 #include "store/backing.h"
@@ -97,6 +98,18 @@ py::tuple check_file(const std::string& path, bool at_rest) {
   return py::make_tuple(pool, report_of(*report), py::reinterpret_steal<py::object>(lenient_text(named->name)));
 }
 
+// Figures of a pool that this process need not have joined. The descriptors stay the caller's.
+py::dict pool_stats(int data, int control) {
+  auto arena = inspect(data, control);
+  if (!arena) fail(arena.status());
+  pool::Stats stats;
+  {
+    const WithoutGil release;
+    stats = pool::collect(*arena);
+  }
+  return describe(stats);
+}
+
 // A store that this process need not be a client of. The descriptors stay the caller's.
 py::dict check_catalogue(int catalogue, int data, int control, bool at_rest) {
   auto arena = inspect(data, control);
@@ -132,6 +145,7 @@ void add_check(py::module_& m) {
   m.def("check", &check, py::arg("data_fd"), py::arg("control_fd"), py::arg("at_rest") = false);
   // Gone when a service has ended, all that it does at its end included.
   m.def("store_lock_path", &service::lock_path, py::arg("name"));
+  m.def("pool_stats", &pool_stats, py::arg("data_fd"), py::arg("control_fd"));
   m.def("store_names", &service::names);
   m.def("store_files", &store_files, py::arg("name"));
   m.def("catalogue_name", &catalogue_name, py::arg("catalogue_fd"));

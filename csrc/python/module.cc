@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "os/memfd.h"
+#include "os/memory.h"
 #include "pool/stats.h"
 #include "python/block_ref.h"
 #include "python/check_binding.h"
@@ -20,6 +21,7 @@
 #include "python/queue_binding.h"
 #include "python/rebuild.h"
 #include "python/reduce.h"
+#include "python/stats_binding.h"
 #include "python/store_binding.h"
 #include "python/store_file_binding.h"
 #include "python/without_gil.h"
@@ -134,33 +136,7 @@ py::dict stats() {
     const WithoutGil release;
     s = pool.stats();
   }
-  py::list processes;
-  for (const pool::LeaseStats& lease : s.leases) {
-    py::dict row;
-    row["pid"] = lease.pid;
-    row["name"] = py::reinterpret_steal<py::object>(lenient_text(lease.name));
-    row["held_blocks"] = lease.held_blocks;
-    row["held_bytes"] = lease.held_bytes;
-    row["allocations"] = lease.allocations;
-    row["fallbacks"] = lease.fallbacks;
-    row["grown_bytes"] = lease.grown_bytes;
-    processes.append(row);
-  }
-  py::dict out;
-  out["live_bytes"] = s.live;
-  out["warm_bytes"] = s.warm;
-  out["committed_bytes"] = s.committed;
-  out["limit_bytes"] = s.limit;
-  out["warm_limit_bytes"] = s.warm_limit;
-  out["control_bytes"] = s.control;
-  out["blocks"] = s.blocks;
-  out["leases"] = s.leases.size();
-  out["tickets"] = s.tickets;
-  out["named"] = s.named;
-  out["reaped"] = s.reaped;
-  out["tickets_taken_back"] = s.taken_back;
-  out["processes"] = processes;
-  return out;
+  return describe(s);
 }
 
 bool holds_address(uintptr_t address) {
@@ -250,6 +226,7 @@ PYBIND11_MODULE(unchecked, m) {
   m.def(
       "nest_inline", [](int step) { scope().inline_depth += step; }, py::arg("step"));
   m.def("is_inline", [] { return scope().inline_depth > 0; });
+  m.def("memory_allowed", &os::memory_allowed);
   m.def("torch_version", [] { return TORCHSHM_TORCH_VERSION; });
   m.def("batch_begin", [] { scope().batch = Batch{true, {}, {}}; });
   m.def("batch_look", [] { return scope().batch.look(); });

@@ -18,6 +18,7 @@
 #include "python/numpy_memory.h"
 #include "python/rebuild.h"
 #include "python/reduce.h"
+#include "python/stats_binding.h"
 #include "python/without_gil.h"
 #include "service/address.h"
 #include "service/client.h"
@@ -76,6 +77,17 @@ std::optional<store::Policy> policy_of(int policy) {
   return static_cast<store::Policy>(policy);
 }
 
+const char* pages_of(const pool::Arena& arena) {
+  switch (arena.page_kind()) {
+    case pool::PageKind::kSmall:
+      return "4KiB";
+    case pool::PageKind::kReserved:
+      return "2MiB";
+    default:
+      return "auto";
+  }
+}
+
 py::dict as_dict(const service::Reply& reply) {
   py::dict row;
   row["pid"] = reply.pid;
@@ -95,11 +107,15 @@ class Store {
 
   static std::unique_ptr<Store> start(const std::string& name, uint64_t limit, uint64_t ttl, uint32_t mode,
                                       int64_t group, const std::string& spill, int policy, int64_t patience,
-                                      const std::string& file) {
+                                      const std::string& file, const std::string& hugepages, bool prefault,
+                                      const std::string& numa) {
+    auto pages = pool::parse_pages(hugepages, prefault, numa);
+    if (!pages) fail_in_store(pages.status());
     service::ServerOptions options;
     options.name = name;
     options.file = file;
     options.limits.limit = limit;
+    options.limits.pages = pages.take();
     options.ttl = ttl;
     options.mode = mode;
     options.group = group;
@@ -475,6 +491,10 @@ class Store {
     row["evictions"] = totals.evictions;
     row["spill_errors"] = totals.spill_errors;
     row["room_waits"] = totals.room_waits;
+    row["tickets"] = stats.tickets;
+    row["ticket_bytes"] = stats.ticket_bytes;
+    row["pages"] = pages_of(member_->arena());
+    row["processes"] = describe_processes(stats);
     return row;
   }
 
@@ -651,7 +671,8 @@ void add_store(py::module_& m) {
   py::class_<Store>(m, "Store")
       .def_static("start", &Store::start, py::arg("name"), py::arg("limit") = 0, py::arg("ttl") = 0,
                   py::arg("mode") = 0600, py::arg("group") = -1, py::arg("spill") = "", py::arg("policy") = 0,
-                  py::arg("patience") = -1, py::arg("file") = "")
+                  py::arg("patience") = -1, py::arg("file") = "", py::arg("hugepages") = "",
+                  py::arg("prefault") = false, py::arg("numa") = "")
       .def_static("connect", &Store::connect, py::arg("name"), py::arg("timeout"))
       .def("save_array", &Store::save_array)
       .def("load", &Store::load)

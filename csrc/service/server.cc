@@ -228,6 +228,11 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
     return Status(Code::kInvalid,
                   "a persistent store is on disk already, all of it: spill= is for stores in memory; give file= a "
                   "larger limit");
+  const pool::Pages& pages = options.limits.pages;
+  if (!options.file.empty() &&
+      (pages.kind != pool::PageKind::kAuto || pages.prefault || pages.numa.policy != os::Numa::Policy::kLocal))
+    return Status(Code::kInvalid,
+                  "hugepages=, prefault= and numa= are for stores in memory; a file has the pages of its file system");
   auto opened = options.file.empty() ? open_memory(options, adoption) : open_file(options, adoption);
   if (!opened) return std::move(opened.status());
   pool::Member* const member = opened->member;

@@ -25,6 +25,8 @@ TEST(Layout, HeaderStartsWithWhatAnyVersionCanRead) {
   EXPECT_EQ(offsetof(Header, family), 32U);
   EXPECT_EQ(offsetof(Header, chunks), 40U);
   EXPECT_EQ(offsetof(Header, limit), 64U);
+  EXPECT_EQ(offsetof(Header, pages), 136U);
+  EXPECT_EQ(offsetof(Header, numa_nodes), 144U);
   EXPECT_EQ(sizeof(Header), 192U);
 }
 

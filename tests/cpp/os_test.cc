@@ -10,9 +10,11 @@
 #include "base/failpoint.h"
 #include "kernel.h"
 #include "memory_files.h"
+#include "os/huge_pages.h"
 #include "os/lock.h"
 #include "os/mapping.h"
 #include "os/memory.h"
+#include "os/numa.h"
 #include "os/process.h"
 #include "processes.h"
 
@@ -233,6 +235,14 @@ TEST(Os, EveryCallThatIsMadeToFailIsAnError) {
   EXPECT_EQ(failing("os.remap", [&] { return shared.remap(Mapping::Kind::kPrivate, fd.get(), 0, 4096).code(); }),
             Code::kSystem);
   EXPECT_EQ(failing("os.commit", [&] { return os::commit(shared.data(), 4096).code(); }), Code::kSystem);
+  EXPECT_EQ(failing("os.fstatfs", [&] { return os::in_huge_pages(fd.get()) ? Code::kOk : Code::kSystem; }),
+            Code::kSystem);
+  EXPECT_EQ(failing("os.nodes", [] { return os::parse_numa("interleave").code(); }), Code::kUnsupported);
+  EXPECT_EQ(failing("os.mbind",
+                    [&] {
+                      return os::set_policy(shared.data(), kSize, {os::Numa::Policy::kBind, {0}}).code();
+                    }),
+            Code::kUnsupported);
   EXPECT_EQ(failing("os.punch", [&] { return os::punch(shared.data(), 4096).code(); }), Code::kSystem);
   EXPECT_EQ(failing("os.drop_private", [&] { return os::drop_private(shared.data(), 4096).code(); }), Code::kSystem);
 }

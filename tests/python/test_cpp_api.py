@@ -659,6 +659,8 @@ def test_a_killed_daemon_s_store_is_taken_over_by_the_next(daemon):
         (["--name", "x", "--limit", "much"], "not a size: 'much'"),
         (["--name", "x", "--limit", "0"], "not a size"),
         (["--name", "x", "--limit", "8Qi"], "not a size"),
+        (["--name", "x", "--limit", "0%"], "or 25%"),
+        (["--name", "x", "--limit", "100.5%"], "or 25%"),
         (["--name", "x", "--ttl", "2y"], "not a time: '2y'"),
         (["--name", "x", "--ttl", "-1"], "not a time"),
         (["--name", "x", "--mode", "rw"], "not permissions: 'rw'"),
@@ -674,6 +676,25 @@ def test_wrong_usage_of_the_daemon_says_what_is_right(prefix, runtime, arguments
     serve = [sys.executable, "-m", "torchshm", "serve", *arguments]
     done = subprocess.run(serve, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2, done.stderr
+
+
+def test_the_daemon_takes_a_share_and_the_pages_it_is_told(daemon):
+    served = daemon(
+        "--name", "paged", "--limit", "0.2%", "--hugepages", "never", "--prefault", "--numa", "local"
+    )
+    served.said()
+    with torchshm.connect("paged") as store:
+        info = store.info()
+        assert info["limit_bytes"] == int(torchshm._C.memory_allowed() * 0.002) and info["pages"] == "4KiB"
+        assert info["warm_bytes"] == info["limit_bytes"] >> 21 << 21
+    assert served.end(signal.SIGTERM) == (0, "")
+    for option, value, why in (
+        ("--hugepages", "1GiB", "chunks of 2 MiB"),
+        ("--numa", "bind", "names no nodes"),
+    ):
+        refused = daemon("--name", "refused", option, value).process
+        error = refused.communicate(timeout=PATIENCE)[1]
+        assert refused.returncode == 1 and why in error, error
 
 
 def test_the_package_has_the_version_of_the_wheel(prefix):

@@ -24,6 +24,7 @@ KEYS = {
     "blocks",
     "leases",
     "tickets",
+    "ticket_bytes",
     "named",
     "reaped",
     "tickets_taken_back",

@@ -227,6 +227,18 @@ std::vector<Operation> make() {
     auto made = Member::create(1, limits);
     return made ? Status() : std::move(made.status());
   });
+  add("create_prefaulted", kNoMember, nothing, [](Scene&) {
+    pool::Limits limits;
+    limits.limit = pool::kChunk;
+    auto pages = pool::parse_pages("never", true, "interleave");
+    if (!pages) return std::move(pages.status());
+    limits.pages = pages.take();
+    auto made = Member::create(1, limits);
+    // Where containers may not say so, the rest of it.
+    limits.pages.numa = {};
+    if (made.code() == Code::kUnsupported) made = Member::create(1, limits);
+    return made ? Status() : std::move(made.status());
+  });
   add(
       "leave", 0,
       [](Scene& s) {

@@ -251,6 +251,9 @@ using Nanoseconds = std::chrono::nanoseconds;
 /// As long as it takes.
 inline constexpr Nanoseconds kForever = Nanoseconds::max();
 
+/// Bytes of memory that the machine has, or the tightest cgroup limit above this process if that is less: what a limit may be a share of.
+TORCHSHM_API uint64_t memory_allowed();
+
 /// What may become of a value that nobody uses, when the store needs room. Values go in the order kDrop, kSpill, kKeep, least recently used
 /// first.
 enum class Policy : uint8_t {
@@ -268,8 +271,11 @@ struct StartOptions {
   std::string spill;              ///< directory, on a disk, for values that do not fit into memory; empty: none
   Policy policy = Policy::kKeep;  ///< of values that are saved without one
   std::optional<Nanoseconds>
-      timeout;       ///< that savers and loaders wait for room; default: 10 s where room can be made, else none
-  std::string file;  ///< path of a persistent store; empty: in memory
+      timeout;  ///< that savers and loaders wait for room; default: 10 s where room can be made, else none
+  std::string hugepages = {};  ///< "auto", the default: transparent ones; "never"; "2MiB": those that are reserved
+  bool prefault = false;       ///< take the memory up to the limit at the start, and keep it
+  std::string numa = {};       ///< "local", the default; "interleave", "interleave:0,1", "bind:0,1" or "preferred:0"
+  std::string file = {};       ///< path of a persistent store; empty: in memory
 };
 
 struct SaveOptions {

@@ -1,0 +1,215 @@
+"""``torchshm top``: stores, pools and processes as they change."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import termios
+import time
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from torchshm._figures import Sample, StoreSample, Watcher, hit_rate, rates
+from torchshm._store_commands import Name, size_in_words
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+_WIDTH = 32  # of a bar, in characters
+_MOST_PROCESSES = 8  # shown of a store or pool
+_COLOURS = {"live": "green", "warm": "cyan", "in messages": "yellow", "spilled": "magenta"}
+
+
+def _bar(kind: str, part: int, limit: int) -> Text:
+    from rich.text import Text
+
+    full = 0 if limit <= 0 else min(_WIDTH, round(_WIDTH * part / limit))
+    full = max(full, 1 if part > 0 else 0)
+    return Text.assemble(("█" * full, _COLOURS[kind]), ("░" * (_WIDTH - full), "dim"))
+
+
+def _memory(figures: dict[str, Any]) -> RenderableType:
+    """Bars of bytes against the limit."""
+    from rich.table import Table
+
+    limit = int(figures.get("limit_bytes", 0))
+    grid = Table.grid(padding=(0, 1))
+    for kind, key in (
+        ("live", "live_bytes"),
+        ("warm", "warm_bytes"),
+        ("in messages", "ticket_bytes"),
+        ("spilled", "spilled_bytes"),
+    ):
+        part = int(figures.get(key) or 0)
+        share = f"{part / limit:4.0%}" if limit > 0 else ""
+        grid.add_row(kind, _bar(kind, part, limit), f"{size_in_words(part):>10}", share)
+    return grid
+
+
+def _processes(figures: dict[str, Any]) -> RenderableType:
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = sorted(figures.get("processes", []), key=lambda row: -int(row["held_bytes"]))
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table.add_column("pid", justify="right")
+    table.add_column("process")
+    table.add_column("holds", justify="right")
+    table.add_column("blocks", justify="right")
+    for row in rows[:_MOST_PROCESSES]:
+        table.add_row(
+            str(row["pid"]), escape(row["name"]), size_in_words(row["held_bytes"]), str(row["held_blocks"])
+        )
+    if len(rows) > _MOST_PROCESSES:
+        table.add_row("", f"and {len(rows) - _MOST_PROCESSES} more", "", "")
+    return table
+
+
+def _rates_in_words(by_second: dict[str, float]) -> str:
+    if not by_second:
+        return "rates: from the second look on"
+    shown = [
+        f"{by_second.get(key, 0):,.0f} {word}/s"
+        for key, word in (
+            ("loads", "loads"),
+            ("saved", "saves"),
+            ("restores", "restores"),
+            ("spills", "spills"),
+            ("evictions", "evictions"),
+        )
+        if key in by_second
+    ]
+    share = hit_rate(by_second)
+    return ", ".join(shown) + ("" if share is None else f", {share:.1%} in memory")
+
+
+def _store(store: StoreSample, before: StoreSample | None) -> RenderableType:
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.panel import Panel
+
+    title = f"store [bold]{escape(store.name)}[/]"
+    if store.figures is None:
+        return Panel(escape(store.why), title=title, title_align="left")
+    served = f"served by {store.service_pid}" if store.service_pid else "[yellow]nobody serves it[/]"
+    head = (
+        f"{served}, names: {store.number('names'):,}, blocks: {store.number('blocks'):,}, "
+        f"limit {size_in_words(store.number('limit_bytes'))}"
+    )
+    lines: list[RenderableType] = [head, _memory(store.figures), _rates_in_words(rates(before, store))]
+    if store.number("spilled_names"):
+        lines.append(f"{store.number('spilled_names'):,} names on disk")
+    if errors := store.number("spill_errors"):
+        lines.append(f"[bold red]{errors:,} spill errors[/]")
+    lines.append(_processes(store.figures))
+    return Panel(Group(*lines), title=title, title_align="left")
+
+
+def draw(now: Sample, before: Sample | None) -> RenderableType:
+    """Give the picture of a sample; rates come from the one before."""
+    from rich.console import Group
+    from rich.panel import Panel
+
+    earlier = {} if before is None else {store.name: store for store in before.stores}
+    parts: list[RenderableType] = [_store(store, earlier.get(store.name)) for store in now.stores]
+    for pool in now.pools:
+        head = f"blocks: {pool.figures['blocks']:,}, limit {size_in_words(pool.figures['limit_bytes'])}"
+        body = Group(head, _memory(pool.figures), _processes(pool.figures))
+        parts.append(Panel(body, title=f"pool {pool.pool_id:016x}", title_align="left"))
+    if not parts:
+        parts.append("No store and no pool of this user. `torchshm serve NAME` starts a store.")
+    return Group(*parts)
+
+
+def as_json(now: Sample, before: Sample | None) -> dict[str, Any]:
+    """Give a sample as one object for JSON."""
+    earlier = {} if before is None else {store.name: store for store in before.stores}
+    stores = []
+    for store in now.stores:
+        row: dict[str, Any] = {"name": store.name, "service_pid": store.service_pid}
+        if store.figures is None:
+            row["why"] = store.why
+        else:
+            by_second = rates(earlier.get(store.name), store)
+            row |= {**store.figures, "rates": by_second, "hit_rate": hit_rate(by_second)}
+        stores.append(row)
+    pools = [{**pool.figures, "pool_id": pool.pool_id} for pool in now.pools]
+    return {"time": time.time(), "stores": stores, "pools": pools}
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _keys() -> Iterator[int | None]:
+    """Keys come one by one, without an echo. The descriptor that they come from; None when there is no terminal."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        yield None
+        return
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    tty.setcbreak(fd)
+    try:
+        yield fd
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def _rest(fd: int | None, seconds: float) -> bool:
+    """Wait. True when q was pressed."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if fd is None:
+            time.sleep(left)
+        elif select.select([fd], [], [], left)[0]:
+            key = os.read(fd, 64)
+            if not key or b"q" in key.lower():
+                return True
+    return False
+
+
+def top(
+    argument: Name = None,
+    interval: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once.")] = False,
+    json_lines: Annotated[bool, typer.Option("--json", help="A line of JSON for each look.")] = False,
+) -> None:
+    """Show stores, their memory, rates and processes, as they change. q or Ctrl-C ends it."""
+    from rich.console import Console
+    from rich.live import Live
+
+    signal.signal(signal.SIGTERM, _end)
+    before: Sample | None = None
+    try:
+        with Watcher(argument) as watcher:
+            if once or json_lines:
+                while True:
+                    now = watcher.sample()
+                    if json_lines:
+                        typer.echo(json.dumps(as_json(now, before)))
+                        sys.stdout.flush()
+                    else:
+                        Console().print(draw(now, before))
+                    if once:
+                        return
+                    before = now
+                    time.sleep(interval)
+            now = watcher.sample()
+            with _keys() as fd, Live(draw(now, None), screen=True, auto_refresh=False) as live:
+                while not _rest(fd, interval):
+                    before, now = now, watcher.sample()
+                    live.update(draw(now, before), refresh=True)
+    except KeyboardInterrupt:
+        return
+    except BrokenPipeError:  # whoever read the lines has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,7 +14,7 @@ try:
 except ImportError:
     raise SystemExit("torchshm's command line needs typer: pip install 'torchshm[cli]'") from None
 
-from torchshm import _store_commands
+from torchshm import _exchange_commands, _store_commands
 
 app = typer.Typer(help="Arrays that cross processes through shared memory.", no_args_is_help=True)
 
@@ -164,6 +164,7 @@ def check(
 
 
 _store_commands.add_to(app)
+_exchange_commands.add_to(app)
 
 
 def main() -> None:

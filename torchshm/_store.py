@@ -663,29 +663,40 @@ def start(
     *,
     mode: int = 0o600,
     group: int | str | None = None,
+    file: str | os.PathLike[str] | None = None,
 ) -> Store:
     """Serve a store from this process, by a thread that needs neither Python nor its lock, and return a client of it.
 
     A store of that name whose service has died, or was stopped, while some process still has it, is taken over with all that is in
-    it.
+    it. With `file` the store lies in that file, and whatever becomes of the processes, the next ``start`` with the file has what was
+    in it.
 
     Parameters
     ----------
     name : str
         Letters, digits, ``.``, ``_`` and ``-``.
     limit : int or str, optional
-        Most memory that the store takes, in bytes or as in ``"8GiB"``. Default: half of what the machine or the cgroup allows.
+        Most memory that the store takes, in bytes or as in ``"8GiB"``. Default: half of what the machine or the cgroup allows; with
+        `file` at most half of what its disk has free. Given for a file that is there, it becomes its limit.
     ttl : float, optional
         Seconds after which names go that were saved without a ttl. Default: never.
     mode : int
         Permissions of the socket.
     group : int or str, optional
         Members of this group may use the store too; give it with a `mode` such as ``0o660``.
+    file : path, optional
+        Keep the store in this file, which is made if it is not there: on a local disk, or on tmpfs. docs/persistence.md says what
+        survives what.
 
     Raises
     ------
     KeyExistsError
-        When a store of that name is being served.
+        When a store of that name or file is being served, or the file is being read by :func:`torchshm.open`.
+    PoolFullError
+        When the file's disk has no room.
+    TorchshmError
+        When the file is no store's, or another version's, or has been cut short; or when the machine went down while it was in use:
+        ``torchshm check --repair`` then keeps what can be relied on.
     StoreUnavailableError
         When the directory of sockets is not this user's alone.
     """
@@ -696,7 +707,8 @@ def start(
         import grp
 
         group = grp.getgrnam(group).gr_gid
-    core = _C.Store.start(name, size, _ttl(ttl), mode, -1 if group is None else group)
+    where = "" if file is None else os.path.abspath(os.fsdecode(file))
+    core = _C.Store.start(name, size, _ttl(ttl), mode, -1 if group is None else group, where)
     return Store(name, 10.0, core)
 
 

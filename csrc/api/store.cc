@@ -81,7 +81,7 @@ KeyInfo Store::info(std::string_view key) const {
   info.created = std::chrono::system_clock::time_point(
       std::chrono::duration_cast<std::chrono::system_clock::duration>(Nanoseconds(entry.created)));
   if (entry.expires != 0)
-    info.expires_in = Nanoseconds(static_cast<int64_t>(entry.expires) - static_cast<int64_t>(os::boot_time()));
+    info.expires_in = Nanoseconds(static_cast<int64_t>(entry.expires) - static_cast<int64_t>(impl_->catalogue->now()));
   info.pid = entry.pid;
   return info;
 }

@@ -30,7 +30,8 @@ class Mapping {
   ~Mapping();
 
   // fd is ignored for kAnonymous. Aligned to 2 MiB, so that huge pages can be used where the system allows them.
-  static Result<Mapping> map(Kind kind, int fd, uint64_t size);
+  // at: where in the file it begins. REQUIRES: a page boundary.
+  static Result<Mapping> map(Kind kind, int fd, uint64_t size, uint64_t at = 0);
 
   // Makes a range of a kShared mapping private to this process (kPrivate), or kShared again; what was written privately is dropped then.
   // REQUIRES: page boundaries; fd is the mapped file's.
@@ -52,6 +53,7 @@ class Mapping {
   void unmap();
   std::byte* data_ = nullptr;
   uint64_t size_ = 0;
+  uint64_t at_ = 0;  // in the file
   std::byte* reserved_ = nullptr;
   uint64_t reserved_size_ = 0;
 };

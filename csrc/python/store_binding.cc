@@ -80,9 +80,10 @@ class Store {
   Store& operator=(const Store&) = delete;
 
   static std::unique_ptr<Store> start(const std::string& name, uint64_t limit, uint64_t ttl, uint32_t mode,
-                                      int64_t group) {
+                                      int64_t group, const std::string& file) {
     service::ServerOptions options;
     options.name = name;
+    options.file = file;
     options.limits.limit = limit;
     options.ttl = ttl;
     options.mode = mode;
@@ -260,7 +261,7 @@ class Store {
     if (entry->expires == 0) {
       row["expires_in"] = py::none();
     } else {
-      row["expires_in"] = (static_cast<double>(entry->expires) - static_cast<double>(os::boot_time())) * 1e-9;
+      row["expires_in"] = (static_cast<double>(entry->expires) - static_cast<double>(catalogue_->now())) * 1e-9;
     }
     row["pid"] = entry->pid;
     row["bound"] = entry->owner != 0;
@@ -464,7 +465,7 @@ void add_store(py::module_& m) {
   add_lock(m);
   py::class_<Store>(m, "Store")
       .def_static("start", &Store::start, py::arg("name"), py::arg("limit") = 0, py::arg("ttl") = 0,
-                  py::arg("mode") = 0600, py::arg("group") = -1)
+                  py::arg("mode") = 0600, py::arg("group") = -1, py::arg("file") = "")
       .def_static("connect", &Store::connect, py::arg("name"), py::arg("timeout"))
       .def("save_array", &Store::save_array)
       .def("load", &Store::load)

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "base/failpoint.h"
+#include "os/file.h"
 #include "os/futex.h"
 #include "os/memfd.h"
 #include "pool/mark.h"
@@ -26,25 +27,33 @@ Result<std::unique_ptr<Catalogue>> Catalogue::create(pool::Member& member, const
     return Status(Code::kInvalid, "a store's name has 1 to " + std::to_string(sizeof(Header::name) - 1) + " bytes");
   auto fd = os::create_memfd("torchshm-" + name + "-catalogue", offsets::kTotal);
   if (!fd) return std::move(fd.status());
-  auto file = os::Mapping::map(os::Mapping::Kind::kShared, fd->get(), offsets::kTotal);
-  if (!file) return std::move(file.status());
-  auto id = os::file_id(fd->get());
-  if (!id) return std::move(id.status());
-  std::unique_ptr<Catalogue> catalogue(new Catalogue(member, fd.take(), *id, file.take()));
-  Header& header = catalogue->header();
-  header.magic = kMagic;
-  header.version = kVersion;
-  header.layout_hash = kLayoutHash;
-  header.pool_id = member.pool_id();
-  header.size = offsets::kTotal;
-  header.created = os::real_time();
-  header.place = place;
-  std::memcpy(header.name, name.c_str(), name.size() + 1);
-  header.levels.store(1, std::memory_order_relaxed);
-  header.default_ttl.store(default_ttl, std::memory_order_relaxed);
-  TORCHSHM_POINT("catalogue.before_ready");
-  header.ready.store(1, std::memory_order_release);  // publishes the header to whoever attaches
+  auto catalogue = over(member, fd.take(), 0);
+  if (catalogue) (*catalogue)->write_header(name, default_ttl, place);
   return catalogue;
+}
+
+Result<std::unique_ptr<Catalogue>> Catalogue::over(pool::Member& member, os::Fd fd, uint64_t at) {
+  auto file = os::Mapping::map(os::Mapping::Kind::kShared, fd.get(), offsets::kTotal, at);
+  if (!file) return std::move(file.status());
+  auto id = os::file_id(fd.get());
+  if (!id) return std::move(id.status());
+  return std::unique_ptr<Catalogue>(new Catalogue(member, std::move(fd), *id, file.take()));
+}
+
+void Catalogue::write_header(const std::string& name, uint64_t default_ttl, uint64_t place) {
+  Header& made = header();
+  made.magic = kMagic;
+  made.version = kVersion;
+  made.layout_hash = kLayoutHash;
+  made.pool_id = member_.pool_id();
+  made.size = offsets::kTotal;
+  made.created = os::real_time();
+  made.place = place;
+  std::memcpy(made.name, name.c_str(), name.size() + 1);
+  made.levels.store(1, std::memory_order_relaxed);
+  made.default_ttl.store(default_ttl, std::memory_order_relaxed);
+  TORCHSHM_POINT("catalogue.before_ready");
+  made.ready.store(1, std::memory_order_release);  // publishes the header to whoever attaches
 }
 
 Result<std::unique_ptr<Catalogue>> Catalogue::attach(pool::Member& member, os::Fd fd) {
@@ -55,20 +64,95 @@ Result<std::unique_ptr<Catalogue>> Catalogue::attach(pool::Member& member, os::F
                   "not a torchshm catalogue, or one of another version; use the same version of "
                   "torchshm in every process");
   }
-  auto file = os::Mapping::map(os::Mapping::Kind::kShared, fd.get(), offsets::kTotal);
-  if (!file) return std::move(file.status());
-  auto id = os::file_id(fd.get());
-  if (!id) return std::move(id.status());
-  std::unique_ptr<Catalogue> catalogue(new Catalogue(member, std::move(fd), *id, file.take()));
-  const Header& header = catalogue->header();
-  if (header.ready.load(std::memory_order_acquire) != 1 || header.magic != kMagic)
-    return Status(Code::kInvalid, "not a torchshm catalogue");
-  if (header.version != kVersion || header.layout_hash != kLayoutHash) {
-    return Status(Code::kInvalid, "the store was made by another version of torchshm (catalogue layout " +
-                                      std::to_string(header.version) + "); use the same version in every process");
-  }
-  if (header.pool_id != member.pool_id()) return Status(Code::kForeign, "the catalogue belongs to another pool");
+  auto catalogue = over(member, std::move(fd), 0);
+  if (!catalogue) return catalogue;
+  if (Status valid = (*catalogue)->validate(); !valid) return valid;
   return catalogue;
+}
+
+Status Catalogue::validate() const {
+  if (header().ready.load(std::memory_order_acquire) != 1 || header().magic != kMagic)
+    return Status(Code::kInvalid, "not a torchshm catalogue");
+  if (header().version != kVersion || header().layout_hash != kLayoutHash) {
+    return Status(Code::kInvalid, "the store was made by another version of torchshm (catalogue layout " +
+                                      std::to_string(header().version) + "); use the same version in every process");
+  }
+  if (header().pool_id != member_.pool_id()) return Status(Code::kForeign, "the catalogue belongs to another pool");
+  return {};
+}
+
+// ---- in a file
+
+Result<std::unique_ptr<Catalogue>> Catalogue::create_in(pool::Member& member, std::shared_ptr<Backing> backing,
+                                                        const std::string& name, uint64_t default_ttl, uint64_t place) {
+  auto fd = backing->share();
+  if (!fd) return std::move(fd.status());
+  auto catalogue = over(member, fd.take(), kCatalogueAt);
+  if (!catalogue) return catalogue;
+  Catalogue& made = **catalogue;
+  made.backing_ = std::move(backing);
+  if (Status reserved = made.reserve(0, offsets::kSlotsAt); !reserved) return reserved;
+  if (Status reserved = made.reserve_level(0); !reserved) return reserved;
+  made.write_header(name, default_ttl, place);
+  return catalogue;
+}
+
+Result<std::unique_ptr<Catalogue>> Catalogue::attach_in(pool::Member& member, std::shared_ptr<Backing> backing) {
+  auto fd = backing->share();
+  if (!fd) return std::move(fd.status());
+  auto catalogue = over(member, fd.take(), kCatalogueAt);
+  if (!catalogue) return catalogue;
+  if (Status valid = (*catalogue)->validate(); !valid) return valid;
+  (*catalogue)->clock_ = backing->clock();
+  (*catalogue)->cells_reserved_.store((*catalogue)->cells_used(), std::memory_order_relaxed);
+  (*catalogue)->backing_ = std::move(backing);
+  return catalogue;
+}
+
+std::string Catalogue::name() const { return {header().name, ::strnlen(header().name, sizeof header().name)}; }
+
+void Catalogue::rename(const std::string& name, uint64_t place) {
+  std::memset(header().name, 0, sizeof header().name);
+  std::memcpy(header().name, name.c_str(), std::min(name.size(), sizeof header().name - 1));
+  header().place = place;
+}
+
+uint64_t Catalogue::now() const { return os::boot_time() + static_cast<uint64_t>(clock_); }
+
+Status Catalogue::reserve(uint64_t from, uint64_t to) {
+  from = from / pool::kPage * pool::kPage;
+  to = std::min(offsets::align(to), offsets::kTotal);
+  Status done(Code::kUnsupported, "");
+  if (is_file(fd_.get())) done = os::reserve(fd_.get(), kCatalogueAt + from, to - from);
+  if (done.code() == Code::kUnsupported) done = os::reserve_mapped(file_.data() + from, to - from);
+  TORCHSHM_POINT("reserve.catalogue");
+  if (done.code() == Code::kFull)
+    return Status(Code::kFull, "the file system of " + backing_->path() + " is full", done.error());
+  return done;
+}
+
+// Every table with an entry for each cell.
+Status Catalogue::reserve_cells(uint32_t end) {
+  constexpr uint32_t kStep = 1024;  // 272 KiB; arbitrary
+  // Relaxed: a mark of this process, and what is reserved twice costs a system call.
+  uint32_t from = cells_reserved_.load(std::memory_order_relaxed);
+  if (!backing_ || end <= from) return {};
+  const uint32_t to = std::min((end + kStep - 1) / kStep * kStep, kCells);
+  Status done = reserve(offsets::kWordsAt + sizeof(CellWord) * uint64_t{from},
+                        offsets::kWordsAt + sizeof(CellWord) * uint64_t{to});
+  if (done)
+    done =
+        reserve(offsets::kBodiesAt + sizeof(Body) * uint64_t{from}, offsets::kBodiesAt + sizeof(Body) * uint64_t{to});
+  if (!done) return done;
+  while (from < to && !cells_reserved_.compare_exchange_weak(from, to, std::memory_order_relaxed)) {
+  }
+  return {};
+}
+
+Status Catalogue::reserve_level(uint32_t level) {
+  if (!backing_ || level >= kLevels) return {};
+  const uint64_t at = offsets::kSlotsAt + sizeof(Slot) * uint64_t{level_start(level)};
+  return reserve(at, at + sizeof(Slot) * uint64_t{level_size(level)});
 }
 
 std::optional<Catalogue::Stamp> Catalogue::stamp_of(int fd, const std::string& name) {
@@ -174,7 +258,7 @@ std::optional<Catalogue::Found> Catalogue::search(const Key& key, SlotState stat
 std::optional<Catalogue::Found> Catalogue::look(const Key& key) {
   for (;;) {
     auto found = search(key, SlotState::kNamed);
-    if (!found || found->body.expires == 0 || found->body.expires > os::boot_time()) return found;
+    if (!found || found->body.expires == 0 || found->body.expires > now()) return found;
     if (replace(*found, nullptr)) header().expired.fetch_add(1, std::memory_order_relaxed);
   }
 }
@@ -243,14 +327,14 @@ std::optional<Catalogue::Place> Catalogue::referring(uint32_t cell, uint32_t lif
 }
 
 void Catalogue::each(std::string_view prefix, const std::function<void(Entry)>& visit) {
-  const uint64_t now = os::boot_time();
+  const uint64_t moment = now();
   for (uint32_t cell = 0, used = cells_used(); cell < used; ++cell) {
     for (;;) {
       const CellValue found = cell_value(cell);
       if (found.state == CellState::kFree || found.state == CellState::kReleasing) break;
       const Body body = read_body(cell);
       const auto place = referring(cell, found.life, body.hash);
-      if (!place || place->value.state != SlotState::kNamed || (body.expires != 0 && body.expires <= now)) break;
+      if (!place || place->value.state != SlotState::kNamed || (body.expires != 0 && body.expires <= moment)) break;
       auto entry = entry_of(body);
       if (SlotValue::of(slot(place->index).value.load()) != place->value) continue;
       const bool shown = entry && (!is_mark(entry->key) || is_mark(prefix));
@@ -262,12 +346,12 @@ void Catalogue::each(std::string_view prefix, const std::function<void(Entry)>& 
 
 uint64_t Catalogue::size() {
   uint64_t names = 0;
-  const uint64_t now = os::boot_time();
+  const uint64_t moment = now();
   for (uint32_t cell = 0, used = cells_used(); cell < used; ++cell) {
     const CellValue found = cell_value(cell);
     if (found.state == CellState::kFree || found.state == CellState::kReleasing) continue;
     const Body body = read_body(cell);
-    if (body.expires != 0 && body.expires <= now) continue;
+    if (body.expires != 0 && body.expires <= moment) continue;
     // Marks are short: they lie in the cell itself.
     if (fits(body) && body.key_bytes > 0 && body.text[0] == 0) continue;
     if (found.state == CellState::kStanding || found.state == CellState::kBound) {

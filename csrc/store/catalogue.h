@@ -20,6 +20,7 @@
 #include "os/mapping.h"
 #include "os/memfd.h"
 #include "pool/member.h"
+#include "store/backing.h"
 #include "store/layout.h"
 
 namespace torchshm::store {
@@ -41,7 +42,7 @@ struct Entry {
     uint64_t generation;
   };
   std::vector<Block> blocks;
-  uint64_t created = 0, expires = 0;  // CLOCK_REALTIME ns, CLOCK_BOOTTIME ns
+  uint64_t created = 0, expires = 0;  // CLOCK_REALTIME ns, Catalogue::now() ns
   uint64_t owner = 0;                 // a bound name's; else 0
   uint32_t pid = 0;                   // of the saver
 };
@@ -52,6 +53,18 @@ class Catalogue {
                                                    uint64_t place = 0);
   // Of a catalogue that belongs to `member`'s pool.
   static Result<std::unique_ptr<Catalogue>> attach(pool::Member& member, os::Fd fd);
+
+  // The same in a persistent store's file, which it keeps.
+  static Result<std::unique_ptr<Catalogue>> create_in(pool::Member& member, std::shared_ptr<Backing> backing,
+                                                      const std::string& name, uint64_t default_ttl, uint64_t place);
+  static Result<std::unique_ptr<Catalogue>> attach_in(pool::Member& member, std::shared_ptr<Backing> backing);
+  std::string name() const;
+  // After Backing::finish() or begin_boot().
+  void follow_clock() { clock_ = backing_->clock(); }
+  // Of a store whose file nobody else has.
+  void rename(const std::string& name, uint64_t place);
+  // The file of a persistent store; null for one in memory.
+  Backing* backing() const { return backing_.get(); }
 
   // Whose it is and how old, if the file is a catalogue of that name.
   struct Stamp {
@@ -80,6 +93,9 @@ class Catalogue {
   bool wait(std::string_view key, uint32_t bell, uint64_t ns);
   void ring(std::string_view key);
 
+  // What a name's expiry is compared with: CLOCK_BOOTTIME, and in a persistent store what goes on from it over boots. ns.
+  uint64_t now() const;
+
   // The hash by which names share slots, bells and locks: the same in every process.
   static uint64_t hash(std::string_view name);
 
@@ -100,6 +116,17 @@ class Catalogue {
 
  private:
   Catalogue(pool::Member& member, os::Fd fd, os::FileId id, os::Mapping file);
+  static Result<std::unique_ptr<Catalogue>> over(pool::Member& member, os::Fd fd, uint64_t at);
+  void write_header(const std::string& name, uint64_t default_ttl, uint64_t place);
+  Status validate() const;
+  // Before anything at or above the marks is touched: gives it a place in the file. Nothing to do for memory files.
+  Status reserve(uint64_t from, uint64_t to);
+  Status reserve_cells(uint32_t end);
+  Status reserve_level(uint32_t level);
+  // Before a change.
+  void touch() {
+    if (backing_) backing_->touch();
+  }
   // A slot, and what was in it.
   struct Place {
     uint32_t index = 0;
@@ -117,11 +144,11 @@ class Catalogue {
   bool change_slot(Place& place, SlotState state, uint32_t cell, uint32_t life);
 
   // A free cell, now in the making; with its word.
-  std::optional<std::pair<uint32_t, CellValue>> claim_cell();
+  std::optional<std::pair<uint32_t, CellValue>> claim_cell(Status& full);
   Status fill(uint32_t cell, const Key& key, std::string_view text, const std::vector<uint32_t>& blocks,
               const SaveOptions& options);
   Status publish(uint32_t cell, uint32_t life, const Key& key, bool overwrite);
-  std::optional<Place> claim_slot(uint32_t cell, uint32_t life, const Key& key);
+  std::optional<Place> claim_slot(uint32_t cell, uint32_t life, const Key& key, Status& full);
   void release_cell(uint32_t cell);
 
   // The slot in `state` that has this key, other than `except`.
@@ -140,6 +167,9 @@ class Catalogue {
   os::Fd fd_;
   os::FileId id_;
   os::Mapping file_;
+  std::shared_ptr<Backing> backing_;
+  int64_t clock_ = 0;  // added to CLOCK_BOOTTIME
+  std::atomic<uint32_t> cells_reserved_{0};
   std::atomic<uint32_t> cursor_{0};
 };
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from torchshm import _exchange
+from torchshm import _exchange, _snapshot
 from torchshm._store_commands import Json, _bytes, _fail, _keys, _open, _say, _seconds, _stores
 from torchshm.errors import TorchshmError
 
@@ -139,6 +139,20 @@ def export(
     )
 
 
+def snapshot(
+    argument: Store,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The file to write.", dir_okay=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at PATH.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write all of a store into a file that can be opened without a service."""
+    with _open(argument) as store, _failures(), _progress("Writing") as tell:
+        written = _snapshot.snapshot(store, path, overwrite=overwrite, tell=tell)
+    _say(
+        as_json, {"name": argument, "path": str(path), "keys": written}, f"Wrote {_names(written)} to {path}."
+    )
+
+
 def _names(keys: list[Any]) -> str:
     return f"{len(keys)} name{'' if len(keys) == 1 else 's'}"
 
@@ -147,3 +161,4 @@ def add_to(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("import")(import_)
     app.command()(export)
+    app.command()(snapshot)

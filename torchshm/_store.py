@@ -464,6 +464,38 @@ class Store(MutableMapping[str, Any]):
             policy=policy,
         )
 
+    def snapshot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[str]:
+        """Write all names into a file that :func:`torchshm.open` and ``start(file=)`` read, while others go on with the store.
+
+        Everything that a store holds is copied as it is, pickled objects and modules too; nothing is unpickled. Each name has a value
+        that was saved whole, of some moment between call and return: what is removed meanwhile may be left out, and what is saved
+        meanwhile may be in it. Writing to values in place (mode ``"r+"``) is seen in parts. What is left of a ttl is kept.
+
+        Parameters
+        ----------
+        path : path
+            The file appears there whole or not at all.
+        overwrite : bool
+            Replace what is there. Who has opened that keeps it.
+
+        Returns
+        -------
+        list of str
+            The keys in it.
+
+        Raises
+        ------
+        FileExistsError
+            When there is something at `path` and `overwrite` is not set.
+        PoolFullError
+            When the disk has no room.
+        StoreUnavailableError
+            When the store is not served: the process that writes the file finds it by its service.
+        """
+        from torchshm import _snapshot
+
+        return _snapshot.snapshot(self, path, overwrite=overwrite)
+
     # ---- modules
 
     def save_module(

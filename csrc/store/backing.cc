@@ -40,12 +40,12 @@ Status check_superblock(const Superblock& s, uint64_t size, bool whole, const st
   if (s.magic != kFileMagic) return Status(Code::kInvalid, path + " is not the file of a torchshm store");
   const bool newer = s.version > kFileVersion || s.pool_version > pool::kVersion || s.store_version > kVersion;
   if (s.version != kFileVersion || s.pool_version != pool::kVersion || s.store_version != kVersion)
-    return Status(Code::kInvalid, path + " has layout " + version_of(s.version, s.pool_version, s.store_version) +
+    return Status(Code::kUnsupported, path + " has layout " + version_of(s.version, s.pool_version, s.store_version) +
                                       ", and this torchshm reads layout " +
                                       version_of(kFileVersion, pool::kVersion, kVersion) + ": use " +
                                       (newer ? "a newer torchshm" : "the older torchshm that made it"));
   if (s.pool_hash != pool::kLayoutHash || s.store_hash != kLayoutHash)
-    return Status(Code::kInvalid, path + " was made by another build of torchshm, whose tables have other sizes");
+    return Status(Code::kUnsupported, path + " was made by another build of torchshm, whose tables have other sizes");
   if (s.ready.load(std::memory_order_acquire) != 1)
     return Status(Code::kInvalid,
                   path + " was never finished: its maker has died; torchshm.start(file=) makes it anew");

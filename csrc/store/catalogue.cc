@@ -183,14 +183,7 @@ uint64_t Catalogue::hash(std::string_view name) { return hash_of(name); }
 uint32_t Catalogue::cells_used() const { return pool::marked(header().cells_used, kCells); }
 uint32_t Catalogue::levels() const { return std::max(pool::marked(header().levels, kLevels), 1U); }
 
-Body Catalogue::read_body(uint32_t cell) const {
-  Body body = load_body(file_.data(), cell);
-  // Copied once, then checked: nothing below goes beyond these.
-  body.key_bytes = std::min(body.key_bytes, kMaxKey);
-  body.text_bytes = static_cast<uint32_t>(std::min<uint64_t>(body.text_bytes, kMaxText));
-  body.parts = std::min(body.parts, kMaxParts);
-  return body;
-}
+Body Catalogue::read_body(uint32_t cell) const { return load_bounded_body(file_.data(), cell); }
 
 void Catalogue::write_body(uint32_t cell, const Body& body) { store_body(file_.data(), cell, body); }
 
@@ -220,42 +213,21 @@ bool Catalogue::change_slot(Place& place, SlotState state, uint32_t cell, uint32
 // ---- search
 
 bool Catalogue::same_key(const Body& body, const Key& key) {
-  if (body.hash != key.hash || body.key_bytes != key.text.size()) return false;
-  if (fits(body)) return std::memcmp(body.text, key.text.data(), key.text.size()) == 0;
+  if (!may_have_key(body, key)) return false;
+  if (fits(body)) return has_key(body, key, nullptr, 0);
   auto view = member_.attach(body.overflow.block, body.overflow.generation, Mode::kReadWrite);
   if (!view) return false;  // gone meanwhile
-  const uint64_t at = list_bytes(body);
-  const bool same =
-      at + key.text.size() <= view->length && std::memcmp(view->data + at, key.text.data(), key.text.size()) == 0;
+  const bool same = has_key(body, key, view->data, view->length);
   member_.release(view->block, Mode::kReadWrite);
   return same;
 }
 
-std::optional<Catalogue::Found> Catalogue::search(const Key& key, SlotState state, uint32_t except) {
-  // The largest level first: most names are there.
-  for (uint32_t level = levels(); level-- > 0;) {
-    for (uint32_t i = 0; i < kWindow; ++i) {
-      Found found;
-      found.place.index = slot_index(key.hash, level, i);
-      if (found.place.index == except) continue;
-      for (;;) {
-        found.place.value = SlotValue::of(slot(found.place.index).value.load());
-        const SlotValue& value = found.place.value;
-        if (value.state != state || value.tag != key.tag || value.cell >= kCells) break;
-        found.body = read_body(value.cell);
-        const bool same = same_key(found.body, key);
-        // The cell stays as it is while the slot does.
-        if (SlotValue::of(slot(found.place.index).value.load()) != value) continue;
-        if (same) return found;
-        break;
-      }
-      if (found.place.value.state == SlotState::kEmpty) break;
-    }
-  }
-  return std::nullopt;
+std::optional<Found> Catalogue::search(const Key& key, SlotState state, uint32_t except) {
+  return search_index(file_.data(), levels(), key, state, except,
+                      [&](const Body& body) { return same_key(body, key); });
 }
 
-std::optional<Catalogue::Found> Catalogue::look(const Key& key) {
+std::optional<Found> Catalogue::look(const Key& key) {
   for (;;) {
     auto found = search(key, SlotState::kNamed);
     if (!found || found->body.expires == 0 || found->body.expires > now()) return found;
@@ -264,37 +236,11 @@ std::optional<Catalogue::Found> Catalogue::look(const Key& key) {
 }
 
 std::optional<Entry> Catalogue::entry_of(const Body& body) {
-  Entry entry;
-  entry.created = body.created;
-  entry.expires = body.expires;
-  entry.owner = body.owner;
-  entry.pid = body.pid;
-  entry.blocks.reserve(body.parts);
-  if (body.parts > 0) entry.blocks.push_back({body.first.block, body.first.generation});
-  const bool inside = fits(body);
-  const char* text = reinterpret_cast<const char*>(body.text);
-  if (inside) {
-    entry.key.assign(text, body.key_bytes);
-    entry.text.assign(text + body.key_bytes, body.text_bytes);
-  }
-  if (inside && body.parts <= 1) return entry;
+  if (whole_inside(body)) return entry_from(body, nullptr, 0);
   auto view = member_.attach(body.overflow.block, body.overflow.generation, Mode::kReadWrite);
   if (!view) return std::nullopt;
-  const bool whole = overflow_bytes(body) <= view->length;
-  if (whole) {
-    for (uint32_t i = 1; i < body.parts; ++i) {
-      Part part;
-      std::memcpy(&part, view->data + (i - 1) * sizeof(Part), sizeof part);
-      entry.blocks.push_back({part.block, part.generation});
-    }
-    if (!inside) {
-      text = reinterpret_cast<const char*>(view->data + list_bytes(body));
-      entry.key.assign(text, body.key_bytes);
-      entry.text.assign(text + body.key_bytes, body.text_bytes);
-    }
-  }
+  auto entry = entry_from(body, view->data, view->length);
   member_.release(view->block, Mode::kReadWrite);
-  if (!whole) return std::nullopt;
   return entry;
 }
 
@@ -314,16 +260,8 @@ bool Catalogue::contains(std::string_view key) { return look(Key(key)).has_value
 
 // ---- all of them
 
-std::optional<Catalogue::Place> Catalogue::referring(uint32_t cell, uint32_t life, uint64_t hash) const {
-  for (uint32_t level = levels(); level-- > 0;) {
-    for (uint32_t i = 0; i < kWindow; ++i) {
-      const uint32_t index = slot_index(hash, level, i);
-      const SlotValue value = SlotValue::of(slot(index).value.load());
-      if (value.state == SlotState::kEmpty) break;
-      if (value.state != SlotState::kGone && value.cell == cell && value.life == life) return Place{index, value};
-    }
-  }
-  return std::nullopt;
+std::optional<Place> Catalogue::referring(uint32_t cell, uint32_t life, uint64_t hash) const {
+  return find_referring(file_.data(), levels(), cell, life, hash);
 }
 
 void Catalogue::each(std::string_view prefix, const std::function<void(Entry)>& visit) {

@@ -21,6 +21,8 @@
 #include "os/memfd.h"
 #include "pool/member.h"
 #include "store/backing.h"
+#include "store/entry.h"
+#include "store/index.h"
 #include "store/layout.h"
 
 namespace torchshm::store {
@@ -31,20 +33,6 @@ struct SaveOptions {
   bool overwrite = false;
   uint64_t ttl = 0;    // ns from now; 0: the store's default, none for a bound name
   bool bound = false;  // the name goes when this process dies
-};
-
-// What a name stood for at one moment.
-struct Entry {
-  std::string key;
-  std::string text;  // the description, opaque here
-  struct Block {
-    uint32_t block;
-    uint64_t generation;
-  };
-  std::vector<Block> blocks;
-  uint64_t created = 0, expires = 0;  // CLOCK_REALTIME ns, Catalogue::now() ns
-  uint64_t owner = 0;                 // a bound name's; else 0
-  uint32_t pid = 0;                   // of the saver
 };
 
 class Catalogue {
@@ -127,16 +115,6 @@ class Catalogue {
   void touch() {
     if (backing_) backing_->touch();
   }
-  // A slot, and what was in it.
-  struct Place {
-    uint32_t index = 0;
-    SlotValue value;
-  };
-  struct Found {
-    Place place;
-    Body body;
-  };
-
   Body read_body(uint32_t cell) const;
   void write_body(uint32_t cell, const Body& body);
   CellValue cell_value(uint32_t cell) const { return CellValue::of(word(cell).value.load()); }

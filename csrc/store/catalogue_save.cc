@@ -146,7 +146,7 @@ Status Catalogue::fill(uint32_t cell, const Key& key, std::string_view text, con
   return failed;
 }
 
-std::optional<Catalogue::Place> Catalogue::claim_slot(uint32_t cell, uint32_t life, const Key& key, Status& full) {
+std::optional<Place> Catalogue::claim_slot(uint32_t cell, uint32_t life, const Key& key, Status& full) {
   bool grows = true;
   for (;;) {
     const uint32_t used = levels();

@@ -686,7 +686,9 @@ def _lone_tensor(text: bytes) -> tuple[Any, ...] | None:
         return None
 
 
-def _open_lone(core: _C.Store | _C.StoreFile, block: tuple[int, int], plan: tuple[Any, ...], mode: str) -> Any:
+def _open_lone(
+    core: _C.Store | _C.StoreFile, block: tuple[int, int], plan: tuple[Any, ...], mode: str
+) -> Any:
     import torch
 
     start, length, dtype, size, steps = plan

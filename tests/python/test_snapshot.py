@@ -5,6 +5,8 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,12 +20,18 @@ from torchshm import _snapshot
 
 
 def in_file(path, function, *arguments):
-    """What a function of the store in that file returns, in a process of its own."""
+    """What a function of what is in that file returns."""
+    with torchshm.open(path) as file:
+        return function(file, *arguments)
+
+
+def when_served(path, function, *arguments):
+    """The same by a service, in a process of its own."""
     with Peer("spawn") as peer:
-        return peer.call(_in_file, str(path), function, *arguments)
+        return peer.call(_when_served, str(path), function, *arguments)
 
 
-def _in_file(path, function, *arguments):
+def _when_served(path, function, *arguments):
     with torchshm.start(f"snapshot-{os.getpid()}", file=path) as store:
         return function(store, *arguments)
 
@@ -82,6 +90,7 @@ def test_all_that_a_store_holds_is_in_it(store, tmp_path):
     assert sorted(store.snapshot(tmp_path / "s")) == sorted(store)
     assert [each.name for each in tmp_path.iterdir()] == ["s"]
     assert in_file(tmp_path / "s", same)
+    assert when_served(tmp_path / "s", same)
     assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o666 & ~_snapshot._umask()
     assert same(store)  # as before
 
@@ -111,7 +120,7 @@ def test_a_module_comes_back(store, tmp_path):
     net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     store.save_module("net", net)
     store.snapshot(tmp_path / "s")
-    got = in_file(tmp_path / "s", parameters_of, "net")
+    got = when_served(tmp_path / "s", parameters_of, "net")
     assert [x.tobytes() for x in got] == [x.numpy().tobytes() for x in net.state_dict().values()]
 
 
@@ -293,6 +302,54 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(store, small_disk):
     for i in range(6):
         del store[f"k{i}"]
     assert store.snapshot(small_disk / "s") == ["k6", "k7"]
+
+
+READER = """
+import sys
+import numpy as np
+import torchshm
+
+with torchshm.open(sys.argv[1]) as file:
+    assert sorted(file) == ["t", "x"] and (file["x"] == np.arange(100_000)).all()
+    assert file["t"]["y"][1] == "text" and int(file["t"]["z"].sum()) == 10
+    try:
+        file["x"][0] = 1
+    except ValueError:
+        print("read")
+"""
+
+
+def test_another_user_reads_it(store, tmp_path):
+    store["x"], store["t"] = np.arange(100_000), {"y": [1, "text"], "z": torch.ones(10)}
+    with tempfile.TemporaryDirectory(prefix="torchshm-", dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        store.snapshot(f"{folder}/s")
+        os.chmod(f"{folder}/s", 0o444)
+        if os.geteuid() != 0:
+            pytest.skip("only root can be another user")
+        done = subprocess.run(
+            [sys.executable, "-c", READER, f"{folder}/s"],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            env={**os.environ, "XDG_RUNTIME_DIR": "/nowhere", "HOME": "/"},
+        )
+        assert done.stdout == "read\n", done.stderr
+        assert [each.name for each in Path(folder).iterdir()] == ["s"]
+
+
+def test_it_is_exported_from(store, tmp_path):
+    store["x"], store["y"] = np.arange(10), np.ones(3)
+    store.snapshot(tmp_path / "s")
+    with torchshm.open(tmp_path / "s") as file:
+        assert file.export_to(tmp_path / "x.npz") == ["x", "y"]
+        with pytest.raises(KeyError):
+            file.export_to(tmp_path / "z.npz", "z")
+    with np.load(tmp_path / "x.npz") as got:
+        assert (got["x"] == np.arange(10)).all() and (got["y"] == 1).all()
 
 
 def test_the_shell_writes_one(store, tmp_path):

@@ -14,10 +14,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_SYNCS = 16  # at a time. Arbitrary
 
 
 @contextlib.contextmanager
@@ -83,10 +85,9 @@ def _sync(made: Path) -> None:
     if not made.is_dir():
         _sync_one(made)
         return
-    for folder, _, files in os.walk(made):
-        for name in files:
-            _sync_one(os.path.join(folder, name))
-        _sync_one(folder)
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(made) for name in (*names, "")]
+    with ThreadPoolExecutor(_SYNCS) as threads:  # the file system writes its journal for many at once
+        list(threads.map(_sync_one, paths))
 
 
 def _rename(made: Path, path: Path, overwrite: bool) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from torchshm import _C, _reducers
+from torchshm import _C, _arrow, _reducers
 from torchshm.errors import StaleHandleError, TorchshmError
 
 MODES = {"r+": 0, "r": 1, "c": 2}
@@ -218,7 +218,10 @@ class _Writer:
         except TypeError:
             pass
         if hasattr(kind, "__dlpack__"):
-            return self._array(np.from_dlpack(x), None)
+            try:
+                return self._array(np.from_dlpack(x), None)
+            except TypeError:
+                pass  # Arrow's arrays of strings, or with nulls
         return None
 
     def _array(self, x: Any, face: str | None) -> dict[str, Any] | None:
@@ -381,9 +384,11 @@ def _merge(pieces: list[_Piece]) -> list[tuple[int, int, list[_Piece]]]:
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: Any, writer: _Writer, buffers: list[int]) -> None:
+    def __init__(self, file: Any, writer: _Writer, buffers: list[int], reducers: dict[type, Any]) -> None:
         super().__init__(file, 5, buffer_callback=self._out_of_band)
-        self.dispatch_table = copyreg.dispatch_table | {np.ma.MaskedArray: _reducers._reduce_masked}
+        self.dispatch_table = (
+            copyreg.dispatch_table | {np.ma.MaskedArray: _reducers._reduce_masked} | reducers
+        )
         self._writer, self._buffers = writer, buffers
 
     def persistent_id(self, x: Any) -> int | None:
@@ -442,7 +447,8 @@ def describe(core: _C.Store, value: Any) -> tuple[bytes, list[Any]]:
     except (_NotPlainError, RecursionError):
         writer = _Writer(core)
         skeleton, buffers = io.BytesIO(), []  # type: ignore[var-annotated]
-        _Pickler(skeleton, writer, buffers).dump(value)
+        with _arrow.saving(core) as reducers:
+            _Pickler(skeleton, writer, buffers, reducers).dump(value)
         writer.place()
         tree = writer.json(buffers)
         return b"P" + len(tree).to_bytes(8, "little") + tree + skeleton.getbuffer(), writer.refs

@@ -7,7 +7,7 @@ Text of a value::
 
     A <wire>                      one plain array; csrc/python/store_binding.cc writes and reads it
     J <json>                      {"regions": [[block, offset, bytes]], "leaves": [...], "value": node}
-    P <8 bytes: length> <json> <pickle>      the same, its persistent ids and out-of-band buffers are leaves
+    P <8 bytes: length> <json> <pickle>      the same, its persistent ids and out-of-band buffers are leaves, and so is a large pickle itself
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ MODES = {"r+": 0, "r": 1, "c": 2}
 _PACKED_BELOW = 1 << 16  # bytes; smaller pieces of one value share a block. Arbitrary
 _LINE = 64
 _CARRIED = 1024  # bytes objects up to this many bytes lie in the text. Arbitrary
+_PICKLE_BELOW = 1 << 20  # bytes; a text is copied twice when it is loaded, and has 64 MiB at most. Arbitrary
 _LONE_BELOW = 512  # bytes of text
 _TREE_BELOW = 1 << 18  # bytes of text; a tree takes ten times that
 _FACES: dict[str, type] = {"matrix": np.matrix, "recarray": np.recarray}
@@ -449,9 +450,15 @@ def describe(core: _C.Store, value: Any) -> tuple[bytes, list[Any]]:
         skeleton, buffers = io.BytesIO(), []  # type: ignore[var-annotated]
         with _arrow.saving(core) as reducers:
             _Pickler(skeleton, writer, buffers, reducers).dump(value)
+        pickled = skeleton.getbuffer()
+        if len(pickled) < _PICKLE_BELOW:
+            writer.place()
+            tree = writer.json(buffers)
+            return b"P" + len(tree).to_bytes(8, "little") + tree + pickled, writer.refs
+        apart = writer.leaf(pickled)
         writer.place()
-        tree = writer.json(buffers)
-        return b"P" + len(tree).to_bytes(8, "little") + tree + skeleton.getbuffer(), writer.refs
+        tree = writer.json({"buffers": buffers, "pickle": apart})
+        return b"P" + len(tree).to_bytes(8, "little") + tree, writer.refs
     writer.place()
     return b"J" + writer.json(node), writer.refs
 
@@ -771,7 +778,10 @@ def rebuild(
         reader = _Reader(core, tree, blocks, mode or ("c" if pickled else "r"), tensors)
         if not pickled:
             return reader.node(tree["value"])
-        unpickler = _Unpickler(io.BytesIO(skeleton), reader, tree["value"])
+        buffers = tree["value"]
+        if type(buffers) is dict:
+            buffers, skeleton = buffers["buffers"], reader.leaf(buffers["pickle"])
+        unpickler = _Unpickler(io.BytesIO(skeleton), reader, buffers)
     except (TorchshmError, MemoryError, ImportError):
         raise
     except Exception as error:

@@ -7,7 +7,7 @@ Text of a value::
 
     A <wire>                      one plain array; csrc/python/store_binding.cc writes and reads it
     J <json>                      {"regions": [[block, offset, bytes]], "leaves": [...], "value": node}
-    P <8 bytes: length> <json> <pickle>      the same, its persistent ids and out-of-band buffers are leaves, and so is a large pickle itself
+    P <8 bytes: length> <json> <pickle>      the same, its persistent ids and out-of-band buffers are leaves; so is a large pickle
 """
 
 from __future__ import annotations

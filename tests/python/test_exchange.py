@@ -648,6 +648,26 @@ def test_what_is_read_is_in_the_store_already_when_it_is_named(store, tmp_path, 
     assert store.info()["blocks"] == before
 
 
+@pytest.mark.parametrize("aside", [False, True])
+def test_safetensors_need_not_be_held_all_at_a_time(tmp_path, aside):
+    half, x = torch.arange(8).bfloat16().reshape(2, 4), np.arange(100_000)
+    arrays = {
+        "e": x[:0],
+        "b": np.array([True, False]),
+        "s": half.mT,
+        "h": half,
+        "x": x,
+        "r": x[::-3],
+        "0": np.array(3.0),
+    }
+    _exchange._safetensors.write(tmp_path / "made", iter(arrays.items()), aside)
+    assert (tmp_path / "aside").exists()  # copies always go there
+    got = safetensors.torch.load_file(tmp_path / "made")
+    assert sorted(got) == sorted(arrays) and got["s"].equal(half.mT) and got["h"].equal(half)
+    for name in "ebxr0":
+        assert_equal(got[name].numpy(), np.asarray(arrays[name]))
+
+
 def test_a_name_that_goes_meanwhile_is_left_out(store, tmp_path):
     for key in "abc":
         store[key] = np.ones(3)

@@ -23,6 +23,7 @@ class Source(Protocol):
 
     def keys(self, prefix: str = ...) -> list[str]: ...
     def load(self, key: str, /) -> Any: ...
+    def info(self) -> dict[str, Any]: ...
 
 
 class _Format(NamedTuple):
@@ -110,9 +111,13 @@ def export(
                 names[inner] = key
                 yield inner, array
             written.append(key)
+            value = array = None  # before the next one needs room
 
     with written_beside(target, overwrite) as made:
-        how.write(made, values())
+        if kind == "safetensors" and _spills(source):
+            _safetensors.write(made, values(), aside=True)
+        else:
+            how.write(made, values())
     return written
 
 
@@ -121,6 +126,11 @@ def _load(source: Source, key: str) -> Any:
         return source.load(key)
     except ValueError as error:
         raise TypeError(f"{key!r} can't be exported: {error}; {_arrays.ELSEWHERE}") from None
+
+
+def _spills(source: Source) -> bool:
+    """Whether there is more in a store than fits into its memory, so that not all of it can be held at a time."""
+    return bool(source.info().get("spilled_bytes"))
 
 
 def _named(kind: str, name: str, value: Any, separator: str) -> Iterator[tuple[str, Any]]:

@@ -38,6 +38,7 @@ def write_npz(path: Path, arrays: Iterator[tuple[str, Any]]) -> None:
                 )
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 _write(file, name, array)
+            del array  # before the next one needs room
 
 
 def _write(file: IO[bytes], name: str, x: Any) -> None:

@@ -56,34 +56,58 @@ def _library() -> Any:
     return safetensors
 
 
-def write(path: Path, arrays: Iterator[tuple[str, Any]]) -> None:
-    """Write all in one go, which the library does from where the arrays lie."""
+def write(path: Path, arrays: Iterator[tuple[str, Any]], aside: bool = False) -> None:
+    """Write all in one go, as the library does, from where the arrays lie. With `aside` each is put into a file before the next comes."""
     library = _library()
     specs: dict[str, Any] = {}
+    put: dict[str, tuple[int, int]] = {}
     alive: list[Any] = []
     metadata: dict[str, str] | None = None
     tensors = 0
-    for name, x in arrays:
-        if name == METADATA:
-            metadata = x
-            continue
-        dtype, shape, memory = _memory(name, x)
-        try:
-            specs[name] = library.TensorSpec(
-                dtype=dtype, shape=shape, data_ptr=memory.ctypes.data, data_len=memory.nbytes
+    with contextlib.ExitStack() as end:
+        file: Any = None
+        for name, x in arrays:
+            if name == METADATA:
+                metadata = x
+                continue
+            dtype, shape, memory = _memory(name, x)
+            try:
+                specs[name] = _spec(library, dtype, shape, memory)
+            except (ValueError, TypeError, library.SafetensorError):
+                raise TypeError(
+                    f"{name!r} has the dtype {dtype}, which .safetensors has not: export it to .npz or .zarr, or "
+                    f"{_arrays.ELSEWHERE}"
+                ) from None
+            tensors += _arrays.is_tensor(x)
+            at = x.data_ptr() if _arrays.is_tensor(x) else x.ctypes.data
+            if memory.nbytes and (aside or memory.ctypes.data != at):  # a copy, of which there may be many
+                file = file or end.enter_context(open(path.parent / "aside", "w+b"))
+                put[name] = file.tell(), memory.nbytes
+                file.write(memory.reshape(-1).view(np.uint8).data)
+            else:
+                alive.append(memory)
+            del x, memory
+        if file is not None:
+            file.flush()
+            whole = np.memmap(file, np.uint8, "r")
+            for name, (at, nbytes) in put.items():
+                old = specs[name]
+                specs[name] = library.TensorSpec(
+                    dtype=_DTYPES[old.dtype],
+                    shape=old.shape,
+                    data_ptr=whole.ctypes.data + at,
+                    data_len=nbytes,
+                )
+        if metadata is None and specs:
+            # What transformers and others look at to know which library's tensors to make.
+            metadata = (
+                {"format": "pt"} if tensors == len(specs) else {"format": "np"} if tensors == 0 else None
             )
-        except (ValueError, TypeError, library.SafetensorError):
-            specs = {}
-        if name not in specs:
-            raise TypeError(
-                f"{name!r} has the dtype {dtype}, which .safetensors has not: export it to .npz or .zarr, or {_arrays.ELSEWHERE}"
-            )
-        alive.append(memory)
-        tensors += _arrays.is_tensor(x)
-    if metadata is None and specs:
-        # What transformers and others look at to know which library's tensors to make.
-        metadata = {"format": "pt"} if tensors == len(specs) else {"format": "np"} if tensors == 0 else None
-    library.serialize_file(specs, path, metadata=metadata)
+        library.serialize_file(specs, path, metadata=metadata)
+
+
+def _spec(library: Any, dtype: str, shape: tuple[int, ...], memory: np.ndarray[Any, Any]) -> Any:
+    return library.TensorSpec(dtype=dtype, shape=shape, data_ptr=memory.ctypes.data, data_len=memory.nbytes)
 
 
 def _memory(name: str, x: Any) -> tuple[str, tuple[int, ...], np.ndarray[Any, Any]]:

@@ -69,6 +69,7 @@ def _write_into(group: Any, arrays: Iterator[tuple[str, Any]]) -> None:
             raise _unfit(name, array.dtype, f"it would become {made.dtype}")
         if array.size:
             made[...] = array
+        del x, array  # before the next one needs room
 
 
 def _unfit(name: str, dtype: Any, why: str) -> TypeError:

@@ -176,20 +176,22 @@ def _copy_name(
         if left is not None and left <= 0:
             raise KeyError(key)
         ttl = 0 if left is None else max(1, int(left * 1e9))
+        policy: list[Any] = [found["policy"]] if "policy" in found else []
+        patience: list[Any] = [0] if policy else []  # nobody makes room in the new store
         try:
             raw = source.load(key, _values.MODES["r"])
             if isinstance(raw, np.ndarray):
                 # Its text says where it lies: that is made anew.
-                if not target.save_array(key, raw, False, ttl, False):
+                if not target.save_array(key, raw, False, ttl, False, *policy, *patience):
                     raise TorchshmError(f"the entry of {key!r} is damaged")
                 return
-            text, blocks = raw
+            text, blocks = raw[:2]
             refs = [_copied(source, target, block, copies) for block in blocks]
         except StaleHandleError:  # removed or replaced after it was found
             if attempt + 1 == _ATTEMPTS:
                 raise
             continue
-        target.save(key, text, refs, False, ttl, False)
+        target.save(key, text, refs, False, ttl, False, *policy)
         return
 
 

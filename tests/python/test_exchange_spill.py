@@ -31,3 +31,19 @@ def test_more_than_fits_into_memory_comes_in_and_goes_out(small, tmp_path, suffi
     for i, key in enumerate(keys):
         assert (small[key] == array(i)).all()
         del small[key]
+
+
+def test_a_snapshot_has_what_is_on_disk_and_keeps_policies(small, tmp_path):
+    policies = ["spill", "drop", "keep", "pin"]
+    for i in range(N):
+        small.save(f"k{i:02}", array(i), policy="spill")
+    for policy in policies:
+        small.save(policy, {"x": np.arange(9)}, policy=policy)
+    assert small.info()["spilled_bytes"] > 0
+    written = small.snapshot(tmp_path / "s")
+    assert sorted({*small, "drop"}) == sorted({*written, "drop"})
+    with torchshm.open(tmp_path / "s") as file:
+        for i in range(N):
+            assert (file[f"k{i:02}"] == array(i)).all()
+    with torchshm.start("exchanged", file=tmp_path / "s") as again:
+        assert [again.info(key)["policy"] for key in policies] == policies

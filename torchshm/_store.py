@@ -662,6 +662,23 @@ class Store(MutableMapping[str, Any]):
     def __bool__(self) -> bool:
         return True  # also an empty one
 
+    def sync(self) -> None:
+        """Write a persistent store to the disk, so that what is in it now survives a loss of power.
+
+        The death of processes needs none of it. Beside the file, in ``PATH.synced``, it records a checksum of every value, by which
+        ``torchshm check --repair`` tells afterwards what is as it was. Takes the time to read all values and to write what has changed.
+
+        Raises
+        ------
+        TorchshmError
+            For a store in memory, and when the disk fails.
+        OSError
+            When the record can't be written.
+        """
+        from torchshm import _persistence
+
+        _persistence.sync(self._core)
+
     # ---- the end
 
     def close(self) -> None:

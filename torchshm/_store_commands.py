@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -188,9 +189,14 @@ def serve(
             metavar="GROUP", help="Its members, by name or number, may use the store; with --mode 0660."
         ),
     ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Keep the store in this file. Default: in memory."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Serve a store, in the background."""
+    place = None if file is None else file.absolute()
     store_name, size, lifetime, permissions = _one(argument, name), _limit(limit), _lifetime(ttl), _mode(mode)
     members = _group(group)
     report = None if no_fork else _detach()
@@ -200,8 +206,8 @@ def serve(
         if number != signal.SIGHUP or report is not None:
             signal.signal(number, lambda number, _frame: ended.append(number))
     try:
-        store = start(store_name, size, lifetime, mode=permissions, group=members)
-    except (TorchshmError, ValueError) as error:
+        store = start(store_name, size, lifetime, mode=permissions, group=members, file=place)
+    except (TorchshmError, ValueError, OSError) as error:
         if report is None:
             _fail(error.args[0] if error.args else error)
         os.write(report, f"torchshm: {error.args[0] if error.args else error}".encode())

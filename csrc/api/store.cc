@@ -21,6 +21,7 @@ Store Store::start(const std::string& name, const StartOptions& options) {
   how.limits.limit = options.limit;
   how.ttl = count_of(options.ttl, "ttl");
   how.mode = options.mode;
+  how.file = options.file;
   how.group = options.group ? static_cast<int64_t>(*options.group) : -1;
   auto server = service::Server::start(how);
   if (server.code() == Code::kInvalid) throw Error("torchshm: " + server.status().what());

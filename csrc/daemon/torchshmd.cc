@@ -19,7 +19,8 @@
 namespace {
 
 constexpr char kUsage[] =
-    "Usage: torchshmd --name NAME [--limit SIZE] [--ttl TIME] [--mode OCTAL] [--group GROUP] [--json]\n"
+    "Usage: torchshmd --name NAME [--limit SIZE] [--ttl TIME] [--mode OCTAL] [--group GROUP]\n"
+    "                 [--file PATH] [--json]\n"
     "\n"
     "Serve a store, in the foreground, until SIGTERM, Ctrl-C or `torchshm stop NAME`.\n"
     "\n"
@@ -28,6 +29,7 @@ constexpr char kUsage[] =
     "  --ttl TIME     How long names live, as in 90s, 15m, 2h or 1d. Default: for ever.\n"
     "  --mode OCTAL   Permissions of the socket. Default: 0600.\n"
     "  --group GROUP  Its members, by name or number, may use the store; with --mode 0660.\n"
+    "  --file PATH    Keep the store in this file, which outlives its processes. Default: in memory.\n"
     "  --json         Write JSON.\n"
     "  --help         Write this.\n"
     "\n"
@@ -108,7 +110,7 @@ bool whole(std::string_view text, int base, T& to) {
 Options parse(int count, char** arguments) {
   static const option known[] = {{"name", required_argument, nullptr, 'n'},  {"limit", required_argument, nullptr, 'l'},
                                  {"ttl", required_argument, nullptr, 't'},   {"mode", required_argument, nullptr, 'm'},
-                                 {"group", required_argument, nullptr, 'g'}, {"json", no_argument, nullptr, 'j'},
+                                 {"group", required_argument, nullptr, 'g'}, {"file", required_argument, nullptr, 'f'},  {"json", no_argument, nullptr, 'j'},
                                  {"help", no_argument, nullptr, 'h'},        {nullptr, 0, nullptr, 0}};
   Options options;
   bool named = false;
@@ -146,6 +148,9 @@ Options parse(int count, char** arguments) {
         } else {
           wrong("no group named '" + given + "'");
         }
+        break;
+      case 'f':
+        options.start.file = given;
         break;
       case 'j':
         options.json = true;

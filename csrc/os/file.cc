@@ -67,8 +67,10 @@ Result<FileFacts> file_facts(int fd) {
 Result<Fd> open_or_create(const std::string& path) {
   int error = TORCHSHM_INJECT("os.open_file");
   const int raw = error == 0 ? ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600) : -1;
-  if (raw < 0) return Status::system("open", path, error != 0 ? error : errno);
-  return Fd(raw);
+  if (raw >= 0) return Fd(raw);
+  if (error == 0) error = errno;
+  if (error == ENOSPC || error == EDQUOT) return Status(Code::kFull, "the file system of " + path + " is full", error);
+  return Status::system("open", path, error);
 }
 
 Result<Fd> open_to_read(const std::string& path) {

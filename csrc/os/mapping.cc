@@ -118,7 +118,7 @@ void Mapping::unmap() {
   data_ = reserved_ = nullptr;
 }
 
-Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size, uint64_t at_in_file) {
+Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size, uint64_t at_in_file, bool huge) {
   int error = TORCHSHM_INJECT("os.mmap");
   void* reserved = MAP_FAILED;
   const uint64_t reserved_size = size + kAlign;
@@ -158,7 +158,7 @@ Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size, uint64_t at_in_fi
     return Status(Code::kUnsupported, "mmap: " + std::to_string(size) + " bytes of a memory file refused", error);
   }
   ::madvise(at, size, MADV_DONTDUMP);
-  if (kind != Kind::kAnonymous) ::madvise(at, size, MADV_HUGEPAGE);
+  if (kind != Kind::kAnonymous && huge) ::madvise(at, size, MADV_HUGEPAGE);
   Mapping mapping;
   mapping.data_ = static_cast<std::byte*>(at);
   mapping.size_ = size;

@@ -31,7 +31,8 @@ class Mapping {
 
   // fd is ignored for kAnonymous. Aligned to 2 MiB, so that huge pages can be used where the system allows them.
   // at: where in the file it begins. REQUIRES: a page boundary.
-  static Result<Mapping> map(Kind kind, int fd, uint64_t size, uint64_t at = 0);
+  // huge: false for a sparse table in a disk's file, of which the kernel would read 2 MiB around every page that is touched.
+  static Result<Mapping> map(Kind kind, int fd, uint64_t size, uint64_t at = 0, bool huge = true);
 
   // Makes a range of a kShared mapping private to this process (kPrivate), or kShared again; what was written privately is dropped then.
   // REQUIRES: page boundaries; fd is the mapped file's.

@@ -37,7 +37,7 @@ std::string hex(uint64_t value) {
 }  // namespace
 
 Status Arena::map(uint64_t control_size, uint64_t data_size) {
-  auto control = os::Mapping::map(os::Mapping::Kind::kShared, control_fd_.get(), control_size, control_at_);
+  auto control = os::Mapping::map(os::Mapping::Kind::kShared, control_fd_.get(), control_size, control_at_, !in_file_);
   if (!control) return std::move(control.status());
   auto data = os::Mapping::map(os::Mapping::Kind::kShared, data_fd_.get(), data_size, data_at_);
   if (!data) return std::move(data.status());
@@ -232,7 +232,7 @@ Result<Arena> Arena::inspect_in(os::Fd file, const Regions& regions) {
   auto arena = over(std::move(file), regions);
   if (!arena) return arena;
   auto mapped =
-      os::Mapping::map(os::Mapping::Kind::kReadOnly, arena->control_fd(), regions.control_size, regions.control_at);
+      os::Mapping::map(os::Mapping::Kind::kReadOnly, arena->control_fd(), regions.control_size, regions.control_at, false);
   if (!mapped) return std::move(mapped.status());
   arena->control_ = mapped.take();
   Status valid = arena->validate(regions.control_size, regions.data_size);

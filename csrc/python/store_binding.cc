@@ -293,6 +293,28 @@ class Store {
     return catalogue_->size();
   }
 
+  // Where the file of a persistent store is; None for one in memory.
+  py::object file() const {
+    const store::Backing* backing = catalogue_->backing();
+    if (backing == nullptr) return py::none();
+    return py::str(backing->path());
+  }
+
+  // Everything to the disk.
+  void sync() {
+    store::Backing* backing = catalogue_->backing();
+    if (backing == nullptr)
+      fail_in_store(Status(Code::kUnsupported, "the store " + name() +
+                                                   " lies in memory, which no sync() keeps: torchshm.start(name, "
+                                                   "file=path) makes one that lasts"));
+    Status done;
+    {
+      const WithoutGil release;
+      done = backing->sync(store::kOpen);
+    }
+    if (!done) fail_in_store(done);
+  }
+
   uint32_t sweep() {
     const WithoutGil release;
     return catalogue_->sweep();
@@ -479,6 +501,7 @@ void add_store(py::module_& m) {
       .def("keys", &Store::keys)
       .def("size", &Store::size)
       .def("sweep", &Store::sweep)
+      .def("sync", &Store::sync)
       .def("lock", &Store::lock)
       .def("bell", &Store::bell)
       .def("ring", &Store::ring)
@@ -488,6 +511,7 @@ void add_store(py::module_& m) {
       .def("wait_stop", &Store::wait_stop)
       .def("stop", &Store::stop)
       .def_property_readonly("name", &Store::name)
+      .def_property_readonly("file", &Store::file)
       .def_property_readonly("pool_id", &Store::pool_id)
       .def_property_readonly("member_address", &Store::member_address)
       .def_property_readonly("serving", &Store::serving)

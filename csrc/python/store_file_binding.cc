@@ -126,6 +126,13 @@ class Reader {
     row["name"] = file_->name();
     row["created"] = static_cast<double>(header.created) * 1e-9;
     row["pool_id"] = file_->arena().header().pool_id;
+    const uint64_t ttl = header.default_ttl.load(std::memory_order_relaxed);
+    if (ttl == 0) {
+      row["ttl"] = py::none();
+    } else {
+      row["ttl"] = static_cast<double>(ttl) * 1e-9;
+    }
+    row["limit_bytes"] = file_->arena().header().limit.load(std::memory_order_relaxed);
     row["data_bytes"] = file_->data_used();
     row["file_bytes"] = file_->file_bytes();
     return row;

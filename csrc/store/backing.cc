@@ -47,7 +47,7 @@ Status check_superblock(const Superblock& s, uint64_t size, bool whole, const st
   if (s.pool_hash != pool::kLayoutHash || s.store_hash != kLayoutHash)
     return Status(Code::kUnsupported, path + " was made by another build of torchshm, whose tables have other sizes");
   if (s.ready.load(std::memory_order_acquire) != 1)
-    return Status(Code::kInvalid,
+    return Status(Code::kCorrupt,
                   path + " was never finished: its maker has died; torchshm.start(file=) makes it anew");
   const uint64_t chunks = s.data_size / pool::kChunk;
   if (s.catalogue_at != kCatalogueAt || s.catalogue_size != offsets::kTotal || s.control_at != kControlAt ||
@@ -71,7 +71,7 @@ Result<std::unique_ptr<Superblock>> read_superblock(int fd, const std::string& p
 }
 
 Status Backing::map_superblock() {
-  auto mapped = os::Mapping::map(os::Mapping::Kind::kShared, fd_.get(), pool::kPage);
+  auto mapped = os::Mapping::map(os::Mapping::Kind::kShared, fd_.get(), pool::kPage, 0, false);
   if (!mapped) return std::move(mapped.status());
   map_ = mapped.take();
   return {};

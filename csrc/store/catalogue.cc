@@ -33,7 +33,7 @@ Result<std::unique_ptr<Catalogue>> Catalogue::create(pool::Member& member, const
 }
 
 Result<std::unique_ptr<Catalogue>> Catalogue::over(pool::Member& member, os::Fd fd, uint64_t at) {
-  auto file = os::Mapping::map(os::Mapping::Kind::kShared, fd.get(), offsets::kTotal, at);
+  auto file = os::Mapping::map(os::Mapping::Kind::kShared, fd.get(), offsets::kTotal, at, at == 0);
   if (!file) return std::move(file.status());
   auto id = os::file_id(fd.get());
   if (!id) return std::move(id.status());

@@ -55,7 +55,7 @@ Result<std::unique_ptr<StoreFile>> StoreFile::open(const std::string& path, bool
   if (facts->size < s.data_at + used)
     return Status(Code::kCorrupt, path + " has been cut short: it has " + std::to_string(facts->size) + " bytes, and " +
                                       std::to_string(s.data_at + used) + " are in use");
-  auto catalogue = os::Mapping::map(os::Mapping::Kind::kReadOnly, fd->get(), offsets::kTotal, s.catalogue_at);
+  auto catalogue = os::Mapping::map(os::Mapping::Kind::kReadOnly, fd->get(), offsets::kTotal, s.catalogue_at, false);
   if (!catalogue) return std::move(catalogue.status());
   file->catalogue_ = catalogue.take();
   const Header& header = file->header();

@@ -256,6 +256,7 @@ struct StartOptions {
   Nanoseconds ttl{0};             ///< after which names go that were saved without one; 0: never
   uint32_t mode = 0600;           ///< permissions of the socket
   std::optional<uint32_t> group;  ///< whose members may use the store too; with a mode such as 0660
+  std::string file;               ///< path of a persistent store; empty: in memory
 };
 
 struct SaveOptions {

@@ -1,7 +1,8 @@
 """Reducers for Arrow memory: of pyarrow, of pandas' Arrow-backed arrays, of polars. And awkward's arrays.
 
 Everything of pyarrow's pickles down to arrays, and those to buffers; the buffers go as NumPy arrays of bytes, so a buffer in the pool is
-sent by reference. Where pickling itself would copy first, or ship more than what is looked at, this goes around it.
+sent by reference. Where pickling itself would copy first, or ship more than what is looked at, this goes around it. The same goes for
+what is saved in a store, for which the pickler of torchshm._values uses these reducers too.
 
 ForkingPickler copies its table for each message (25 ns an entry), so the table has the types that hold arrays and of the fifty types of
 array the common ones. The others go to the pool as well, but a lone one that is a slice ships all that it is a slice of.
@@ -9,10 +10,13 @@ array the common ones. The others go to the pool as well, but a lone one that is
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
+import importlib
 import multiprocessing.reduction
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +34,26 @@ _COMMON = (
     *("Dictionary", "List", "LargeList", "FixedSizeList", "Struct", "Extension"),
 )
 
+
+class _Saving(threading.local):
+    """The store that this thread is pickling for; None: a message."""
+
+    core: _C.Store | None = None
+
+
+_saving = _Saving()
+
+
+@contextlib.contextmanager
+def saving(core: _C.Store) -> Iterator[dict[type, Any]]:
+    """Reducers for what is saved in that store, as long as the block lasts."""
+    before, _saving.core = _saving.core, core
+    try:
+        yield reducers()
+    finally:
+        _saving.core = before
+
+
 _installed: dict[type, Any] = {}  # by type: the reducers that the program had, or None
 
 
@@ -44,16 +68,23 @@ def _buffer(data: Any, mutable: bool) -> Any:
     return pa.py_buffer(data)
 
 
+def _in_band() -> bool:
+    """Whether everything is to be inside the pickle."""
+    return _saving.core is None and _C.is_inline()
+
+
 def _reduce_buffer(buffer: Any) -> Any:
-    if not buffer.is_cpu or buffer.size == 0 or _C.is_inline():
+    if not buffer.is_cpu or buffer.size == 0 or _in_band():
         return buffer.__reduce_ex__(4)
     return _buffer, (np.frombuffer(buffer, np.uint8), buffer.is_mutable)
 
 
 def _stays(array: Any) -> bool:
-    """Whether the array's memory is sent by reference, however much of it."""
+    """Whether the array's memory is sent or saved by reference, however much of it."""
     for buffer in array.buffers():
         if buffer is not None and buffer.is_cpu:
+            if _saving.core is not None:
+                return _saving.core.refer(buffer.address, buffer.size) is not None
             place = _C.block_at(buffer.address)
             return place is not None and not place[3]
     return False
@@ -89,13 +120,14 @@ def _write(array: Any) -> Any:
 
     size = pa.MockOutputStream()
     into(size)
-    block = _C.empty((size.size(),), np.dtype("u1"))
+    core = _saving.core
+    block = _C.empty((size.size(),), np.dtype("u1")) if core is None else core.blank(size.size())
     into(pa.FixedSizeBufferWriter(pa.py_buffer(block)))
     return block
 
 
 def _reduce_slice(array: Any, used: int) -> Any:
-    if used >= _IPC_FROM and _C.is_member() and not _extended(array.type):
+    if used >= _IPC_FROM and (_saving.core is not None or _C.is_member()) and not _extended(array.type):
         try:
             return _read, (_write(array),)
         except MemoryError:
@@ -105,7 +137,7 @@ def _reduce_slice(array: Any, used: int) -> Any:
 
 def _reduce_array(array: Any) -> Any:
     """As pyarrow does, but for slices: those ship themselves, and not all that they are a slice of."""
-    if not _C.is_inline():
+    if not _in_band():
         try:
             used = array.nbytes
             if array.get_total_buffer_size() - used > _WASTE and not _stays(array):
@@ -153,7 +185,7 @@ def _of_pyarrow() -> dict[type, Any]:
 def _reduce_extension_array(array: Any) -> Any:
     """As pandas does, but for the chunks, which it copies into one, even when there is only one."""
     chunks = getattr(array, "_pa_array", None)
-    if chunks is None or chunks.num_chunks == 0 or _C.is_inline():
+    if chunks is None or chunks.num_chunks == 0 or _in_band():
         return array.__reduce_ex__(4)
     state = vars(array) | {"_pa_array": [_Ours(chunk) for chunk in chunks.chunks]}
     if "_cache" in state:
@@ -191,10 +223,18 @@ def same_in_arrow(dtype: Any) -> bool:
     return isinstance(dtype, (*plain, *numbers, pl.Float32, pl.Float64))
 
 
+def _by_arrow() -> bool:
+    """Whether there is pyarrow for it. A store has it imported, since what is saved lies there long."""
+    if _saving.core is not None and "pyarrow" not in sys.modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("pyarrow")
+    return "pyarrow" in sys.modules and not _in_band()
+
+
 def _reduce_series(series: Any) -> Any:
     import polars as pl
 
-    if "pyarrow" not in sys.modules or _C.is_inline() or not len(series) or not same_in_arrow(series.dtype):
+    if not _by_arrow() or not len(series) or not same_in_arrow(series.dtype):
         return series.__reduce_ex__(4)
     newest = pl.CompatLevel.newest()
     pieces = [piece for piece in series.get_chunks() if len(piece)]
@@ -216,7 +256,7 @@ def _frame(columns: list[Any]) -> Any:
 
 
 def _reduce_frame(frame: Any) -> Any:
-    if "pyarrow" not in sys.modules or _C.is_inline() or frame.width == 0:
+    if not _by_arrow() or frame.width == 0:
         return frame.__reduce_ex__(4)
     return _frame, (frame.get_columns(),)
 

@@ -14,7 +14,7 @@ try:
 except ImportError:
     raise SystemExit("torchshm's command line needs typer: pip install 'torchshm[cli]'") from None
 
-from torchshm import _metrics, _store_commands, _top
+from torchshm import _exchange_commands, _metrics, _store_commands, _top
 
 app = typer.Typer(help="Arrays that cross processes through shared memory.", no_args_is_help=True)
 
@@ -212,6 +212,7 @@ def _repair(path: Path, unverified: bool, as_json: bool) -> None:
 _store_commands.add_to(app)
 app.command()(_top.top)
 app.command()(_metrics.metrics)
+_exchange_commands.add_to(app)
 
 
 def main() -> None:

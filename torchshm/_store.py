@@ -458,6 +458,150 @@ class Store(MutableMapping[str, Any]):
             _tensors.leave(tensors)
             _C.leave_pooled(before)
 
+    # ---- files
+
+    def export_to(
+        self,
+        path: str | os.PathLike[str],
+        keys: str | Iterable[str] | None = None,
+        *,
+        prefix: str = "",
+        format: str | None = None,
+        overwrite: bool = False,
+    ) -> list[str]:
+        """Write arrays and tensors into a file of another library. It appears at its path whole, or not at all.
+
+        Parameters
+        ----------
+        path : path
+            Ends with ``.safetensors``, ``.npy`` (one array), ``.npz``, ``.zarr`` (a directory) or ``.zarr.zip``.
+        keys : str or iterable of str, optional
+            What to write. Default: all names that begin with `prefix`. When it is one, and a dict or list, the file has what is
+            in it, by its path: ``"0.weight"``; else the key stands before that. Between them are dots, in zarr slashes.
+        prefix : str
+            Cut off the names in the file. Slashes in names are groups in zarr.
+        format : str, optional
+            The suffix, without the dot, where `path` has another one.
+        overwrite : bool
+            Replace what is at `path`.
+
+        Returns
+        -------
+        list of str
+            The keys that were written.
+
+        Raises
+        ------
+        FileExistsError
+            When there is something at `path` and `overwrite` is not set.
+        TypeError
+            For values or dtypes that the format has not; it says which, and what has.
+        ValueError
+            For a suffix that is not known, and for keys that can't be names in that file, or would be the same.
+        KeyError
+            When there is no such name.
+        ImportError
+            When the library of that format is not installed.
+        """
+        from torchshm import _exchange
+
+        return _exchange.export(self, path, keys, prefix=prefix, format=format, overwrite=overwrite)
+
+    def import_from(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        prefix: str = "",
+        key: str | None = None,
+        format: str | None = None,
+        framework: str | None = None,
+        overwrite: bool = False,
+        ttl: float | None = None,
+        policy: str | None = None,
+    ) -> list[str]:
+        """Save the arrays of a file of another library, one after the other, read straight into the store's memory.
+
+        Parameters
+        ----------
+        path : path
+            As for :meth:`export_to`.
+        prefix : str
+            Put before the names in the file. The array of an ``.npy`` file has the file's name, without the suffix.
+        key : str, optional
+            Save all of it as one value of this name, a dict by name, such as a state_dict; of an ``.npy`` file its array.
+        format : str, optional
+            The suffix, without the dot, where `path` has another one.
+        framework : {"np", "pt"}, optional
+            Save arrays or torch's tensors. Default: arrays; of a safetensors file tensors if its metadata say that it was made for
+            torch, and for dtypes that NumPy has not.
+        overwrite : bool
+            Replace names that are there. Else the import begins only when there is none of them.
+        ttl, policy
+            As for :meth:`save`.
+
+        Returns
+        -------
+        list of str
+            The keys that were saved.
+
+        Raises
+        ------
+        KeyExistsError
+            When a name is taken and `overwrite` is not set.
+        ValueError
+            When the file is damaged, or not of that format. What was saved until then is removed again, as after any other error;
+            what was replaced stays replaced.
+        TypeError
+            For dtypes that can't lie in a store.
+        ImportError
+            When the library of that format is not installed.
+        """
+        from torchshm import _exchange
+
+        return _exchange.import_(
+            self,
+            path,
+            prefix=prefix,
+            key=key,
+            format=format,
+            framework=framework,
+            overwrite=overwrite,
+            ttl=ttl,
+            policy=policy,
+        )
+
+    def snapshot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[str]:
+        """Write all names into a file that :func:`torchshm.open` and ``start(file=)`` read, while others go on with the store.
+
+        Everything that a store holds is copied as it is, pickled objects and modules too; nothing is unpickled. Each name has a value
+        that was saved whole, of some moment between call and return: what is removed meanwhile may be left out, and what is saved
+        meanwhile may be in it. Writing to values in place (mode ``"r+"``) is seen in parts. What is left of a ttl is kept.
+
+        Parameters
+        ----------
+        path : path
+            The file appears there whole or not at all.
+        overwrite : bool
+            Replace what is there. Who has opened that keeps it.
+
+        Returns
+        -------
+        list of str
+            The keys in it.
+
+        Raises
+        ------
+        FileExistsError
+            When there is something at `path` and `overwrite` is not set.
+        PoolFullError
+            When the disk has no room.
+        StoreUnavailableError
+            When the store is not served: the process that writes the file finds it by its service.
+        """
+        from torchshm import _snapshot
+
+        return _snapshot.snapshot(self, path, overwrite=overwrite)
+
     # ---- modules
 
     def save_module(

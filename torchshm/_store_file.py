@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torchshm import _C, _values
@@ -78,6 +78,20 @@ class StoreFile(Mapping[str, Any]):
         if type(raw) is not tuple:
             return raw
         return _values.rebuild(core, key, raw[0], raw[1], mode, allow_pickle)
+
+    def export_to(
+        self,
+        path: str | os.PathLike[str],
+        keys: str | Iterable[str] | None = None,
+        *,
+        prefix: str = "",
+        format: str | None = None,
+        overwrite: bool = False,
+    ) -> list[str]:
+        """Write arrays and tensors into a file of another library, as :meth:`Store.export_to` does."""
+        from torchshm import _exchange
+
+        return _exchange.export(self, path, keys, prefix=prefix, format=format, overwrite=overwrite)
 
     def contains(self, key: str) -> bool:
         """Whether there is such a name."""

@@ -7,7 +7,7 @@ Text of a value::
 
     A <wire>                      one plain array; csrc/python/store_binding.cc writes and reads it
     J <json>                      {"regions": [[block, offset, bytes]], "leaves": [...], "value": node}
-    P <8 bytes: length> <json> <pickle>      the same, its persistent ids and out-of-band buffers are leaves
+    P <8 bytes: length> <json> <pickle>      the same, its persistent ids and out-of-band buffers are leaves; so is a large pickle
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from typing import Any
 
 import numpy as np
 
-from torchshm import _C, _reducers
+from torchshm import _C, _arrow, _reducers
 from torchshm.errors import StaleHandleError, TorchshmError
 
 MODES = {"r+": 0, "r": 1, "c": 2}
 _PACKED_BELOW = 1 << 16  # bytes; smaller pieces of one value share a block. Arbitrary
 _LINE = 64
 _CARRIED = 1024  # bytes objects up to this many bytes lie in the text. Arbitrary
+_PICKLE_BELOW = 1 << 20  # bytes; a text is copied twice when it is loaded, and has 64 MiB at most. Arbitrary
 _LONE_BELOW = 512  # bytes of text
 _TREE_BELOW = 1 << 18  # bytes of text; a tree takes ten times that
 _FACES: dict[str, type] = {"matrix": np.matrix, "recarray": np.recarray}
@@ -218,7 +219,10 @@ class _Writer:
         except TypeError:
             pass
         if hasattr(kind, "__dlpack__"):
-            return self._array(np.from_dlpack(x), None)
+            try:
+                return self._array(np.from_dlpack(x), None)
+            except TypeError:
+                pass  # Arrow's arrays of strings, or with nulls
         return None
 
     def _array(self, x: Any, face: str | None) -> dict[str, Any] | None:
@@ -381,9 +385,11 @@ def _merge(pieces: list[_Piece]) -> list[tuple[int, int, list[_Piece]]]:
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: Any, writer: _Writer, buffers: list[int]) -> None:
+    def __init__(self, file: Any, writer: _Writer, buffers: list[int], reducers: dict[type, Any]) -> None:
         super().__init__(file, 5, buffer_callback=self._out_of_band)
-        self.dispatch_table = copyreg.dispatch_table | {np.ma.MaskedArray: _reducers._reduce_masked}
+        self.dispatch_table = (
+            copyreg.dispatch_table | {np.ma.MaskedArray: _reducers._reduce_masked} | reducers
+        )
         self._writer, self._buffers = writer, buffers
 
     def persistent_id(self, x: Any) -> int | None:
@@ -442,10 +448,17 @@ def describe(core: _C.Store, value: Any) -> tuple[bytes, list[Any]]:
     except (_NotPlainError, RecursionError):
         writer = _Writer(core)
         skeleton, buffers = io.BytesIO(), []  # type: ignore[var-annotated]
-        _Pickler(skeleton, writer, buffers).dump(value)
+        with _arrow.saving(core) as reducers:
+            _Pickler(skeleton, writer, buffers, reducers).dump(value)
+        pickled = skeleton.getbuffer()
+        if len(pickled) < _PICKLE_BELOW:
+            writer.place()
+            tree = writer.json(buffers)
+            return b"P" + len(tree).to_bytes(8, "little") + tree + pickled, writer.refs
+        apart = writer.leaf(pickled)
         writer.place()
-        tree = writer.json(buffers)
-        return b"P" + len(tree).to_bytes(8, "little") + tree + skeleton.getbuffer(), writer.refs
+        tree = writer.json({"buffers": buffers, "pickle": apart})
+        return b"P" + len(tree).to_bytes(8, "little") + tree, writer.refs
     writer.place()
     return b"J" + writer.json(node), writer.refs
 
@@ -765,7 +778,10 @@ def rebuild(
         reader = _Reader(core, tree, blocks, mode or ("c" if pickled else "r"), tensors)
         if not pickled:
             return reader.node(tree["value"])
-        unpickler = _Unpickler(io.BytesIO(skeleton), reader, tree["value"])
+        buffers = tree["value"]
+        if type(buffers) is dict:
+            buffers, skeleton = buffers["buffers"], reader.leaf(buffers["pickle"])
+        unpickler = _Unpickler(io.BytesIO(skeleton), reader, buffers)
     except (TorchshmError, MemoryError, ImportError):
         raise
     except Exception as error:

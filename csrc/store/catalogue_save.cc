@@ -237,8 +237,12 @@ Status Catalogue::save(std::string_view name, std::string_view text, const std::
                        const SaveOptions& options) {
   if (name.empty() || name.size() > (name[0] == 0 ? kMaxKey : kMaxName))
     return Status(Code::kInvalid, "a name has 1 to " + std::to_string(kMaxName) + " bytes");
-  if (blocks.size() > kMaxParts || text.size() > kMaxText)
-    return Status(Code::kInvalid, "too many parts for one name; save them under several");
+  if (blocks.size() > kMaxParts) return Status(Code::kInvalid, "too many parts for one name; save them under several");
+  if (text.size() > kMaxText)
+    return Status(Code::kInvalid,
+                  "too many plain values for one name: all that is no array, tensor or buffer has 64 MiB at most; save "
+                  "it in parts, or "
+                  "as an array");
   const Key key(name);
   // Before the work: most that fail, fail here.
   if (!options.overwrite && look(key)) return Status(Code::kExists, "the name is taken");

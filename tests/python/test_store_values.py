@@ -400,3 +400,23 @@ def test_dtypes_survive_their_description():
         assert _values.node_to_dtype(_values.dtype_to_node(wanted)) == wanted
     with pytest.raises(TypeError):
         _values.dtype_to_node(np.dtype("O"))
+
+
+def test_a_large_pickle_lies_in_the_store_beside_its_text(store):
+    value = {f"text {i}" * 7 for i in range(20_000)}, np.arange(100_000), {b"x" * (70 << 20)}
+    store["big"] = value
+    assert len(store._core.find("big")["text"]) < 4096
+    with pytest.raises(ValueError, match="allow_pickle=True"):
+        store["big"]
+    texts, array, blob = store.load("big", allow_pickle=True)
+    assert texts == value[0] and (array == value[1]).all() and blob == value[2]
+    text, refs = _values.describe(store._core, value)
+    store._core.save("bad", text.replace(b'"pickle":', b'"pickle":9'), refs, True, 0, False)
+    with pytest.raises(torchshm.TorchshmError, match="damaged"):
+        store.load("bad", allow_pickle=True)
+
+
+def test_too_many_plain_values_say_what_to_do(store):
+    with pytest.raises(ValueError, match=r"too many plain values for one name.*in parts"):
+        store["text"] = "x" * (65 << 20)
+    assert "text" not in store

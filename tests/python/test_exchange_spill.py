@@ -1,0 +1,49 @@
+"""Files that are larger than a store's memory: what does not fit is on disk, on the way in and on the way out."""
+
+import numpy as np
+import pytest
+
+import torchshm
+
+N = 12
+COUNT = 1 << 19  # of float64 in an array: 4 MiB
+
+
+def array(i):
+    return np.arange(COUNT, dtype=float) + i
+
+
+@pytest.fixture(scope="module")
+def small(runtime, tmp_path_factory):
+    with torchshm.start("exchanging", limit="24MiB", spill=tmp_path_factory.mktemp("spill")) as store:
+        yield store
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz", "zarr"])
+def test_more_than_fits_into_memory_comes_in_and_goes_out(small, tmp_path, suffix):
+    np.savez(tmp_path / "in.npz", **{f"k{i:02}": array(i) for i in range(N)})
+    keys = small.import_from(tmp_path / "in.npz", policy="spill")
+    assert len(keys) == N and small.info("k00")["policy"] == "spill" and small.info()["spilled_bytes"] > 0
+    assert small.export_to(tmp_path / f"out.{suffix}") == keys
+    for key in keys:
+        del small[key]
+    assert small.import_from(tmp_path / f"out.{suffix}") == keys
+    for i, key in enumerate(keys):
+        assert (small[key] == array(i)).all()
+        del small[key]
+
+
+def test_a_snapshot_has_what_is_on_disk_and_keeps_policies(small, tmp_path):
+    policies = ["spill", "drop", "keep", "pin"]
+    for i in range(N):
+        small.save(f"k{i:02}", array(i), policy="spill")
+    for policy in policies:
+        small.save(policy, {"x": np.arange(9)}, policy=policy)
+    assert small.info()["spilled_bytes"] > 0
+    written = small.snapshot(tmp_path / "s")
+    assert sorted({*small, "drop"}) == sorted({*written, "drop"})
+    with torchshm.open(tmp_path / "s") as file:
+        for i in range(N):
+            assert (file[f"k{i:02}"] == array(i)).all()
+    with torchshm.start("exchanged", file=tmp_path / "s") as again:
+        assert [again.info(key)["policy"] for key in policies] == policies

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchshm import _C, _tensors, _values
+from torchshm import _C, _prefetch, _tensors, _values
 from torchshm._locks import Lock
 from torchshm._size import parse_size
-from torchshm.errors import KeyExistsError, StaleHandleError, StoreUnavailableError
+from torchshm.errors import KeyExistsError, PoolFullError, StaleHandleError, StoreUnavailableError
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,21 @@ def _ttl(seconds: float | None) -> int:
     if not 0 < seconds < math.inf:
         raise ValueError(f"ttl is a number of seconds above 0, not {seconds}")
     return max(1, int(seconds * 1e9))
+
+
+POLICIES = ("keep", "drop", "spill", "pin")  # csrc/store/layout.h has the same order
+
+
+def _policy(policy: str | None) -> int:
+    if policy is None:
+        return -1
+    if policy not in POLICIES:
+        raise ValueError(f"policy is one of {', '.join(map(repr, POLICIES))}, not {policy!r}")
+    return POLICIES.index(policy)
+
+
+def _patience(timeout: float | None) -> int:
+    return -1 if timeout is None else _nanoseconds(timeout)
 
 
 def _checked(key: Any) -> str:
@@ -103,7 +120,16 @@ class Store(MutableMapping[str, Any]):
 
     # ---- values
 
-    def save(self, key: str, value: Any, ttl: float | None = None, overwrite: bool = False) -> None:
+    def save(
+        self,
+        key: str,
+        value: Any,
+        ttl: float | None = None,
+        overwrite: bool = False,
+        *,
+        policy: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
         """Put a value into the store under a name. Others see all of it or nothing.
 
         What lies in the store's memory already is only named: made in :meth:`storage`, loaded from it, or, with
@@ -121,27 +147,57 @@ class Store(MutableMapping[str, Any]):
             Seconds after which the name goes. Default: the store's. Who holds the data keeps it.
         overwrite : bool
             Replace what has that name. Who holds the old value keeps it.
+        policy : {"keep", "drop", "spill", "pin"}, optional
+            What may become of the value while nobody uses it, when the store needs room. In this order values go, least recently used
+            first: ``"drop"`` is removed; ``"spill"`` and then ``"keep"`` go to the store's spill directory, where it has one, and come back
+            when they are loaded; ``"pin"`` stays in memory. Default: the store's, which is ``"keep"`` unless said otherwise. What several
+            names have stays in memory.
+        timeout : float, optional
+            Seconds to wait for room. Default: the store's.
 
         Raises
         ------
         KeyExistsError
             When the name is taken and `overwrite` is not set.
         PoolFullError
-            When the store has no room.
+            When the store has no room, and none was made in time.
         TypeError
             For tensors that can't be shared: on another device, or of a layout without plain memory.
         """
-        self._save(self._core, _checked(key), value, _ttl(ttl), overwrite)
+        self._save(
+            self._core, _checked(key), value, _ttl(ttl), overwrite, _policy(policy), _patience(timeout)
+        )
 
-    def _save(self, core: _C.Store, key: str, value: Any, ttl: int, overwrite: bool) -> None:
-        if type(value) is np.ndarray and core.save_array(key, value, overwrite, ttl, False):
+    def _save(
+        self,
+        core: _C.Store,
+        key: str,
+        value: Any,
+        ttl: int,
+        overwrite: bool,
+        policy: int = -1,
+        patience: int = -1,
+    ) -> None:
+        if type(value) is np.ndarray and core.save_array(key, value, overwrite, ttl, False, policy, patience):
             return
         if not overwrite and core.contains(key):  # before the work
             raise KeyExistsError(
                 f"{key} is a name in this store already; save it under another one, or with overwrite=True"
             )
-        text, refs = _values.describe(core, value)
-        core.save(key, text, refs, overwrite, ttl, False)
+        deadline = None
+        for attempt in itertools.count():
+            try:
+                text, refs = _values.describe(core, value)
+                core.save(key, text, refs, overwrite, ttl, False, policy)
+                return
+            except PoolFullError as error:
+                if deadline is None:
+                    deadline = time.monotonic() + (core.patience if patience < 0 else patience * 1e-9)
+                if time.monotonic() >= deadline:
+                    raise
+                # What was placed so far is given up before the wait: others may need just that.
+                traceback.clear_frames(error.__traceback__)
+            core.wait_for_room(attempt)
 
     def load(
         self,
@@ -295,7 +351,7 @@ class Store(MutableMapping[str, Any]):
                     return self._open(core, key, raw, mode, allow_pickle)
                 continue
             try:
-                core.save(mark, b"", [], False, 0, True)
+                core.save(mark, b"", [], False, 0, True, -1)
             except KeyExistsError:
                 self._wait_for_maker(core, key, mark, bell, timeout, deadline, waiting)
                 continue
@@ -312,7 +368,7 @@ class Store(MutableMapping[str, Any]):
 
     def _tell_of_making(self, key: str, text: bytes) -> None:
         """Put a text into the mark of get_or_create, by the one at work at this key."""
-        self._core.save("\0" + key, text, [], True, 0, True)
+        self._core.save("\0" + key, text, [], True, 0, True, -1)
 
     def _wait_for_maker(
         self,
@@ -457,6 +513,27 @@ class Store(MutableMapping[str, Any]):
         """
         return Lock(self, None if key is None else _checked(key), shared, timeout)
 
+    # ---- memory and disk
+
+    def set_policy(self, key: str, policy: str) -> None:
+        """Say what may become of a value when the store needs room, as :meth:`save` does.
+
+        Raises
+        ------
+        KeyError
+            When there is no such name.
+        """
+        if not self._core.set_policy(_checked(key), _policy(policy)):
+            raise KeyError(key)
+
+    def prefetch(self, keys: str | Iterable[str]) -> None:
+        """Begin to bring values back from disk, and return at once; they are loaded sooner then, if there is room for them.
+
+        Names that are not there, or in memory already, and errors, are left to :meth:`load`.
+        """
+        wanted = [_checked(key) for key in ([keys] if isinstance(keys, str) else keys)]
+        _prefetch.begin(self._core, wanted)
+
     # ---- names
 
     def contains(self, key: str) -> bool:
@@ -484,14 +561,19 @@ class Store(MutableMapping[str, Any]):
         Returns
         -------
         dict
-            Of a name: ``kind`` ("array", "values" or "object"), ``bytes`` (of the blocks that it keeps), ``blocks``, ``created`` (seconds
-            since 1970), ``expires_in`` (seconds, or None), ``pid`` of who saved it. Of the store: ``name``, ``names``, ``created``,
-            ``ttl``, ``saved``, ``removed``, ``expired``, ``service_pid``, ``live_bytes``, ``committed_bytes``, ``limit_bytes``,
-            ``blocks``, ``leases``.
+            Of a name: ``kind`` ("array", "values" or "object"), ``bytes`` (of its blocks, or of its file), ``blocks``, ``created`` (seconds
+            since 1970), ``expires_in`` (seconds, or None), ``pid`` of who saved it, ``where`` ("memory" or "disk"), ``policy``.
+            Of the store: ``name``, ``names``, ``created``, ``ttl``, ``saved``, ``removed``, ``expired``, ``service_pid``, ``live_bytes``,
+            ``committed_bytes``, ``warm_bytes``, ``control_bytes``, ``limit_bytes``, ``blocks``, ``leases``, ``policy``, ``spill_directory``;
+            now on disk and not in memory ``spilled_names``, ``spilled_bytes``; and since the store began ``loads``, ``spills`` and
+            ``spilled_total_bytes`` (memory given up for a file), ``written`` and ``written_bytes`` (files), ``restores`` and
+            ``restored_bytes``, ``evictions`` (names dropped), ``spill_errors``, ``room_waits``.
         """
         if key is None:
-            return self._core.info()
+            figures = self._core.info()
+            return {**figures, "policy": POLICIES[figures["policy"]]}
         found = self._core.find(_checked(key))
+        found["policy"] = POLICIES[found["policy"]]
         text = found.pop("text")
         kind = {b"A": "array", b"J": "values", b"P": "object"}.get(text[:1], "unknown")
         del found["bound"], found["abandoned"]
@@ -551,6 +633,9 @@ def start(
     *,
     mode: int = 0o600,
     group: int | str | None = None,
+    spill: str | os.PathLike[str] | None = None,
+    policy: str = "keep",
+    timeout: float | None = None,
 ) -> Store:
     """Serve a store from this process, by a thread that needs neither Python nor its lock, and return a client of it.
 
@@ -569,6 +654,12 @@ def start(
         Permissions of the socket.
     group : int or str, optional
         Members of this group may use the store too; give it with a `mode` such as ``0o660``.
+    spill : path, optional
+        Directory, on a disk, for values that do not fit into memory; made if it is missing. Files of a store that is gone are removed.
+    policy : {"keep", "drop", "spill", "pin"}
+        Of values that are saved without one, see :meth:`Store.save`. ``"drop"`` makes the store a cache.
+    timeout : float, optional
+        Seconds that :meth:`Store.save` and :meth:`Store.load` wait for room. Default: 10 with `spill` or ``policy="drop"``, else 0.
 
     Raises
     ------
@@ -584,7 +675,17 @@ def start(
         import grp
 
         group = grp.getgrnam(group).gr_gid
-    core = _C.Store.start(name, size, _ttl(ttl), mode, -1 if group is None else group)
+    directory = "" if spill is None else os.path.abspath(os.fspath(spill))
+    core = _C.Store.start(
+        name,
+        size,
+        _ttl(ttl),
+        mode,
+        -1 if group is None else group,
+        directory,
+        _policy(policy),
+        _patience(timeout),
+    )
     return Store(name, 10.0, core)
 
 

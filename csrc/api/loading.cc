@@ -1,5 +1,7 @@
 // Store::load() and its like: what a name stands for, found, read and opened.
 #include <algorithm>
+#include <optional>
+#include <thread>
 
 #include "api/store_impl.h"
 #include "os/futex.h"
@@ -16,8 +18,10 @@ using api::time_after;
 
 namespace {
 
-constexpr int kAttempts = 1000;            // a name that changes more often while it is looked for is an error
-constexpr uint64_t kLook = 1'000'000'000;  // ns; a saver that dies after it has named the value rings no bell
+constexpr int kAttempts = 1000;                 // a name that changes more often while it is looked for is an error
+constexpr uint64_t kBusyMost = 10'000'000'000;  // ns for another process to write a value out or bring it back
+constexpr uint64_t kStopped = 2'000'000'000;    // ns after which the value is brought back here as well
+constexpr uint64_t kLook = 1'000'000'000;       // ns; a saver that dies after it has named the value rings no bell
 
 // Calls open(entry, value) until it does not find that the name has been removed or replaced meanwhile.
 template <class Impl, class F>
@@ -27,6 +31,14 @@ auto load_by(Impl& impl, std::string_view key, const LoadOptions& options, F ope
   const uint64_t timeout = count_of(options.timeout, "a timeout");
   for (int attempt = 0;; ++attempt) {
     const store::Entry entry = impl.find(key, timeout);
+    std::optional<store::Catalogue::Writing> writing;
+    if (options.mode == Mode::kReadWrite) {
+      auto held = impl.catalogue->hold_for_writing(entry);
+      if (!held && held.code() == Code::kBusy && attempt < kAttempts) std::this_thread::sleep_for(kRoomNap);
+      if (!held && (held.code() == Code::kBusy || held.code() == Code::kStale) && attempt < kAttempts) continue;
+      if (!held) fail(held.status());
+      writing.emplace(std::move(*held));
+    }
     auto value = api::parse(entry, *impl.member);
     if (!value) fail_damaged(key, value.status());
     if (value->kind == 'P')
@@ -79,11 +91,26 @@ bool collect(const api::Value& value, const api::Json& node, const std::string& 
 
 }  // namespace
 
+void Store::Impl::restore(std::string_view key) {
+  const uint64_t begun = os::boot_time();
+  const uint64_t patience = std::max(catalogue->header().patience.load(std::memory_order_relaxed), kBusyMost);
+  for (;;) {
+    const Status back = catalogue->restore(key, os::boot_time() - begun < kStopped);
+    if (back) return;
+    if ((back.code() != Code::kFull && back.code() != Code::kBusy) || os::boot_time() - begun > patience) fail(back);
+    std::this_thread::sleep_for(kRoomNap);
+  }
+}
+
 store::Entry Store::Impl::find(std::string_view key, uint64_t timeout) {
   const uint64_t until = time_after(timeout);
   for (;;) {
     const uint32_t bell = catalogue->bell(key);
-    auto entry = catalogue->find(key);
+    auto entry = catalogue->load(key);
+    if (entry && entry->spilled) {
+      restore(key);
+      continue;
+    }
     if (entry) return entry.take();
     if (entry.code() != Code::kMissing) fail(entry.status());
     if (timeout == 0) throw KeyError("torchshm: the store " + name + " has no name '" + std::string(key) + "'");

@@ -15,7 +15,6 @@ using api::time_after;
 bool Store::Impl::mark(const std::string& name) {
   const store::SaveOptions bound{false, 0, true};
   Status saved = catalogue->save(name, "", {}, bound);
-  if (made_room(saved)) saved = catalogue->save(name, "", {}, bound);
   if (!saved && saved.code() != Code::kExists) fail(saved);
   return saved.ok();
 }

@@ -1,9 +1,11 @@
 // Store::save() and what goes before it: where a value lies, or is copied to, and the text that says what it is.
 #include <algorithm>
 #include <cstring>
+#include <thread>
 
 #include "api/store_impl.h"
 #include "base/copy.h"
+#include "os/futex.h"
 #include "pool/array_wire.h"
 
 namespace torchshm {
@@ -13,6 +15,7 @@ using api::count_of;
 using api::fail;
 using api::fail_taken;
 using api::owner_of;
+using api::time_after;
 using pool::Member;
 
 namespace {
@@ -33,7 +36,12 @@ std::byte* pack(std::byte* to, const std::byte* from, const int64_t* shape, cons
 
 Member::View Store::Impl::allocate(uint64_t bytes, bool in_the_making) {
   auto view = member->allocate(bytes, true, in_the_making);
-  if (!view && made_room(view.status())) view = member->allocate(bytes, true, in_the_making);
+  if (view.code() == Code::kFull) catalogue->count_wait();
+  const uint64_t until = time_after(catalogue->header().patience.load(std::memory_order_relaxed));
+  while (view.code() == Code::kFull && os::boot_time() < until) {
+    std::this_thread::sleep_for(kRoomNap);
+    view = member->allocate(bytes, true, in_the_making);
+  }
   if (!view) fail(view.status());
   return *view;
 }
@@ -142,7 +150,6 @@ std::string Store::Impl::wire_of(const Array& array, const api::TypeRow& row, co
 void Store::Impl::name_it(std::string_view key, const std::string& text, const std::vector<uint32_t>& blocks,
                           const store::SaveOptions& how) {
   Status saved = catalogue->save(key, text, blocks, how);
-  if (made_room(saved)) saved = catalogue->save(key, text, blocks, how);
   if (saved.code() == Code::kExists) fail_taken(key);
   if (!saved) fail(saved);
 }

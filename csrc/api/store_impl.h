@@ -4,6 +4,7 @@
 // Private to the process. Thread safety: as Store, all of it from any thread.
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -19,7 +20,8 @@
 
 namespace torchshm {
 
-constexpr uint64_t kNap = 50'000'000;  // ns; a holder or maker that dies rings no bell
+constexpr std::chrono::milliseconds kRoomNap{5};  // while others may make room
+constexpr uint64_t kNap = 50'000'000;             // ns; a holder or maker that dies rings no bell
 
 struct Store::Impl {
   std::string name;
@@ -34,14 +36,13 @@ struct Store::Impl {
     return server;
   }
 
-  // Whether it was for want of room, and some has been made.
-  bool made_room(const Status& status) { return status.code() == Code::kFull && catalogue->sweep() > 0; }
-
   // A block with `bytes` uninitialised bytes.
   pool::Member::View allocate(uint64_t bytes, bool in_the_making);
 
   void save(std::string_view key, const Array& given, const char* face, const SaveOptions& options);
 
+  // Brings a spilled value back, if it is one.
+  void restore(std::string_view key);
   // What the name stands for, once it is there.
   store::Entry find(std::string_view key, uint64_t timeout);
 

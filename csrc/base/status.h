@@ -23,6 +23,7 @@ enum class Code : uint8_t {
   kSystem,       // a system call failed
   kExists,       // the name is taken
   kMissing,      // there is no such name
+  kBusy,         // somebody else is at it: look again
 };
 
 class [[nodiscard]] Status {

@@ -18,6 +18,10 @@ constexpr uint64_t kWorthALook = 256 << 10;
 constexpr int kRunAttempts = 8;
 constexpr int kRoomSteps =
     8;  // the last ones wait, 1 to 16 ms, for chunks that somebody is just giving back to the system
+constexpr int kOwnSteps = 1;  // what nobody misses
+
+// Of this thread: see Member::Restraint.
+thread_local bool restrained = false, beyond = false;
 
 uint64_t granules_for(uint64_t bytes, bool whole_pages) {
   const uint64_t unit = whole_pages ? kPage : kGranule;
@@ -194,14 +198,54 @@ bool Member::make_room_step(int step, uint64_t bytes) {
   return false;
 }
 
+Member::Restraint::Restraint(bool beyond_limit) : before_(restrained), beyond_before_(beyond) {
+  restrained = true;
+  beyond = beyond_limit;
+}
+
+Member::Restraint::~Restraint() {
+  restrained = before_;
+  beyond = beyond_before_;
+}
+
+void Member::add_room_maker(std::weak_ptr<RoomMaker> maker) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(room_makers_, [](const auto& known) { return known.expired(); });
+  room_makers_.push_back(std::move(maker));
+}
+
+std::shared_ptr<RoomMaker> Member::room_maker() {
+  const std::lock_guard lock(mutex_);
+  for (const auto& known : room_makers_) {
+    if (auto maker = known.lock()) return maker;
+  }
+  return nullptr;
+}
+
 Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages, bool in_the_making) {
+  auto view = allocate_here(bytes, whole_pages, in_the_making, kOwnSteps);
+  if (view || view.code() != Code::kFull) return view;
+  // Messages are taken back when nothing else helps.
+  const auto maker = room_maker();
+  if (maker != nullptr && restrained) return view;
+  const bool possible = maker != nullptr && bytes <= arena_.header().limit.load(std::memory_order_relaxed);
+  // What is given up may lie scattered: more each time.
+  for (uint64_t enough = bytes; possible && maker->make_room(enough) != 0; enough *= 2) {
+    view = allocate_here(bytes, whole_pages, in_the_making, kOwnSteps);
+    if (view || view.code() != Code::kFull) return view;
+  }
+  return allocate_here(bytes, whole_pages, in_the_making, kRoomSteps);
+}
+
+Result<Member::View> Member::allocate_here(uint64_t bytes, bool whole_pages, bool in_the_making, int steps) {
   const std::lock_guard lock(mutex_);
   notice_fork();
   if (stranded_) return Status(Code::kNoSlot, stranded_why_);
   take_hints();
+  work_->space.set_beyond(beyond);
   auto block = allocate_block(bytes, whole_pages);
   uint64_t enough = bytes;
-  for (int step = 0; !block && block.code() == Code::kFull && step < kRoomSteps;) {
+  for (int step = 0; !block && block.code() == Code::kFull && step < steps;) {
     // What comes back may lie scattered: ask for more of it before the next, harsher step.
     if (make_room_step(step, enough)) {
       enough *= 2;
@@ -551,6 +595,17 @@ uint64_t Member::trim(uint64_t keep) {
 Stats Member::stats() {
   (void)reap();
   return collect(arena_);
+}
+
+Member::Usage Member::usage() const {
+  Usage usage;
+  for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
+    const ChunkValue chunk = ChunkValue::of(arena_.chunk(i).value.load());
+    usage.committed += chunk.committed * kPage;
+    if (chunk.state == ChunkState::kIdle) usage.idle += chunk.committed * kPage;
+  }
+  usage.limit = arena_.header().limit.load(std::memory_order_relaxed);
+  return usage;
 }
 
 void Member::count_fallback() { arena_.lease(membership_.slot()).fallbacks.fetch_add(1, std::memory_order_relaxed); }

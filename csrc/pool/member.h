@@ -22,6 +22,14 @@
 
 namespace torchshm::pool {
 
+// Who can give up memory that nobody uses, when a pool is full: the catalogue of a store.
+class RoomMaker {
+ public:
+  virtual ~RoomMaker() = default;
+  // Returns how many bytes of blocks were given up; 0 when there is nothing (more) to give up. May use the pool, and write files.
+  virtual uint64_t make_room(uint64_t bytes) = 0;
+};
+
 class Member final : public FreedSink {
  public:
   static Result<std::unique_ptr<Member>> create(uint64_t family, const Limits& limits);
@@ -38,7 +46,21 @@ class Member final : public FreedSink {
   };
   // A fresh block, held once in kReadWrite mode. whole_pages: for blocks that will be seen copy-on-write.
   // in_the_making: until release_made() no object looks at it, and a child that is forked meanwhile does not keep it.
+  // A full pool asks its room makers, with nothing held for it meanwhile.
   Result<View> allocate(uint64_t bytes, bool whole_pages, bool in_the_making = false);
+  void add_room_maker(std::weak_ptr<RoomMaker> maker);
+  // In this thread a full pool is full, while one lives: for what must not wait for files, and for room makers themselves, who may go
+  // beyond the limit by a little to give up much.
+  class Restraint {
+   public:
+    explicit Restraint(bool beyond_limit = false);
+    ~Restraint();
+    Restraint(const Restraint&) = delete;
+    Restraint& operator=(const Restraint&) = delete;
+
+   private:
+    bool before_, beyond_before_;
+  };
   void release_made(uint32_t block);
 
   // One more object, or one less, that looks at a held block. REQUIRES: held.
@@ -95,6 +117,11 @@ class Member final : public FreedSink {
   uint32_t reap();
   uint64_t trim(uint64_t keep);
   Stats stats();
+  // Of the chunks: bytes with pages behind them, and those of them that nobody uses.
+  struct Usage {
+    uint64_t committed = 0, idle = 0, limit = 0;
+  };
+  Usage usage() const;
   void set_ticket_age(uint32_t seconds) { arena_.header().ticket_age.store(seconds, std::memory_order_relaxed); }
   void count_fallback();
 
@@ -131,6 +158,8 @@ class Member final : public FreedSink {
   bool copy_is_clean(const Arena::Extent& extent);
   void part_with_child();
   bool part(uint32_t block);
+  Result<View> allocate_here(uint64_t bytes, bool whole_pages, bool in_the_making, int steps);
+  std::shared_ptr<RoomMaker> room_maker();
   Result<uint32_t> allocate_block(uint64_t bytes, bool whole_pages);
   Result<uint32_t> allocate_small(uint32_t granules, bool whole_pages);
   bool make_room_step(int step, uint64_t bytes);
@@ -144,6 +173,7 @@ class Member final : public FreedSink {
   std::unique_ptr<Work> work_;
   uint64_t pool_id_;
   uint64_t* fork_detector_;
+  std::vector<std::weak_ptr<RoomMaker>> room_makers_;
   std::vector<uint32_t> making_;    // allocated and not yet released by a thread that fills a message
   std::optional<Membership> heir_;  // between prepare_fork and its end
   // Ranges that were unwritten when the process had had so many page faults; a first write to a page is a fault.

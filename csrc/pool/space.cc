@@ -14,6 +14,7 @@ namespace {
 constexpr size_t kRecent = 32;  // arbitrary: more than the batches that a DataLoader worker has under way
 constexpr int kAttempts = 64;   // others took the run that was found; after so many the pool is as good as full
 constexpr uint64_t kReserve = uint64_t{32} << 20;  // left of a cgroup's headroom, for everything that is not ours
+constexpr uint64_t kBeyond = 64;                   // of the limit, a part
 
 Status full(const std::string& why) { return Status(Code::kFull, why); }
 
@@ -127,7 +128,8 @@ void Space::put_back(uint32_t chunk, const Taken& taken) {
 }
 
 Status Space::within_limit() {
-  const uint64_t limit = arena_.header().limit.load(std::memory_order_relaxed);
+  const uint64_t set = arena_.header().limit.load(std::memory_order_relaxed);
+  const uint64_t limit = beyond_ ? set + std::max(set / kBeyond, kChunk) : set;
   uint64_t sum = committed();
   if (sum <= limit) return {};
   const uint64_t warm = idle();

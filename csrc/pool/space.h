@@ -51,6 +51,9 @@ class Space {
   // Gives idle chunks back to the system until at most `keep` bytes are idle. Returns the bytes given back.
   uint64_t trim(uint64_t keep);
 
+  // Whether claims may go beyond the limit by a sixty-fourth, or a chunk: to give up much more.
+  void set_beyond(bool on) { beyond_ = on; }
+
   uint64_t committed() const;  // bytes
   uint64_t idle() const;       // bytes
   bool unsettled() const;      // somebody is giving a chunk back, or getting pages for one, right now
@@ -84,6 +87,7 @@ class Space {
   std::vector<uint32_t> recent_;  // heads of runs that this lease had lately
   std::vector<Taken> taken_;      // of the claim under way; members, so that a claim allocates nothing
   std::vector<uint32_t> need_;    // pages of each of its chunks
+  bool beyond_ = false;
   uint64_t headroom_seen_ = 0;
   uint64_t headroom_ = 0;  // what was left when last looked
 };

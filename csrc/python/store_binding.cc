@@ -3,7 +3,9 @@
 #include "python/store_binding.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <thread>
 
 #include "base/copy.h"
 #include "os/futex.h"
@@ -31,6 +33,10 @@ using pool::Mode;
 constexpr char kArray = 'A';              // the text of one array: this, and its wire
 constexpr uint64_t kSlice = 100'000'000;  // ns slept at a time: a signal may come just before the sleep
 constexpr uint64_t kCopyUnderGil = uint64_t{1} << 20;
+constexpr std::chrono::microseconds kShortRest{200}, kLongRest{20'000};
+constexpr uint64_t kBusyMost = 10'000'000'000;  // ns for another process to write a value out or bring it back
+constexpr uint64_t kStopped = 2'000'000'000;    // ns after which the value is brought back here as well
+constexpr uint64_t kForEver = uint64_t{1} << 62;
 constexpr int kAttempts = 1000;  // a name that changes more often while it is looked for is an error
 
 // Without the GIL.
@@ -62,6 +68,13 @@ Mode mode_of(int mode) {
   return static_cast<Mode>(mode);
 }
 
+// Nothing for -1: the store's.
+std::optional<store::Policy> policy_of(int policy) {
+  if (policy < 0) return std::nullopt;
+  if (policy > static_cast<int>(store::Policy::kPin)) throw py::value_error("unknown policy");
+  return static_cast<store::Policy>(policy);
+}
+
 py::dict as_dict(const service::Reply& reply) {
   py::dict row;
   row["pid"] = reply.pid;
@@ -80,13 +93,16 @@ class Store {
   Store& operator=(const Store&) = delete;
 
   static std::unique_ptr<Store> start(const std::string& name, uint64_t limit, uint64_t ttl, uint32_t mode,
-                                      int64_t group) {
+                                      int64_t group, const std::string& spill, int policy, int64_t patience) {
     service::ServerOptions options;
     options.name = name;
     options.limits.limit = limit;
     options.ttl = ttl;
     options.mode = mode;
     options.group = group;
+    options.spill = spill;
+    options.policy = policy_of(policy).value_or(store::Policy::kKeep);
+    options.patience = patience;
     Result<std::unique_ptr<service::Server>> server = Status();
     {
       const WithoutGil release;
@@ -115,15 +131,33 @@ class Store {
   // ---- one array
 
   // False when a wire alone can't describe it.
-  bool save_array(std::string_view key, py::handle object, bool overwrite, uint64_t ttl, bool bound) {
+  bool save_array(std::string_view key, py::handle object, bool overwrite, uint64_t ttl, bool bound, int policy,
+                  int64_t patience) {
     if (!PyArray_CheckExact(object.ptr())) return false;
     // Before the copy.
     if (!overwrite && catalogue_->contains(key)) fail_save(Status(Code::kExists, ""), key);
     ArrayWire wire;
     Status status;
     auto* array = reinterpret_cast<PyArrayObject*>(object.ptr());
-    Put put = put_array(array, member_, wire, status);
-    if (put == Put::kFailed && made_room(status)) put = put_array(array, member_, wire, status = Status());
+    Put put = Put::kFailed;
+    const auto try_put = [&]() -> Status {
+      put = put_array(array, member_, wire, status = Status());
+      return put == Put::kFailed ? std::move(status) : Status();
+    };
+    status = patiently(patience, [&]() -> Status {
+      {
+        const pool::Member::Restraint no_files;  // with the GIL
+        Status done = try_put();
+        if (done.code() != Code::kFull) return done;
+      }
+      const auto bytes = static_cast<uint64_t>(PyArray_NBYTES(array));
+      for (uint64_t enough = bytes; make_room(enough); enough *= 2) {
+        const pool::Member::Restraint no_files;
+        Status done = try_put();
+        if (done.code() != Code::kFull) return done;
+      }
+      return try_put();
+    });
     switch (put) {
       case Put::kNot:
         return false;
@@ -139,7 +173,7 @@ class Store {
     // The name takes its own ticket from a hold.
     auto view = member_->redeem(wire.handle, Mode::kReadWrite);
     if (!view) fail_in_store(view.status());
-    status = catalogue_->save(key, {text, length}, {view->block}, {overwrite, ttl, bound});
+    status = catalogue_->save(key, {text, length}, {view->block}, {overwrite, ttl, bound, policy_of(policy)});
     member_->release(view->block, Mode::kReadWrite);
     if (!status) fail_save(status, key);
     return true;
@@ -150,13 +184,23 @@ class Store {
     const Mode wanted = mode_of(mode);
     Status status;
     for (int attempt = 0; attempt < kAttempts; ++attempt) {
-      auto entry = catalogue_->find(key);
+      auto entry = catalogue_->load(key);
       if (!entry) {
         if (entry.code() == Code::kMissing) fail_missing(key);
         fail_in_store(entry.status());
       }
+      if (entry->spilled) {
+        restore(key);
+        continue;
+      }
+      std::optional<store::Catalogue::Writing> writing;
+      if (wanted == Mode::kReadWrite) {
+        auto held = hold_for_writing(*entry);
+        if (!held) continue;
+        writing.emplace(std::move(*held));
+      }
       const std::string& text = entry->text;
-      if (text.empty() || text[0] != kArray) return as_text(*entry);
+      if (text.empty() || text[0] != kArray) return as_text(*entry, wanted == Mode::kReadWrite);
       auto wire = pool::decode(text.data() + 1, text.size() - 1);
       if (!wire) fail_damaged(key, wire.status());
       const uint64_t secret = member_->arena().header().secret;
@@ -183,8 +227,8 @@ class Store {
   // ---- other values: a text, and blocks
 
   // A name for `text` and for the blocks that `refs` hold.
-  void save(std::string_view key, std::string_view text, const py::list& refs, bool overwrite, uint64_t ttl,
-            bool bound) {
+  void save(std::string_view key, std::string_view text, const py::list& refs, bool overwrite, uint64_t ttl, bool bound,
+            int policy) {
     std::vector<uint32_t> blocks;
     blocks.reserve(refs.size());
     for (const py::handle ref : refs) {
@@ -192,7 +236,7 @@ class Store {
       if (!block) throw py::type_error("a block of this store's pool is expected");
       blocks.push_back(*block);
     }
-    Status status = catalogue_->save(key, text, blocks, {overwrite, ttl, bound});
+    Status status = catalogue_->save(key, text, blocks, {overwrite, ttl, bound, policy_of(policy)});
     if (!status) fail_save(status, key);
   }
 
@@ -216,8 +260,7 @@ class Store {
       const WithoutGil release;
       view = member_->allocate(length, true);
     }
-    if (!view && made_room(view.status())) view = member_->allocate(length, true);
-    if (!view) fail_in_store(view.status());
+    if (!view) fail_in_store(explained(std::move(view.status())));
     return bytes_over(*view, length, Mode::kReadWrite, true);
   }
 
@@ -254,7 +297,9 @@ class Store {
     }
     py::dict row;
     row["text"] = py::bytes(entry->text);
-    row["bytes"] = bytes;
+    row["bytes"] = entry->spilled ? entry->bytes : bytes;
+    row["where"] = entry->spilled ? "disk" : "memory";
+    row["policy"] = static_cast<int>(entry->policy);
     row["blocks"] = entry->blocks.size();
     row["created"] = static_cast<double>(entry->created) * 1e-9;
     if (entry->expires == 0) {
@@ -266,6 +311,35 @@ class Store {
     row["bound"] = entry->owner != 0;
     row["abandoned"] = entry->owner != 0 && member_->gone(entry->owner);
     return row;
+  }
+
+  // Brings a spilled value back, if it is one.
+  void restore(std::string_view key) {
+    const uint64_t begun = os::boot_time();
+    Status back = patiently(-1, [&]() -> Status {
+      const WithoutGil release;
+      // Whoever is at it may be stopped.
+      return catalogue_->restore(key, os::boot_time() - begun < kStopped);
+    });
+    if (!back) fail_in_store(back);
+  }
+
+  bool set_policy(std::string_view key, int policy) {
+    return catalogue_->set_policy(key, policy_of(policy).value_or(store::Policy::kKeep));
+  }
+  // Seconds that saving and loading wait for room.
+  double patience() const {
+    return static_cast<double>(catalogue_->header().patience.load(std::memory_order_relaxed)) * 1e-9;
+  }
+  // Sleeps a moment in which others may make room. Raises what a signal's handler raises.
+  void wait_for_room(int attempt) {
+    if (attempt == 0) catalogue_->count_wait();
+    rest(attempt);
+  }
+  std::string trouble() const { return catalogue_->trouble(); }
+  uint32_t sweep_files() {
+    const WithoutGil release;
+    return catalogue_->sweep_files();
   }
 
   bool contains(std::string_view key) { return catalogue_->contains(key); }
@@ -328,10 +402,12 @@ class Store {
     const store::Header& header = catalogue_->header();
     pool::Stats stats;
     uint64_t names = 0;
+    store::Catalogue::Totals totals;
     {
       const WithoutGil release;
       stats = member_->stats();
       names = catalogue_->size();
+      totals = catalogue_->totals();
     }
     py::dict row;
     row["name"] = name();
@@ -353,6 +429,22 @@ class Store {
     row["limit_bytes"] = stats.limit;
     row["blocks"] = stats.blocks;
     row["leases"] = stats.leases.size();
+    row["warm_bytes"] = stats.warm;
+    row["control_bytes"] = stats.control;
+    row["spill_directory"] = catalogue_->directory();
+    row["policy"] = static_cast<int>(header.policy.load(std::memory_order_relaxed));
+    row["spilled_names"] = totals.names_on_disk;
+    row["spilled_bytes"] = totals.bytes_on_disk;
+    row["loads"] = totals.loads;
+    row["restores"] = totals.restores;
+    row["restored_bytes"] = totals.restored_bytes;
+    row["spills"] = totals.spills;
+    row["spilled_total_bytes"] = totals.spilled_bytes;
+    row["written"] = totals.written;
+    row["written_bytes"] = totals.written_bytes;
+    row["evictions"] = totals.evictions;
+    row["spill_errors"] = totals.spill_errors;
+    row["room_waits"] = totals.room_waits;
     return row;
   }
 
@@ -387,8 +479,58 @@ class Store {
   }
 
  private:
-  // With no service, nobody has taken expired names away.
-  bool made_room(const Status& status) { return status.code() == Code::kFull && sweep() > 0; }
+  bool make_room(uint64_t bytes) {
+    const WithoutGil release;
+    return catalogue_->make_room(bytes) > 0;
+  }
+
+  // Why nothing could go to disk, where that is why there is no room.
+  Status explained(Status status) const {
+    const std::string why = status.code() == Code::kFull ? catalogue_->trouble() : "";
+    return why.empty() ? std::move(status) : Status(Code::kFull, status.what() + ". " + why);
+  }
+
+  // A moment, longer each time.
+  void rest(int attempt) {
+    {
+      const WithoutGil release;
+      std::this_thread::sleep_for(std::min(kShortRest * (1 << std::min(attempt, 8)), kLongRest));
+    }
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+
+  // Tries again where there is no room, or another process is at it, with nothing held meanwhile. patience: ns; -1: the store's.
+  template <class F>
+  Status patiently(int64_t patience, F attempt) {
+    uint64_t until = 0;
+    for (int attempts = 0;; ++attempts) {
+      Status status = attempt();
+      if (status.code() != Code::kFull && status.code() != Code::kBusy) return status;
+      const uint64_t now = os::boot_time();
+      if (attempts == 0) {
+        catalogue_->count_wait();
+        const uint64_t set = catalogue_->header().patience.load(std::memory_order_relaxed);
+        const uint64_t most = patience < 0 ? set : static_cast<uint64_t>(patience);
+        until = now + std::min(status.code() == Code::kBusy ? std::max(most, kBusyMost) : most, kForEver);
+      }
+      if (now >= until) return explained(std::move(status));
+      rest(attempts);
+    }
+  }
+
+  // kStale: look for the name again.
+  Result<store::Catalogue::Writing> hold_for_writing(const store::Entry& entry) {
+    std::optional<store::Catalogue::Writing> writing;
+    Status status = patiently(-1, [&]() -> Status {
+      auto held = catalogue_->hold_for_writing(entry);
+      if (!held) return std::move(held.status());
+      writing.emplace(held.take());
+      return {};
+    });
+    if (writing) return std::move(*writing);
+    if (status.code() != Code::kStale) fail_in_store(status);
+    return status;
+  }
 
   // What is written here to a block that is private here reaches nobody, against what the mode says.
   void refuse_private(uint32_t block, Mode wanted, std::string_view key) {
@@ -403,10 +545,19 @@ class Store {
     fail_in_store(Status(Code::kCorrupt, "the entry of " + std::string(key) + " is damaged: " + status.what()));
   }
 
-  static py::object as_text(const store::Entry& entry) {
-    py::list blocks;
-    for (const auto& block : entry.blocks) blocks.append(py::make_tuple(block.block, block.generation));
-    return py::make_tuple(py::bytes(entry.text), blocks);
+  // hold: until the tuple goes, so that what is about to be written to does not go to disk meanwhile.
+  py::object as_text(const store::Entry& entry, bool hold) {
+    py::list blocks, held;
+    for (const auto& block : entry.blocks) {
+      blocks.append(py::make_tuple(block.block, block.generation));
+      if (!hold) continue;
+      if (auto view = member_->attach(block.block, block.generation, Mode::kReadWrite)) {
+        PyObject* ref = make_block_ref(member_, *view, Mode::kReadWrite);
+        if (ref == nullptr) throw py::error_already_set();
+        held.append(py::reinterpret_steal<py::object>(ref));
+      }
+    }
+    return py::make_tuple(py::bytes(entry.text), blocks, held);
   }
 
   // Takes over the view's hold.
@@ -464,7 +615,8 @@ void add_store(py::module_& m) {
   add_lock(m);
   py::class_<Store>(m, "Store")
       .def_static("start", &Store::start, py::arg("name"), py::arg("limit") = 0, py::arg("ttl") = 0,
-                  py::arg("mode") = 0600, py::arg("group") = -1)
+                  py::arg("mode") = 0600, py::arg("group") = -1, py::arg("spill") = "", py::arg("policy") = 0,
+                  py::arg("patience") = -1)
       .def_static("connect", &Store::connect, py::arg("name"), py::arg("timeout"))
       .def("save_array", &Store::save_array)
       .def("load", &Store::load)
@@ -473,6 +625,12 @@ void add_store(py::module_& m) {
       .def("blank", &Store::blank)
       .def("open", &Store::open)
       .def("find", &Store::find)
+      .def("restore", &Store::restore)
+      .def("set_policy", &Store::set_policy)
+      .def("wait_for_room", &Store::wait_for_room)
+      .def("trouble", &Store::trouble)
+      .def("sweep_files", &Store::sweep_files)
+      .def_property_readonly("patience", &Store::patience)
       .def("contains", &Store::contains)
       .def("remove", &Store::remove)
       .def("keys", &Store::keys)

@@ -10,6 +10,7 @@
 #include "os/socket.h"
 #include "pool/members.h"
 #include "service/address.h"
+#include "store/spill_file.h"
 
 namespace torchshm::service {
 namespace {
@@ -75,7 +76,8 @@ Result<Client> connect(const std::string& name, uint64_t nanoseconds, bool (*go_
     answered = talk(name, Ask::kAttach);
   }
   if (!answered) return std::move(answered.status());
-  if (answered->files.size() != 3) return Status(Code::kInvalid, "the store's service sent no files");
+  if (answered->files.size() != 3 && answered->files.size() != 4)
+    return Status(Code::kInvalid, "the store's service sent no files");
   pool::Adoption adoption;
   Client client;
   client.member = pool::find_pool(answered->reply.pool_id);
@@ -88,6 +90,12 @@ Result<Client> connect(const std::string& name, uint64_t nanoseconds, bool (*go_
   auto catalogue = store::Catalogue::attach(*client.member, std::move(answered->files[2]));
   if (!catalogue) return std::move(catalogue.status());
   client.catalogue = catalogue.take();
+  if (answered->files.size() == 4) {
+    auto directory = store::SpillDirectory::join(std::move(answered->files[3]), client.member->pool_id());
+    if (!directory) return std::move(directory.status());
+    client.catalogue->use(directory.take());
+  }
+  client.member->add_room_maker(client.catalogue);
   adoption.keep();
   return client;
 }

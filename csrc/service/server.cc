@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <filesystem>
 #include <map>
 
 #include "base/failpoint.h"
@@ -13,6 +14,7 @@
 #include "pool/members.h"
 #include "service/address.h"
 #include "service/wire.h"
+#include "store/spill_file.h"
 
 namespace torchshm::service {
 namespace {
@@ -21,7 +23,11 @@ constexpr int kTidyEvery = 250;  // ms; what a death or an expiry may wait for w
 constexpr int kRest = 10;        // ms, after a connection that could not be taken
 constexpr size_t kMostConnections = 256;
 constexpr std::ptrdiff_t kMostStrangers = 16;
-constexpr uint64_t kPatience = 5'000'000'000;  // ns that a connection may stay silent
+constexpr uint64_t kRoomWithin = 10'000'000'000;  // ns
+constexpr uint64_t kLookAhead = 50'000'000;       // ns between looks at how full memory is, when nobody tells
+constexpr uint64_t kRetry = 1'000'000'000;        // ns, after a file that could not be written
+constexpr uint64_t kSweepFiles = 10'000'000'000;  // ns
+constexpr uint64_t kPatience = 5'000'000'000;     // ns that a connection may stay silent
 
 // Tokens: the low bits say what, the high ones which.
 constexpr uint64_t kListening = 0, kSignal = 1, kClient = 2, kWatched = 3;
@@ -49,6 +55,13 @@ struct Attempt {
     os::remove_file(lock_path(name));
   }
 };
+
+store::Settings settings_of(const ServerOptions& options) {
+  store::Settings settings{options.ttl, place(), options.policy, 0};
+  const bool roomy = !options.spill.empty() || options.policy == store::Policy::kDrop;
+  settings.patience = options.patience >= 0 ? static_cast<uint64_t>(options.patience) : roomy ? kRoomWithin : 0;
+  return settings;
+}
 
 void hook_forks() {
   static const int hooked = ::pthread_atfork([] { living.lock(); }, [] { living.unlock(); }, in_child);
@@ -109,9 +122,10 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
   std::unique_ptr<Server> server(new Server(options, *member));
   server->took_over_ = taking_over;
   auto catalogue = taking_over ? store::Catalogue::attach(*member, std::move(files->catalogue))
-                               : store::Catalogue::create(*member, options.name, options.ttl, place());
+                               : store::Catalogue::create(*member, options.name, settings_of(options));
   if (!catalogue) return std::move(catalogue.status());
   server->catalogue_ = catalogue.take();
+  if (Status prepared = server->prepare_spill(); !prepared) return prepared;
   TORCHSHM_POINT("serve.store");
   if (options.group >= 0) {  // each client opens them again, for locks of its own
     for (const int fd : {member->arena().data_fd(), member->arena().control_fd(), server->catalogue_->fd()}) {
@@ -143,11 +157,20 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
   });
   if (!started) return std::move(started.status());
   server->thread_ = started.take();
+  if (!server->catalogue_->directory().empty()) {
+    // Without it whoever needs room writes by itself.
+    auto writer = os::start_thread([raw = server.get()] {
+      raw->begin_.wait();
+      raw->write_ahead();
+    });
+    if (writer) server->writer_ = writer.take();
+  }
   // Nothing fails from here on.
   attempt.failed = false;
   server->lock_ = lock.take();
   server->catalogue_->header().serving.store(os::self().pid, std::memory_order_relaxed);
   adoption.keep();
+  member->add_room_maker(server->catalogue_);
   hook_forks();
   {
     const std::lock_guard held(living);
@@ -167,17 +190,58 @@ Server::~Server() {
   ending_.store(true);
   os::raise_signal(signal_.get());
   thread_.join();
+  if (writer_.joinable()) writer_.join();
 }
 
 // The thread is not here, and what it was doing is the parent's.
 void Server::forget_in_child() {
   if (thread_.joinable()) thread_.detach();
+  if (writer_.joinable()) writer_.detach();
   listening_.reset();
   lock_.reset();
   signal_.reset();
   poller_ = {};
   connections_->open.clear();
   connections_->watched.clear();
+}
+
+Status Server::prepare_spill() {
+  std::string path = options_.spill;
+  if (path.empty() && took_over_) path = catalogue_->directory();
+  if (path.empty()) return {};
+  std::error_code error;
+  path = std::filesystem::absolute(path, error).lexically_normal().native();
+  if (path.size() >= sizeof(store::Header::directory))
+    return Status(Code::kInvalid, "the spill directory's path is longer than " +
+                                      std::to_string(sizeof(store::Header::directory) - 1) + " bytes");
+  // Another directory would leave behind what is in this one.
+  if (const std::string had = catalogue_->directory(); !had.empty() && had != path)
+    return Status(Code::kInvalid, "this store has values in the spill directory " + had + ": start it with that one");
+  (void)store::sweep_dead(path);
+  auto directory = store::SpillDirectory::make(path, options_.name, member_.pool_id(), false, options_.group);
+  if (!directory) return std::move(directory.status());
+  catalogue_->use(directory.take());
+  catalogue_->set_directory(path);
+  if (catalogue_->header().patience.load(std::memory_order_relaxed) == 0 && options_.patience < 0)
+    catalogue_->header().patience.store(kRoomWithin, std::memory_order_relaxed);
+  return {};
+}
+
+void Server::write_ahead() {
+  uint64_t swept = 0;
+  while (!ending_.load() && stop_asked_.load(std::memory_order_acquire) == 0) {
+    std::atomic<uint32_t>& wanted = catalogue_->header().room_wanted;
+    const uint32_t seen = wanted.load(std::memory_order_relaxed);
+    const uint64_t written = catalogue_->write_ahead();
+    const uint64_t now = os::boot_time();
+    if (now - swept > kSweepFiles && deaths_.exchange(false)) {
+      (void)catalogue_->sweep_files();
+      swept = now;
+    }
+    if (written != 0) continue;
+    const bool failing = catalogue_->header().spill_failed.load(std::memory_order_relaxed) != 0;
+    (void)os::wait(wanted, failing ? wanted.load() : seen, failing ? kRetry : kLookAhead);
+  }
 }
 
 bool Server::wait(int milliseconds) {
@@ -248,6 +312,7 @@ void Server::serve(int fd) {
   switch (request.ask) {
     case Ask::kAttach: {
       descriptors = {member_.arena().data_fd(), member_.arena().control_fd(), catalogue_->fd()};
+      if (const int directory = catalogue_->directory_fd(); directory >= 0) descriptors.push_back(directory);
       if (auto peer = os::peer_of(socket.get())) {
         if (auto watch = os::watch_peer(socket.get(), peer->pid)) {
           const int watched = watch->get();
@@ -304,6 +369,7 @@ void Server::run() {
           poller_.remove(fd);
           if (connections_->watched.erase(fd) != 0) clients_.fetch_sub(1, std::memory_order_relaxed);
           death = true;
+          deaths_.store(true);
           break;
         default:
           break;

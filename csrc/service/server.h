@@ -26,6 +26,10 @@ struct ServerOptions {
   uint64_t ttl = 0;      // ns; of names that are saved without one; 0: none
   uint32_t mode = 0600;  // of the socket
   int64_t group = -1;    // whose members may connect as well
+  std::string
+      spill;  // directory for what does not fit into memory; empty: none, or the one that a store taken over has
+  store::Policy policy = store::Policy::kKeep;
+  int64_t patience = -1;  // ns that saving and loading wait for room; -1: ten seconds where room can be made, else none
 };
 
 class Server {
@@ -55,6 +59,8 @@ class Server {
   void serve(int socket);
   bool welcome(const os::Peer& peer) const;
   void tidy();
+  Status prepare_spill();
+  void write_ahead();
 
   ServerOptions options_;
   std::string socket_path_, lock_path_;  // as they were at the start, whatever becomes of the environment
@@ -63,7 +69,9 @@ class Server {
   os::Fd lock_, listening_, signal_;
   os::Poller poller_;
   std::thread thread_;
-  std::latch begin_{1};  // the start is over
+  std::thread writer_;              // of values that memory may soon be too small for; where there is a directory
+  std::atomic<bool> deaths_{true};  // files may have been left
+  std::latch begin_{1};             // the start is over
   std::atomic<bool> ending_{false};
   std::atomic<uint32_t> stop_asked_{0};
   std::atomic<uint64_t> clients_{0};

@@ -8,7 +8,9 @@
 #include "os/memfd.h"
 #include "pool/mark.h"
 #include "store/body.h"
+#include "store/eviction.h"
 #include "store/key.h"
+#include "store/spill.h"
 
 namespace torchshm::store {
 
@@ -18,10 +20,17 @@ using pool::Pair;
 // ---- the file
 
 Catalogue::Catalogue(pool::Member& member, os::Fd fd, os::FileId id, os::Mapping file)
-    : member_(member), fd_(std::move(fd)), id_(id), file_(std::move(file)) {}
+    : member_(member),
+      fd_(std::move(fd)),
+      id_(id),
+      file_(std::move(file)),
+      spill_(std::make_unique<Spill>(*this)),
+      eviction_(std::make_unique<Eviction>(*this, *spill_)) {}
+
+Catalogue::~Catalogue() = default;
 
 Result<std::unique_ptr<Catalogue>> Catalogue::create(pool::Member& member, const std::string& name,
-                                                     uint64_t default_ttl, uint64_t place) {
+                                                     const Settings& settings) {
   if (name.empty() || name.size() >= sizeof(Header::name))
     return Status(Code::kInvalid, "a store's name has 1 to " + std::to_string(sizeof(Header::name) - 1) + " bytes");
   auto fd = os::create_memfd("torchshm-" + name + "-catalogue", offsets::kTotal);
@@ -38,10 +47,13 @@ Result<std::unique_ptr<Catalogue>> Catalogue::create(pool::Member& member, const
   header.pool_id = member.pool_id();
   header.size = offsets::kTotal;
   header.created = os::real_time();
-  header.place = place;
+  header.place = settings.place;
   std::memcpy(header.name, name.c_str(), name.size() + 1);
   header.levels.store(1, std::memory_order_relaxed);
-  header.default_ttl.store(default_ttl, std::memory_order_relaxed);
+  header.default_ttl.store(settings.default_ttl, std::memory_order_relaxed);
+  header.policy.store(static_cast<uint32_t>(settings.policy), std::memory_order_relaxed);
+  header.patience.store(settings.patience, std::memory_order_relaxed);
+  header.clock.store(1, std::memory_order_relaxed);
   TORCHSHM_POINT("catalogue.before_ready");
   header.ready.store(1, std::memory_order_release);  // publishes the header to whoever attaches
   return catalogue;
@@ -179,8 +191,16 @@ std::optional<Catalogue::Found> Catalogue::look(const Key& key) {
   }
 }
 
-std::optional<Entry> Catalogue::entry_of(const Body& body) {
+std::optional<Entry> Catalogue::entry_of(const Found& found) {
+  const Body& body = found.body;
   Entry entry;
+  entry.slot = found.place.index;
+  entry.cell = found.place.value.cell;
+  entry.life = found.place.value.life;
+  const Use& use = use_of(entry.cell);
+  entry.policy = policy_of(entry.cell);
+  entry.spilled = (flags_of(entry.cell, entry.life) & kSpilled) != 0;
+  entry.bytes = use.bytes.load(std::memory_order_relaxed);
   entry.created = body.created;
   entry.expires = body.expires;
   entry.owner = body.owner;
@@ -221,9 +241,167 @@ Result<Entry> Catalogue::find(std::string_view name) {
   for (int attempt = 0; attempt < 1000; ++attempt) {
     const auto found = look(key);
     if (!found) return Status(Code::kMissing, "no such name");
-    if (auto entry = entry_of(found->body)) return std::move(*entry);
+    if (auto entry = entry_of(*found)) return std::move(*entry);
   }
   return Status(Code::kCorrupt, "the name's entry contradicts itself");
+}
+
+std::optional<std::string> Catalogue::key_of(const Body& body) {
+  if (fits(body)) return std::string(reinterpret_cast<const char*>(body.text), body.key_bytes);
+  auto view = member_.attach(body.overflow.block, body.overflow.generation, Mode::kReadWrite);
+  if (!view) return std::nullopt;
+  std::optional<std::string> key;
+  if (overflow_bytes(body) <= view->length)
+    key.emplace(reinterpret_cast<const char*>(view->data + list_bytes(body)), body.key_bytes);
+  member_.release(view->block, Mode::kReadWrite);
+  return key;
+}
+
+// ---- where a value is
+
+Policy Catalogue::policy_of(uint32_t cell) const {
+  const uint64_t policy = use_of(cell).marks.load(std::memory_order_acquire) >> 8 & 0xff;
+  return policy <= static_cast<uint64_t>(Policy::kPin) ? static_cast<Policy>(policy) : Policy::kPin;
+}
+
+uint64_t Catalogue::flags_of(uint32_t cell, uint32_t life) const {
+  const uint64_t marks = use_of(cell).marks.load(std::memory_order_seq_cst);
+  return marks >> 32 == life ? marks & 0xff : 0;
+}
+
+// False when the cell has begun another life.
+bool Catalogue::add_flags(uint32_t cell, uint32_t life, uint64_t flags) {
+  std::atomic<uint64_t>& marks = use_of(cell).marks;
+  uint64_t found = marks.load(std::memory_order_relaxed);
+  do {
+    if (found >> 32 != life) return false;
+  } while (!marks.compare_exchange_weak(found, found | flags, std::memory_order_seq_cst));
+  return true;
+}
+
+bool Catalogue::set_policy(std::string_view name, Policy policy) {
+  const Key key(name);
+  while (const auto found = look(key)) {
+    const uint32_t cell = found->place.value.cell, life = found->place.value.life;
+    std::atomic<uint64_t>& marks = use_of(cell).marks;
+    uint64_t before = marks.load(std::memory_order_relaxed);
+    while (before >> 32 == life) {
+      const uint64_t next = (before & ~uint64_t{0xff00}) | static_cast<uint64_t>(policy) << 8;
+      if (marks.compare_exchange_weak(before, next, std::memory_order_seq_cst)) return true;
+    }
+  }
+  return false;
+}
+
+Result<Entry> Catalogue::load(std::string_view name) {
+  auto entry = find(name);
+  if (!entry || entry->spilled) return entry;
+  // Relaxed: a mistake makes it go a little early or late.
+  std::atomic<uint64_t>& used = use_of(entry->cell).used;
+  const uint64_t now = header().clock.load(std::memory_order_relaxed);
+  if (used.load(std::memory_order_relaxed) != now) used.store(now, std::memory_order_relaxed);
+  count(counters().loads);
+  return entry;
+}
+
+Status Catalogue::restore(std::string_view name, bool alone) {
+  for (int attempt = 0; attempt < 1000; ++attempt) {
+    auto entry = find(name);
+    if (!entry) return entry.code() == Code::kMissing ? Status() : std::move(entry.status());
+    if (!entry->spilled) return {};
+    Status back = spill_->back(*entry, alone);
+    if (back.code() != Code::kStale) return back;
+  }
+  return Status(Code::kBusy, "the value changes all the time");
+}
+
+Result<Catalogue::Writing> Catalogue::hold_for_writing(const Entry& entry) {
+  Writing writing(*this);
+  // First the flag, then the holds, then a look whether somebody is writing it out: who does that claims it first, and looks at holds and
+  // flag afterwards. So one of the two sees the other.
+  if (!add_flags(entry.cell, entry.life, kWritten)) return Status(Code::kStale, "the name has been replaced");
+  TORCHSHM_POINT("writing.flagged");
+  for (const Entry::Block& block : entry.blocks) {
+    auto view = member_.attach(block.block, block.generation, Mode::kReadWrite);
+    if (!view) return std::move(view.status());
+    writing.blocks_.push_back(view->block);
+  }
+  TORCHSHM_POINT("writing.held");
+  std::atomic<uint64_t>& claim = use_of(entry.cell).claim;
+  uint64_t claimed = claim.load(std::memory_order_seq_cst);
+  if (claimed != 0) {
+    if (!member_.gone(claimed)) return Status(Code::kBusy, "the value is just being written to disk");
+    (void)claim.compare_exchange_strong(claimed, 0, std::memory_order_seq_cst);
+  }
+  const SlotValue now = SlotValue::of(slot(entry.slot).value.load());
+  if (now.state != SlotState::kNamed || now.cell != entry.cell || now.life != entry.life)
+    return Status(Code::kStale, "the name has been replaced");
+  return writing;
+}
+
+Catalogue::Writing::Writing(Writing&& other) noexcept
+    : catalogue_(other.catalogue_), blocks_(std::exchange(other.blocks_, {})) {}
+
+Catalogue::Writing::~Writing() {
+  for (const uint32_t block : blocks_) catalogue_->member_.release(block, Mode::kReadWrite);
+}
+
+void Catalogue::use(std::unique_ptr<SpillDirectory> directory) { spill_->use(std::move(directory)); }
+
+std::string Catalogue::directory() const {
+  if (header().spilling.load(std::memory_order_acquire) == 0) return "";
+  return {header().directory, ::strnlen(header().directory, sizeof(Header::directory))};
+}
+
+// REQUIRES: shorter than the field.
+void Catalogue::set_directory(const std::string& path) {
+  std::memcpy(header().directory, path.c_str(), path.size() + 1);
+  header().spilling.store(1, std::memory_order_release);
+}
+
+int Catalogue::directory_fd() const { return spill_->directory_fd(); }
+
+uint64_t Catalogue::make_room(uint64_t bytes) { return eviction_->make_room(bytes); }
+uint64_t Catalogue::write_ahead() { return eviction_->write_ahead(); }
+uint32_t Catalogue::sweep_files() { return spill_->sweep(); }
+std::string Catalogue::trouble() const { return spill_->trouble(); }
+
+// ---- statistics
+
+Counters& Catalogue::counters() const {
+  return reinterpret_cast<Counters*>(file_.data() + offsets::kCountersAt)[member_.membership().slot()];
+}
+
+// With a single writer, or as good as.
+void Catalogue::count(std::atomic<uint64_t>& counter, uint64_t by) {
+  counter.store(counter.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
+}
+
+void Catalogue::count_wait() { count(counters().room_waits); }
+
+Catalogue::Totals Catalogue::totals() const {
+  Totals sum;
+  for (uint32_t i = 0; i < member_.arena().slots_used(); ++i) {
+    const Counters& of = reinterpret_cast<const Counters*>(file_.data() + offsets::kCountersAt)[i];
+    sum.loads += of.loads.load(std::memory_order_relaxed);
+    sum.restores += of.restores.load(std::memory_order_relaxed);
+    sum.restored_bytes += of.restored_bytes.load(std::memory_order_relaxed);
+    sum.spills += of.spills.load(std::memory_order_relaxed);
+    sum.spilled_bytes += of.spilled_bytes.load(std::memory_order_relaxed);
+    sum.written += of.written.load(std::memory_order_relaxed);
+    sum.written_bytes += of.written_bytes.load(std::memory_order_relaxed);
+    sum.evictions += of.evictions.load(std::memory_order_relaxed);
+    sum.spill_errors += of.spill_errors.load(std::memory_order_relaxed);
+    sum.room_waits += of.room_waits.load(std::memory_order_relaxed);
+  }
+  if (header().spilling.load(std::memory_order_relaxed) == 0) return sum;
+  for (uint32_t cell = 0, used = cells_used(); cell < used; ++cell) {
+    const CellValue found = cell_value(cell);
+    if (found.state != CellState::kStanding || (flags_of(cell, found.life) & kSpilled) == 0) continue;
+    ++sum.names_on_disk;
+    sum.bytes_on_disk += use_of(cell).bytes.load(std::memory_order_relaxed);
+  }
+  return sum;
 }
 
 bool Catalogue::contains(std::string_view key) { return look(Key(key)).has_value(); }
@@ -251,7 +429,7 @@ void Catalogue::each(std::string_view prefix, const std::function<void(Entry)>& 
       const Body body = read_body(cell);
       const auto place = referring(cell, found.life, body.hash);
       if (!place || place->value.state != SlotState::kNamed || (body.expires != 0 && body.expires <= now)) break;
-      auto entry = entry_of(body);
+      auto entry = entry_of({*place, body});
       if (SlotValue::of(slot(place->index).value.load()) != place->value) continue;
       const bool shown = entry && (!is_mark(entry->key) || is_mark(prefix));
       if (shown && std::string_view(entry->key).substr(0, prefix.size()) == prefix) visit(std::move(*entry));

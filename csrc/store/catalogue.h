@@ -20,6 +20,7 @@
 #include "os/mapping.h"
 #include "os/memfd.h"
 #include "pool/member.h"
+#include "store/body.h"
 #include "store/layout.h"
 
 namespace torchshm::store {
@@ -28,8 +29,9 @@ struct Key;
 
 struct SaveOptions {
   bool overwrite = false;
-  uint64_t ttl = 0;    // ns from now; 0: the store's default, none for a bound name
-  bool bound = false;  // the name goes when this process dies
+  uint64_t ttl = 0;                             // ns from now; 0: the store's default, none for a bound name
+  bool bound = false;                           // the name goes when this process dies
+  std::optional<Policy> policy = std::nullopt;  // default: the store's; a bound name stays in memory
 };
 
 // What a name stood for at one moment.
@@ -44,14 +46,37 @@ struct Entry {
   uint64_t created = 0, expires = 0;  // CLOCK_REALTIME ns, CLOCK_BOOTTIME ns
   uint64_t owner = 0;                 // a bound name's; else 0
   uint32_t pid = 0;                   // of the saver
+  Policy policy = Policy::kKeep;
+  bool spilled = false;  // then there are no blocks, and of the text the first byte alone
+  uint64_t bytes = 0;    // of the blocks, wherever they are
+  // Which slot, cell and life it was found in.
+  uint32_t slot = 0, cell = 0, life = 0;
 };
 
-class Catalogue {
+struct Settings {
+  uint64_t default_ttl = 0;  // ns; 0: none
+  uint64_t place = 0;        // where the store's name counts; 0: nowhere
+  Policy policy = Policy::kKeep;
+  uint64_t patience = 0;  // ns
+};
+
+class Eviction;
+class Spill;
+class SpillDirectory;
+
+class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Catalogue> {
  public:
-  static Result<std::unique_ptr<Catalogue>> create(pool::Member& member, const std::string& name, uint64_t default_ttl,
-                                                   uint64_t place = 0);
+  static Result<std::unique_ptr<Catalogue>> create(pool::Member& member, const std::string& name,
+                                                   const Settings& settings);
   // Of a catalogue that belongs to `member`'s pool.
   static Result<std::unique_ptr<Catalogue>> attach(pool::Member& member, os::Fd fd);
+  ~Catalogue() override;
+  // From here on what does not fit into memory goes there. Before other threads use this.
+  void use(std::unique_ptr<SpillDirectory> directory);
+  // The name of that directory, for who serves the store next; empty: none.
+  std::string directory() const;
+  int directory_fd() const;  // -1: this process has none
+  void set_directory(const std::string& path);
 
   // Whose it is and how old, if the file is a catalogue of that name.
   struct Stamp {
@@ -66,6 +91,28 @@ class Catalogue {
               const SaveOptions& options = {});
   // kMissing when there is no such name.
   Result<Entry> find(std::string_view key);
+  // find() by one who is going to use the value: counted, and noted for who chooses what goes to disk. Where it says spilled, restore() first.
+  Result<Entry> load(std::string_view key);
+  // Brings a spilled value back; ok where there is no such value. kBusy: another process is at it (not asked where `alone` is false); kFull:
+  // there is no room now; look again in a moment. Other errors name key and file.
+  Status restore(std::string_view key, bool alone = true);
+  // Holds what an entry found, to be written to by everybody: from here on no file has it. kStale: it was removed or replaced; kBusy: somebody
+  // is just writing it out; load it again. REQUIRES: of load().
+  class Writing {
+   public:
+    Writing(Writing&&) noexcept;
+    Writing& operator=(Writing&&) = delete;
+    ~Writing();
+
+   private:
+    friend class Catalogue;
+    explicit Writing(Catalogue& catalogue) : catalogue_(&catalogue) {}
+    Catalogue* catalogue_;
+    std::vector<uint32_t> blocks_;
+  };
+  Result<Writing> hold_for_writing(const Entry& entry);
+  // False when there is no such name.
+  bool set_policy(std::string_view key, Policy policy);
   bool contains(std::string_view key);
   // True when this call has removed it. Who holds its blocks keeps them.
   bool remove(std::string_view key);
@@ -85,6 +132,23 @@ class Catalogue {
 
   // Finishes what the dead have left half done, and removes what has expired. Returns how many cells came back.
   uint32_t sweep();
+  // Removes files that no cell has any more. For one process at a time, the service.
+  uint32_t sweep_files();
+
+  // RoomMaker: gives up what has expired, and then what nobody holds, as its policy says.
+  uint64_t make_room(uint64_t bytes) override;
+  // When memory fills: writes files of what will have to go next, so that it goes at once. Returns the bytes written. For the service.
+  uint64_t write_ahead();
+  // Why room could not be made, for messages; empty when nothing went wrong.
+  std::string trouble() const;
+
+  struct Totals {
+    uint64_t loads = 0, restores = 0, restored_bytes = 0, spills = 0, spilled_bytes = 0, written = 0, written_bytes = 0;
+    uint64_t evictions = 0, spill_errors = 0, room_waits = 0;
+    uint64_t names_on_disk = 0, bytes_on_disk = 0;  // that are not in memory
+  };
+  Totals totals() const;
+  void count_wait();
 
   pool::Member& member() { return member_; }
   Header& header() const { return *reinterpret_cast<Header*>(file_.data()); }
@@ -95,10 +159,13 @@ class Catalogue {
   bool is_file(int fd) const;
   Slot& slot(uint32_t index) const { return reinterpret_cast<Slot*>(file_.data() + offsets::kSlotsAt)[index]; }
   CellWord& word(uint32_t cell) const { return reinterpret_cast<CellWord*>(file_.data() + offsets::kWordsAt)[cell]; }
+  Use& use_of(uint32_t cell) const { return reinterpret_cast<Use*>(file_.data() + offsets::kUsesAt)[cell]; }
   uint32_t cells_used() const;
   uint32_t levels() const;
 
  private:
+  friend class Eviction;
+  friend class Spill;
   Catalogue(pool::Member& member, os::Fd fd, os::FileId id, os::Mapping file);
   // A slot, and what was in it.
   struct Place {
@@ -118,11 +185,26 @@ class Catalogue {
 
   // A free cell, now in the making; with its word.
   std::optional<std::pair<uint32_t, CellValue>> claim_cell();
+  // What a value that moves between memory and disk takes along.
+  struct Origin {
+    uint64_t created = 0, expires = 0, file = 0, bytes = 0, flags = 0;
+    uint32_t pid = 0;
+  };
   Status fill(uint32_t cell, const Key& key, std::string_view text, const std::vector<uint32_t>& blocks,
-              const SaveOptions& options);
+              const SaveOptions& options, const Origin* origin);
   Status publish(uint32_t cell, uint32_t life, const Key& key, bool overwrite);
   std::optional<Place> claim_slot(uint32_t cell, uint32_t life, const Key& key);
   void release_cell(uint32_t cell);
+  // Puts another cell in the place of what was found, if that is still there. kStale when it is not.
+  Status succeed(const Found& found, std::string_view text, const std::vector<uint32_t>& blocks, const Origin& origin);
+  void forget_file(uint32_t cell, uint64_t hash);
+  Policy policy_of(uint32_t cell) const;
+  uint64_t flags_of(uint32_t cell, uint32_t life) const;
+  bool add_flags(uint32_t cell, uint32_t life, uint64_t flags);
+  // The key of a body, also where it lies in a block; nothing when that has gone.
+  std::optional<std::string> key_of(const Body& body);
+  Counters& counters() const;
+  static void count(std::atomic<uint64_t>& counter, uint64_t by = 1);
 
   // The slot in `state` that has this key, other than `except`.
   std::optional<Found> search(const Key& key, SlotState state, uint32_t except = kSlots);
@@ -134,13 +216,15 @@ class Catalogue {
   void let_go(uint32_t cell, uint32_t life);
   std::optional<Place> referring(uint32_t cell, uint32_t life, uint64_t hash) const;
   void finish(uint32_t cell, CellValue found);
-  std::optional<Entry> entry_of(const Body& body);
+  std::optional<Entry> entry_of(const Found& found);
 
   pool::Member& member_;
   os::Fd fd_;
   os::FileId id_;
   os::Mapping file_;
   std::atomic<uint32_t> cursor_{0};
+  std::unique_ptr<Spill> spill_;
+  std::unique_ptr<Eviction> eviction_;
 };
 
 }  // namespace torchshm::store

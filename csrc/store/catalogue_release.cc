@@ -5,6 +5,7 @@
 #include "os/futex.h"
 #include "store/catalogue.h"
 #include "store/key.h"
+#include "store/spill.h"
 
 namespace torchshm::store {
 
@@ -64,10 +65,28 @@ void Catalogue::release_cell(uint32_t cell) {
   }
   if (body.parts > 0) give_up(body.first);
   give_up(body.overflow);
+  forget_file(cell, body.hash);
   write_body(cell, Body{});
   TORCHSHM_POINT("release.cleared");
   CellValue found = cell_value(cell);
   if (found.state == CellState::kReleasing) (void)change_cell(cell, found, CellState::kFree, 0);
+}
+
+// The file goes with the value's last cell. One that has been handed on is named by the slot now, since it goes from cell to cell with one
+// exchange of it.
+void Catalogue::forget_file(uint32_t cell, uint64_t hash) {
+  const uint64_t file = use_of(cell).file.exchange(0, std::memory_order_relaxed);
+  if (file == 0) return;
+  for (uint32_t level = levels(); level-- > 0;) {
+    for (uint32_t i = 0; i < kWindow; ++i) {
+      const SlotValue value = SlotValue::of(slot(slot_index(hash, level, i)).value.load());
+      if (value.state == SlotState::kEmpty) break;
+      if (value.state != SlotState::kNamed || value.cell >= kCells || value.cell == cell) continue;
+      if (use_of(value.cell).file.load(std::memory_order_relaxed) == file) return;
+    }
+  }
+  spill_->remove(file);
+  TORCHSHM_POINT("release.file");
 }
 
 bool Catalogue::remove(std::string_view name) {

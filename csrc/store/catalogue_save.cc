@@ -44,6 +44,10 @@ std::optional<std::pair<uint32_t, CellValue>> Catalogue::claim_cell() {
     ++next.step;
     Pair expected = before.pair();
     if (!word(cell).value.exchange_if(expected, next.pair())) return std::nullopt;
+    Use& use = use_of(cell);
+    // Not the claim: who has it, from an earlier life, lets go of it.
+    use.file.store(0, std::memory_order_relaxed);
+    use.marks.store(uint64_t{next.life} << 32, std::memory_order_relaxed);
     return std::make_pair(cell, next);
   };
   // Relaxed: where to begin is a matter of taste.
@@ -75,7 +79,7 @@ std::optional<std::pair<uint32_t, CellValue>> Catalogue::claim_cell() {
 
 // Issues a ticket for everything, writes down each before the next, and makes them the name's when all is written.
 Status Catalogue::fill(uint32_t cell, const Key& key, std::string_view text, const std::vector<uint32_t>& blocks,
-                       const SaveOptions& options) {
+                       const SaveOptions& options, const Origin* origin) {
   Body body;
   body.hash = key.hash;
   body.created = os::real_time();
@@ -85,6 +89,26 @@ Status Catalogue::fill(uint32_t cell, const Key& key, std::string_view text, con
   if (ttl != 0) body.expires = os::boot_time() + std::min(ttl, kMost);
   body.owner = options.bound ? member_.identity() : 0;
   body.pid = member_.pid();
+  uint64_t bytes = 0;
+  for (const uint32_t block : blocks) {
+    if (const auto extent = member_.arena().extent(block)) bytes += extent->length;
+  }
+  uint64_t flags = 0;
+  Policy policy = options.policy.value_or(static_cast<Policy>(header().policy.load(std::memory_order_relaxed)));
+  if (origin != nullptr) {
+    body.created = origin->created;
+    body.expires = origin->expires;
+    body.pid = origin->pid;
+    bytes = origin->bytes;
+    flags = origin->flags;
+  }
+  if (options.bound || is_mark(key.text)) policy = Policy::kPin;
+  Use& use = use_of(cell);
+  use.bytes.store(bytes, std::memory_order_relaxed);
+  use.used.store(header().clock.fetch_add(1, std::memory_order_relaxed), std::memory_order_relaxed);
+  use.file.store(origin != nullptr ? origin->file : 0, std::memory_order_relaxed);
+  const uint64_t life = use.marks.load(std::memory_order_relaxed) >> 32;
+  use.marks.store(life << 32 | static_cast<uint64_t>(policy) << 8 | flags, std::memory_order_release);
   body.key_bytes = static_cast<uint32_t>(key.text.size());
   body.text_bytes = static_cast<uint32_t>(text.size());
   const bool fits = key.text.size() + text.size() <= kInline;
@@ -209,7 +233,7 @@ Status Catalogue::save(std::string_view name, std::string_view text, const std::
   if (!claimed) return Status(Code::kFull, "the catalogue has no room for a further name");
   auto [cell, mine] = *claimed;
   TORCHSHM_POINT("save.cell");
-  Status status = fill(cell, key, text, blocks, options);
+  Status status = fill(cell, key, text, blocks, options, nullptr);
   TORCHSHM_POINT("save.filled");
   if (status) status = publish(cell, mine.life, key, options.overwrite);
   TORCHSHM_POINT("save.published");
@@ -223,6 +247,36 @@ Status Catalogue::save(std::string_view name, std::string_view text, const std::
   TORCHSHM_POINT("save.standing");
   header().saved.fetch_add(1, std::memory_order_relaxed);
   ring(name);
+  return {};
+}
+
+Status Catalogue::succeed(const Found& found, std::string_view text, const std::vector<uint32_t>& blocks,
+                          const Origin& origin) {
+  const auto name = key_of(found.body);
+  if (!name) return Status(Code::kStale, "the name has gone");
+  const Key key(*name);
+  auto claimed = claim_cell();
+  if (!claimed) return Status(Code::kFull, "the catalogue has no cell left");
+  auto [cell, mine] = *claimed;
+  TORCHSHM_POINT("succeed.cell");
+  SaveOptions options;
+  options.policy = policy_of(found.place.value.cell);
+  Status status = fill(cell, key, text, blocks, options, &origin);
+  TORCHSHM_POINT("succeed.filled");
+  const SlotValue successor{SlotState::kNamed, key.tag, cell, mine.life, 0};
+  if (status) {
+    header().moves.fetch_add(1, std::memory_order_seq_cst);
+    if (!replace(found, &successor)) status = Status(Code::kStale, "the name has been replaced");
+  }
+  TORCHSHM_POINT("succeed.exchanged");
+  if (!status) {
+    // The file is still the other cell's, or nobody's.
+    use_of(cell).file.store(0, std::memory_order_relaxed);
+    if (change_cell(cell, mine, CellState::kReleasing, mine.owner)) release_cell(cell);
+    return status;
+  }
+  (void)change_cell(cell, mine, CellState::kStanding, 0);
+  TORCHSHM_POINT("succeed.standing");
   return {};
 }
 

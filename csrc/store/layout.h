@@ -3,7 +3,7 @@
 // Shared: everything declared here. Structs are trivially copyable, zero is their initial state, and they hold indices, never pointers.
 // tests/cpp/store_layout_test.cc pins the bytes; kLayoutHash changes with them.
 //
-//   catalogue file:  Header | Bell x kBells | Slot x every level | CellWord x kCells | Body x kCells
+//   catalogue file:  Header | Bell x kBells | Counters x kMaxLeases | Slot x every level | CellWord x kCells | Body x kCells | Use x kCells
 //
 // A slot of the index says which cell a name has now, and is the only truth about it: a name appears, changes its value and goes in one
 // exchange of one slot. A cell says what a value consists of. The index has levels of growing size; which of them are in use only grows.
@@ -18,7 +18,7 @@
 namespace torchshm::store {
 
 constexpr uint64_t kMagic = 0x474c544353485254;  // "TRHSCTLG"
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
 constexpr uint32_t kLevels = 4;
 constexpr uint32_t kWindow = 16;  // slots of a level in which a name may be; four cache lines
@@ -120,6 +120,42 @@ struct Body {
   uint8_t text[kInline] = {};  // key, then description, when both fit
 };
 
+// What may become of a value when room is needed. In this order they go: names that have expired, kDrop, kSpill, kKeep.
+enum class Policy : uint8_t {
+  kKeep,   // never lost: to disk, after all that may go before it
+  kDrop,   // removed
+  kSpill,  // to disk, before what is kept
+  kPin,    // stays in memory
+};
+
+// Beside a cell, what changes while its value stands. Reset by who claims the cell, before a slot names it.
+struct alignas(64) Use {
+  std::atomic<uint64_t> used;   // Header::clock when it was last loaded
+  std::atomic<uint64_t> claim;  // who writes the value out or brings it back, as in CellValue; 0: nobody. Of no life
+  std::atomic<uint64_t> file;   // the spill file that has the value: cell << 32 | life of who wrote it; 0: none
+  std::atomic<uint64_t> marks;  // life:32 | policy:8 at 8 | flags:8
+  std::atomic<uint64_t> bytes;  // of the value's blocks, wherever they are
+  std::atomic<uint64_t> check;  // of the value's bytes; 0: not known
+  std::atomic<uint64_t> reserved[2];
+};
+constexpr uint64_t kSpilled = 1;  // flag: the value is in the file, and the cell has no blocks
+constexpr uint64_t kWritten = 2;  // flag: somebody may have written to it in this life, so no file has it
+
+// Statistics of whoever has had the lease of that slot; written by them alone, and never reset.
+struct alignas(128) Counters {
+  std::atomic<uint64_t> loads;           // of values, by find
+  std::atomic<uint64_t> restores;        // values brought back
+  std::atomic<uint64_t> restored_bytes;  //
+  std::atomic<uint64_t> spills;          // values whose memory was given up for a file
+  std::atomic<uint64_t> spilled_bytes;   //
+  std::atomic<uint64_t> written;         // files written
+  std::atomic<uint64_t> written_bytes;   //
+  std::atomic<uint64_t> evictions;       // names removed to make room
+  std::atomic<uint64_t> spill_errors;    // files that could not be written, or not be read
+  std::atomic<uint64_t> room_waits;      // times that there was no room at first
+  std::atomic<uint64_t> reserved[6];
+};
+
 struct alignas(64) Header {
   uint64_t magic;
   uint32_t version;
@@ -135,21 +171,35 @@ struct alignas(64) Header {
   std::atomic<uint64_t> default_ttl;              // ns; 0: none
   std::atomic<uint64_t> saved, removed, expired;  // statistics
   uint64_t place;                                 // the directory in which the store's name counts; 0: none
+  std::atomic<uint64_t> patience;                 // ns that saving and loading wait for room
+  std::atomic<uint32_t> policy;                   // of names that are saved without one
+  std::atomic<uint32_t> spilling;      // 1: the store has a directory for what does not fit, and its name is here
+  std::atomic<uint32_t> room_wanted;   // a futex: moves when somebody had to make room; wakes the service
+  std::atomic<uint32_t> spill_failed;  // errno of the last file that could not be written; 0 when one was written since
+  char directory[1024];                // of the files of what does not fit; zero-terminated, empty: none
+  alignas(64)
+      std::atomic<uint64_t> clock;  // moves when a value comes into memory; what it was is when a value was last used
+  std::atomic<uint64_t> moves;      // of files from one cell to another
 };
 
+static_assert(sizeof(Header) <= pool::kPage);
 static_assert(sizeof(Body) == 256 && alignof(Body) == 8);
 static_assert(sizeof(Slot) == 16 && sizeof(CellWord) == 16 && sizeof(Part) == 24);
+static_assert(sizeof(Use) == 64 && sizeof(Counters) == 128);
 
-constexpr uint32_t kLayoutHash = static_cast<uint32_t>(sizeof(Header) * 2654435761u ^ sizeof(Body) * 40503u ^ kCells ^
-                                                       kSlots * 31u ^ kBells * 7u ^ kWindow * 131u ^ kVersion);
+constexpr uint32_t kLayoutHash =
+    static_cast<uint32_t>(sizeof(Header) * 2654435761u ^ sizeof(Body) * 40503u ^ kCells ^ kSlots * 31u ^ kBells * 7u ^
+                          kWindow * 131u ^ sizeof(Use) * 8191u ^ sizeof(Counters) * 127u ^ kVersion);
 
 namespace offsets {
 constexpr uint64_t align(uint64_t value) { return (value + pool::kPage - 1) & ~(pool::kPage - 1); }
 constexpr uint64_t kBellsAt = align(sizeof(Header));
-constexpr uint64_t kSlotsAt = align(kBellsAt + sizeof(Bell) * kBells);
+constexpr uint64_t kCountersAt = align(kBellsAt + sizeof(Bell) * kBells);
+constexpr uint64_t kSlotsAt = align(kCountersAt + sizeof(Counters) * pool::kMaxLeases);
 constexpr uint64_t kWordsAt = align(kSlotsAt + sizeof(Slot) * uint64_t{kSlots});
 constexpr uint64_t kBodiesAt = align(kWordsAt + sizeof(CellWord) * uint64_t{kCells});
-constexpr uint64_t kTotal = kBodiesAt + sizeof(Body) * uint64_t{kCells};
+constexpr uint64_t kUsesAt = align(kBodiesAt + sizeof(Body) * uint64_t{kCells});
+constexpr uint64_t kTotal = kUsesAt + sizeof(Use) * uint64_t{kCells};
 }  // namespace offsets
 
 }  // namespace torchshm::store

@@ -13,7 +13,7 @@ TEST(StoreLayout, HeaderStartsWithWhatAnyVersionCanRead) {
   EXPECT_EQ(offsetof(Header, version), 8U);
   EXPECT_EQ(offsetof(Header, layout_hash), 12U);
   EXPECT_EQ(offsetof(Header, pool_id), 16U);
-  EXPECT_EQ(kVersion, 1U);
+  EXPECT_EQ(kVersion, 2U);
 }
 
 TEST(StoreLayout, TablesHaveTheirSizesAndLieOneAfterAnother) {
@@ -24,10 +24,12 @@ TEST(StoreLayout, TablesHaveTheirSizesAndLieOneAfterAnother) {
   EXPECT_EQ(offsetof(Body, text), 96U);
   EXPECT_EQ(kSlots, 8192U + 65536U + 524288U + 4194304U);
   EXPECT_EQ(offsets::kBellsAt, 4096U);
-  EXPECT_EQ(offsets::kSlotsAt, 12288U);
+  EXPECT_EQ(offsets::kCountersAt, 12288U);
+  EXPECT_EQ(offsets::kSlotsAt, offsets::kCountersAt + 128U * 1024U);
   EXPECT_EQ(offsets::kWordsAt, offsets::kSlotsAt + 16U * uint64_t{kSlots});
   EXPECT_EQ(offsets::kBodiesAt, offsets::kWordsAt + 16U * uint64_t{kCells});
-  EXPECT_EQ(offsets::kTotal, offsets::kBodiesAt + 256U * uint64_t{kCells});
+  EXPECT_EQ(offsets::kUsesAt, offsets::kBodiesAt + 256U * uint64_t{kCells});
+  EXPECT_EQ(offsets::kTotal, offsets::kUsesAt + 64U * uint64_t{kCells});
 }
 
 TEST(StoreLayout, WordsKeepTheirFields) {

@@ -19,7 +19,7 @@ struct Store {
 
 inline Store fresh_store(uint64_t limit = uint64_t{256} << 20) {
   Store store{fresh_pool(limit), nullptr};
-  auto catalogue = store::Catalogue::create(*store.member, "test", 0);
+  auto catalogue = store::Catalogue::create(*store.member, "test", {});
   EXPECT_TRUE(catalogue.ok()) << catalogue.status().what();
   store.catalogue = catalogue.take();
   return store;

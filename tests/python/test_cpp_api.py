@@ -464,7 +464,7 @@ def test_a_damaged_entry_is_an_error_in_cpp(store, cpp):
     for at in (1, 9, 33, 41, 60, 65):
         damaged = bytearray(text)
         damaged[at] ^= 0x10
-        core.save("y", bytes(damaged), [block], True, 0, False)
+        core.save("y", bytes(damaged), [block], True, 0, False, -1)
         assert cpp("load", "y", "r").startswith("! Error: torchshm: the entry of 'y' is damaged"), at
     far = {"k": "array", "dtype": "<f8", "shape": [1 << 20], "strides": [8], "r": 0, "o": 0}
     for leaf in (
@@ -477,10 +477,10 @@ def test_a_damaged_entry_is_an_error_in_cpp(store, cpp):
         far | {"shape": [0.5]},
     ):
         tree = {"regions": [[0, 0, 1 << 40]], "leaves": [leaf], "value": {"x": 0}}
-        core.save("y", b"J" + json.dumps(tree).encode(), [block], True, 0, False)
+        core.save("y", b"J" + json.dumps(tree).encode(), [block], True, 0, False, -1)
         assert cpp("load", "y", "r").startswith("! Error: torchshm: the entry of 'y' is damaged"), leaf
     for text in (b"J", b"J[", b"J" + b"[" * 1_000_000, b'J{"regions":[]', b'J{"a":"\\ud8', b"Jnull", b'J"\\'):
-        core.save("y", text, [], True, 0, False)
+        core.save("y", text, [], True, 0, False, -1)
         assert cpp("load", "y", "r").startswith("! Error: torchshm: the entry of 'y' is damaged"), text[:20]
 
 

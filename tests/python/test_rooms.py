@@ -34,6 +34,12 @@ def test_rooms_include_downwards_only():
             assert (room, included) not in APART, f"{path} includes {included}"
 
 
+def test_what_others_wrote_is_included_by_os_and_store_in_sources_alone():
+    for path in sources():
+        if '#include "third_party/' in path.read_text():
+            assert path.parent.name in {"os", "store"} and path.suffix == ".cc", path
+
+
 def test_only_os_talks_to_the_kernel():
     for path in sources():
         if path.parent.name != "os":

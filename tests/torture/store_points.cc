@@ -175,7 +175,7 @@ void open_store(Scene& driver) {
   ::setenv("XDG_RUNTIME_DIR", directory.c_str(), 1);
   (void)os::private_directory(service::directory(), -1);
   name = "points-" + std::to_string(::getpid()) + "-" + std::to_string(++sessions);
-  auto made = store::Catalogue::create(*driver.member, name, 0, service::place());
+  auto made = store::Catalogue::create(*driver.member, name, {.place = service::place()});
   if (!made) return driver.wrong("no catalogue: %s", made.status().what().c_str());
   driver.names = std::shared_ptr<store::Catalogue>(made.take());
   catalogue_fd = driver.names->fd();

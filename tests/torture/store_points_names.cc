@@ -225,7 +225,7 @@ void add_names(std::vector<Operation>& all) {
   add(
       "create", 0, [](Scene&) {},
       [](Scene& s) {
-        auto made = store::Catalogue::create(*s.member, "another", 0);
+        auto made = store::Catalogue::create(*s.member, "another", {});
         return made ? Status() : std::move(made.status());
       });
 }

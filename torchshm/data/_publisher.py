@@ -94,7 +94,7 @@ class Publisher:
         mark = _channel.publisher(name)
         while True:
             try:
-                self._core.save(mark, greeting.text(), [ref], False, 0, True)
+                self._core.save(mark, greeting.text(), [ref], False, 0, True, -1)
                 break
             except KeyExistsError:
                 if _channel.alive(self._core, mark):
@@ -274,7 +274,7 @@ class Publisher:
         """Publish one entry, at once. Returns what a subscriber gets, if asked for."""
         key = self._keys.entry(self._head)
         header = Header(kind, self._epoch, self._index, self._batches)
-        self._core.save(key, header.before(text), refs or [], False, 0, True)
+        self._core.save(key, header.before(text), refs or [], False, 0, True, -1)
         value = None
         if view:
             text, blocks = self._core.load(key, _values.MODES["c"])
@@ -364,7 +364,7 @@ class Publisher:
             begin = self._head - self._ended  # the end itself, or how it came
             self._subscribers[who] = _Subscriber(begin, message.number, label)
             answer = Answer(begin).text(Header(Kind.BATCH, self._epoch, self._index, self._batches))
-            self._core.save(self._keys.answer(who), answer, [], True, 0, True)
+            self._core.save(self._keys.answer(who), answer, [], True, 0, True, -1)
         elif message.said is Said.GOING:
             self._give_up([who])
         elif who in self._subscribers:

@@ -53,7 +53,7 @@ class Subscription:
         self._keys, self._slow = Keys(name, greeting.run), greeting.slow
         self._me = secrets.randbits(63)
         self._mark = self._keys.subscriber(self._me)
-        self._core.save(self._mark, b"", [], False, 0, True)
+        self._core.save(self._mark, b"", [], False, 0, True, -1)
         self._say(Said.COME, os.getpid(), label)
         self._end = weakref.finalize(self, _leave, self._pid, self._core, self._control, self._me, self._mark)
 

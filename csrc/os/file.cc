@@ -1,0 +1,140 @@
+#include "os/file.h"
+
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <utility>
+
+#include "base/failpoint.h"
+#include "os/directory.h"
+
+namespace torchshm::os {
+namespace {
+
+// Linux transfers at most 0x7ffff000 bytes at once.
+constexpr uint64_t kMost = uint64_t{1} << 30;
+
+// How much to ask for. The errno that "os.short" is made to fail with is a number of bytes.
+size_t ask_for(uint64_t bytes) {
+  const int most = TORCHSHM_INJECT("os.short");
+  return static_cast<size_t>(std::min(bytes, most != 0 ? static_cast<uint64_t>(most) : kMost));
+}
+
+}  // namespace
+
+Result<std::unique_ptr<File>> File::create(int directory, const std::string& name, uint32_t mode) {
+  int error = TORCHSHM_INJECT("os.create_file");
+  int raw = -1;
+  if (error == 0) {
+    raw = ::openat(directory, name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode);
+    error = errno;
+  }
+  std::string path = path_of(directory) + "/" + name;
+  if (raw < 0) return Status::system("open", path, error);
+  std::unique_ptr<File> file(new File(Fd(raw), std::move(path)));
+  file->go_direct();
+  return file;
+}
+
+Result<std::unique_ptr<File>> File::open(int directory, const std::string& name, bool direct) {
+  int error = TORCHSHM_INJECT("os.open_file");
+  int raw = -1;
+  if (error == 0) {
+    raw = ::openat(directory, name.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    error = errno;
+  }
+  std::string path = path_of(directory) + "/" + name;
+  if (raw < 0) return Status::system("open", path, error);
+  std::unique_ptr<File> file(new File(Fd(raw), std::move(path)));
+  auto info = info_of(raw);
+  if (!info) return std::move(info.status());
+  if (!info->regular) return Status(Code::kCorrupt, file->path_ + " is no regular file");
+  if (direct) file->go_direct();
+  return file;
+}
+
+// After the open: an open() with O_DIRECT may make the file and fail then.
+void File::go_direct() {
+  if (TORCHSHM_INJECT("os.direct") != 0) return;
+  const int flags = ::fcntl(fd_.get(), F_GETFL);
+  direct_ = flags >= 0 && ::fcntl(fd_.get(), F_SETFL, flags | O_DIRECT) == 0;
+}
+
+bool File::refused(int error, bool was_direct) {
+  if (error != EINVAL || !was_direct) return false;
+  const int flags = ::fcntl(fd_.get(), F_GETFL);
+  if (flags < 0 || ::fcntl(fd_.get(), F_SETFL, flags & ~O_DIRECT) != 0) return false;
+  direct_ = false;
+  return true;
+}
+
+Status File::preallocate(uint64_t bytes) {
+  // Past the limit the kernel would send SIGXFSZ.
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && limit.rlim_cur < bytes)
+    return Status::system("fallocate (ulimit -f)", path_, EFBIG);
+  int error = 0;
+  do {
+    error = TORCHSHM_INJECT("os.file_allocate");
+    if (error == 0 && ::fallocate(fd_.get(), 0, 0, static_cast<off_t>(bytes)) != 0) error = errno;
+  } while (error == EINTR);
+  if (error == EOPNOTSUPP || error == ENOSYS) {
+    error = TORCHSHM_INJECT("os.file_truncate");
+    if (error == 0 && ::ftruncate(fd_.get(), static_cast<off_t>(bytes)) != 0) error = errno;
+  }
+  if (error != 0) return Status::system("fallocate", path_ + ", " + std::to_string(bytes) + " bytes", error);
+  return {};
+}
+
+Status File::write_at(const std::byte* from, uint64_t bytes, uint64_t offset) {
+  while (bytes != 0) {
+    const bool was_direct = direct();  // another thread may change it meanwhile
+    int error = TORCHSHM_INJECT("os.pwrite");
+    ssize_t written = -1;
+    if (error == 0) {
+      written = ::pwrite(fd_.get(), from, ask_for(bytes), static_cast<off_t>(offset));
+      error = errno;
+    }
+    if (written < 0 && (error == EINTR || refused(error, was_direct))) continue;
+    if (written <= 0) return Status::system("pwrite", path_, written < 0 ? error : ENOSPC);
+    from += written;
+    bytes -= static_cast<uint64_t>(written);
+    offset += static_cast<uint64_t>(written);
+  }
+  return {};
+}
+
+Status File::read_at(std::byte* into, uint64_t bytes, uint64_t offset) {
+  while (bytes != 0) {
+    const bool was_direct = direct();
+    int error = TORCHSHM_INJECT("os.pread");
+    ssize_t got = -1;
+    if (error == 0) {
+      got = ::pread(fd_.get(), into, ask_for(bytes), static_cast<off_t>(offset));
+      error = errno;
+    }
+    if (got < 0 && (error == EINTR || refused(error, was_direct))) continue;
+    if (got < 0) return Status::system("pread", path_, error);
+    if (got == 0) return Status(Code::kCorrupt, path_ + " ends at byte " + std::to_string(offset));
+    into += got;
+    bytes -= static_cast<uint64_t>(got);
+    offset += static_cast<uint64_t>(got);
+  }
+  return {};
+}
+
+Status File::flush() {
+  int error = 0;
+  do {
+    error = TORCHSHM_INJECT("os.fdatasync");
+    if (error == 0 && ::fdatasync(fd_.get()) != 0) error = errno;
+  } while (error == EINTR);
+  if (error != 0) return Status::system("fdatasync", path_, error);
+  return {};
+}
+
+}  // namespace torchshm::os

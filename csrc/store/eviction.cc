@@ -1,0 +1,133 @@
+#include "store/eviction.h"
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+#include <unordered_map>
+
+#include "base/failpoint.h"
+#include "os/futex.h"
+
+namespace torchshm::store {
+namespace {
+
+using pool::BlockValue;
+using How = Spill::How;
+
+constexpr int kBusyTries = 20;
+constexpr std::chrono::milliseconds kBusyRest{1};
+// Of the limit: from where on files are written ahead, and how much of what goes next should have one.
+constexpr uint64_t kFilling = 4, kAhead = 4;
+
+uint32_t rank_of(Policy policy) {
+  switch (policy) {
+    case Policy::kDrop:
+      return 0;
+    case Policy::kSpill:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+}  // namespace
+
+std::vector<Eviction::Unit> Eviction::gather() const {
+  const pool::Arena& arena = catalogue_.member().arena();
+  std::vector<Unit> units;
+  std::unordered_map<uint32_t, size_t> chunks;  // which unit is a chunk's
+  for (uint32_t cell = 0, used = catalogue_.cells_used(); cell < used; ++cell) {
+    const CellValue value = catalogue_.cell_value(cell);
+    if (value.state != CellState::kStanding) continue;
+    const Policy policy = catalogue_.policy_of(cell);
+    if (policy == Policy::kPin || (policy != Policy::kDrop && !spill_.ready())) continue;
+    if ((catalogue_.flags_of(cell, value.life) & kSpilled) != 0) continue;
+    const Use& use = catalogue_.use_of(cell);
+    const Name name{cell, value.life, use.used.load(std::memory_order_relaxed),
+                    use.bytes.load(std::memory_order_relaxed)};
+    if (name.bytes == 0) continue;
+    const Body body = catalogue_.read_body(cell);
+    if (body.parts == 0 || body.first.block >= arena.pages()) continue;
+    const BlockValue block = BlockValue::of(arena.block(body.first.block).value.load());
+    // In use: it would be looked at in vain.
+    if (!block.live || block.generation != body.first.generation || (body.parts == 1 && block.count != 1)) continue;
+    size_t at = units.size();
+    if (block.granules != 0) {
+      const auto [known, fresh] = chunks.try_emplace(body.first.block / pool::kPagesPerChunk, at);
+      at = known->second;
+      if (fresh) units.emplace_back();
+    } else {
+      units.emplace_back();
+    }
+    Unit& unit = units[at];
+    unit.rank = std::max(unit.rank, rank_of(policy));
+    unit.used += name.used;
+    unit.bytes += name.bytes;
+    unit.names.push_back(name);
+  }
+  for (Unit& unit : units) unit.used /= unit.names.size();
+  std::sort(units.begin(), units.end(),
+            [](const Unit& a, const Unit& b) { return a.rank != b.rank ? a.rank < b.rank : a.used < b.used; });
+  return units;
+}
+
+uint64_t Eviction::take(List& list, uint64_t bytes) {
+  uint64_t freed = 0;
+  bool may_write = true;
+  for (int attempt = 0; attempt < kBusyTries; ++attempt) {
+    bool busy = false;
+    for (; list.next < list.units.size() && freed < bytes; ++list.next) {
+      for (const Name& name : list.units[list.next].names) {
+        // Loaded since the list was made: it is not next any more.
+        if (attempt == 0 && catalogue_.use_of(name.cell).used.load(std::memory_order_relaxed) != name.used) continue;
+        auto given = spill_.out(name.cell, name.life, may_write ? How::kWrite : How::kFree);
+        if (given) {
+          freed += *given;
+        } else if (given.code() == Code::kBusy) {
+          busy = true;
+        } else {
+          may_write = false;  // for now: others may have their files
+        }
+      }
+    }
+    if (freed >= bytes) break;
+    if (attempt > 0 && freed > 0) break;
+    // Used up: once more from the beginning. What another one is just writing out will be room in a moment.
+    if (attempt > 0 && !busy) break;
+    if (attempt > 0) std::this_thread::sleep_for(kBusyRest);
+    if (attempt == 0) (void)catalogue_.sweep();
+    list.units = gather();
+    list.next = 0;
+  }
+  return freed;
+}
+
+uint64_t Eviction::make_room(uint64_t bytes) {
+  catalogue_.header().room_wanted.fetch_add(1, std::memory_order_relaxed);
+  os::wake_all(catalogue_.header().room_wanted);
+  const pool::Member::Restraint restraint;
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (lock.owns_lock()) return take(list_, bytes);
+  List own;
+  return take(own, bytes);
+}
+
+uint64_t Eviction::write_ahead() {
+  const pool::Member::Usage usage = catalogue_.member().usage();
+  if (!spill_.ready() || usage.committed - usage.idle < usage.limit / kFilling * (kFilling - 1)) return 0;
+  const pool::Member::Restraint restraint;
+  uint64_t ready = 0, written = 0;
+  for (const Unit& unit : gather()) {
+    if (ready >= usage.limit / kAhead) break;
+    for (const Name& name : unit.names) {
+      ready += name.bytes;
+      if (catalogue_.use_of(name.cell).file.load(std::memory_order_relaxed) != 0) continue;
+      auto copied = spill_.out(name.cell, name.life, How::kCopy);
+      if (copied) written += *copied;
+      if (!copied && copied.code() != Code::kBusy) return written;
+    }
+  }
+  return written;
+}
+
+}  // namespace torchshm::store

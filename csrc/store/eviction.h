@@ -1,0 +1,48 @@
+// What makes room when a store is full: who goes first, and how many.
+//
+// Shared: nothing of its own; values go by Spill::out(). Private: a list of what was found to be next, which is made anew when it is used up.
+// When a process dies here: see spill.h. In a forked child the list may be locked for good; it is then made for each call.
+// Thread safety: all functions, from any thread.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "store/catalogue.h"
+#include "store/spill.h"
+
+namespace torchshm::store {
+
+class Eviction {
+ public:
+  Eviction(Catalogue& catalogue, Spill& spill) : catalogue_(catalogue), spill_(spill) {}
+  uint64_t make_room(uint64_t bytes);
+  uint64_t write_ahead();
+
+ private:
+  struct Name {
+    uint32_t cell = 0, life = 0;
+    uint64_t used = 0, bytes = 0;
+  };
+  // What goes together: one name, or those whose blocks share a chunk of the pool, since a chunk is free when all of it is.
+  struct Unit {
+    uint32_t rank = 0;
+    uint64_t used = 0, bytes = 0;
+    std::vector<Name> names;
+  };
+  struct List {
+    std::vector<Unit> units;
+    size_t next = 0;
+  };
+  // Best ones first.
+  std::vector<Unit> gather() const;
+  uint64_t take(List& list, uint64_t bytes);
+
+  Catalogue& catalogue_;
+  Spill& spill_;
+  std::mutex mutex_;
+  List list_;
+};
+
+}  // namespace torchshm::store

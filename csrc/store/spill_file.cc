@@ -1,0 +1,375 @@
+#include "store/spill_file.h"
+
+#include <cctype>
+#include <cerrno>
+#include <optional>
+#include <utility>
+
+#include "base/failpoint.h"
+#include "os/directory.h"
+#include "os/process.h"
+#include "store/spill_transfer.h"
+
+namespace torchshm::store {
+namespace {
+
+constexpr const char* kAlive = "alive";
+constexpr const char* kPersistent = "persistent";
+constexpr const char* kSpill = ".spill";
+constexpr const char* kPart = ".part";
+constexpr size_t kDigits = 16;
+constexpr uint32_t kSticky = 01000, kSetgid = 02000, kGroupWrites = 0020, kOthersWrite = 0002;
+// How often something may be swept away under make() before it gives up: arbitrary, twice does not happen by itself.
+constexpr int kTries = 100;
+
+std::string hex(uint64_t value) {
+  static const char* digits = "0123456789abcdef";
+  std::string text(kDigits, '0');
+  for (size_t i = kDigits; i-- > 0; value >>= 4) text[i] = digits[value & 15];
+  return text;
+}
+
+std::optional<uint64_t> number(const std::string& text, size_t from) {
+  if (text.size() < from + kDigits) return std::nullopt;
+  uint64_t value = 0;
+  for (size_t i = from; i < from + kDigits; ++i) {
+    const char c = text[i];
+    if (!(c >= '0' && c <= '9') && !(c >= 'a' && c <= 'f')) return std::nullopt;
+    value = value << 4 | static_cast<uint64_t>(c <= '9' ? c - '0' : c - 'a' + 10);
+  }
+  return value;
+}
+
+std::string spill_name(uint64_t id) { return hex(id) + kSpill; }
+
+// <id>.part; <id>-2.part and so on while there are others, of writers that died.
+std::string part_name(uint64_t id, int attempt) {
+  return hex(id) + (attempt == 1 ? "" : "-" + std::to_string(attempt)) + kPart;
+}
+
+struct Parsed {
+  uint64_t id;
+  bool part;
+};
+
+std::optional<Parsed> parse(const std::string& name) {
+  const auto id = number(name, 0);
+  if (!id) return std::nullopt;
+  std::string rest = name.substr(kDigits);
+  if (rest == kSpill) return Parsed{*id, false};
+  if (rest.starts_with('-')) {
+    size_t end = 1;
+    while (end < rest.size() && std::isdigit(static_cast<unsigned char>(rest[end])) != 0) ++end;
+    rest = rest.substr(end);
+  }
+  if (rest == kPart) return Parsed{*id, true};
+  return std::nullopt;
+}
+
+bool is_missing(const Status& status) { return status.error() == ENOENT; }
+
+Status damaged(const std::string& path, const Status& why) { return Status(Code::kCorrupt, path + " " + why.what()); }
+
+// Where nobody but this user, and whom the store is for, can put something in the place of what we make.
+Status check_place(const std::string& dir, const os::FileInfo& info, int64_t group) {
+  const uint32_t self = os::effective_user();
+  if (info.owner != self && info.owner != 0) {
+    return Status(Code::kInvalid, "the directory " + dir + " for spilled values belongs to user " +
+                                      std::to_string(info.owner) + "; give one that belongs to you");
+  }
+  if ((info.mode & kSticky) != 0) return {};  // as /tmp: anybody may add names there, nobody can touch ours
+  if ((info.mode & kOthersWrite) != 0) {
+    return Status(Code::kInvalid, "others may write to the directory " + dir +
+                                      " for spilled values; chmod o-w it, or give a directory of your own");
+  }
+  const bool ours = info.group == os::effective_group() || (group >= 0 && info.group == static_cast<uint64_t>(group));
+  if ((info.mode & kGroupWrites) != 0 && !ours) {
+    return Status(Code::kInvalid, "group " + std::to_string(info.group) + " may write to the directory " + dir +
+                                      " for spilled values; chmod g-w it, or give a directory of your own");
+  }
+  return {};
+}
+
+// The directory that the user named; made where it is missing.
+Result<os::Fd> open_place(const std::string& dir, int64_t group) {
+  const uint32_t mode = group >= 0 ? 0770 : 0700;
+  auto made = os::make_directory(dir, mode);
+  if (!made) {
+    if (!is_missing(made.status())) return std::move(made.status());
+    return Status(Code::kInvalid, "the directory in which " + dir + " for spilled values should be made does not exist",
+                  ENOENT);
+  }
+  auto place = os::open_directory(dir);
+  if (!place) return std::move(place.status());
+  if (*made) {
+    auto given = os::set_access(place->get(), mode, group);
+    if (!given.ok()) return given;
+  }
+  auto info = os::info_of(place->get());
+  if (!info) return std::move(info.status());
+  auto checked = check_place(dir, *info, group);
+  if (!checked.ok()) return checked;
+  return place;
+}
+
+// Whether the name still is the file behind the descriptor.
+bool still_there(int directory, const std::string& name, int fd) {
+  auto named = os::info_at(directory, name);
+  auto opened = os::info_of(fd);
+  return named && opened && named->inode == opened->inode && named->device == opened->device;
+}
+
+// Of a dead store; the lock is held exclusively. `alive` goes last: while it is there, the next sweep knows what this is.
+bool remove_all(int place, const std::string& name, int directory) {
+  auto names = os::list_names(directory);
+  if (!names) return false;
+  for (const std::string& file : *names) {
+    if (parse(file) && !os::remove_file_at(directory, file).ok()) return false;
+    TORCHSHM_POINT("spill.swept");
+  }
+  if (!os::remove_file_at(directory, kAlive).ok()) return false;
+  TORCHSHM_POINT("spill.alive_swept");
+  return os::remove_directory_at(place, name).ok();
+}
+
+bool sweep_one(int place, const std::string& name) {
+  auto directory = os::open_directory_at(place, name);
+  if (!directory) return false;
+  auto info = os::info_of(directory->get());
+  if (!info || info->owner != os::effective_user()) return false;
+  auto alive = os::open_lock_file(directory->get(), kAlive, false);
+  if (!alive) {
+    // A process died when it had made the directory, or when it had swept it. One that still makes it starts again.
+    return is_missing(alive.status()) && os::remove_directory_at(place, name).ok();
+  }
+  auto dead = os::lock_file(alive->get(), false, os::Wait::kNo);
+  if (!dead || !*dead) return false;
+  TORCHSHM_POINT("spill.sweeping");
+  auto kept = os::info_at(directory->get(), kPersistent);
+  if (kept || !is_missing(kept.status())) return false;
+  return remove_all(place, name, directory->get());
+}
+
+}  // namespace
+
+Status SpillReader::read(const std::vector<std::byte*>& into) {
+  if (into.size() != head().lengths.size())
+    return Status(Code::kInvalid, "a spilled value has as many blocks as it had when it was written");
+  return spill::read_body(*file_, decoded_.shape, head().lengths, decoded_.checksums, into);
+}
+
+Result<std::unique_ptr<SpillDirectory>> SpillDirectory::make(const std::string& dir, const std::string& store,
+                                                             uint64_t pool_id, bool persistent, int64_t group) {
+  auto place = open_place(dir, group);
+  if (!place) return std::move(place.status());
+  const std::string name = store + "-" + hex(pool_id);
+  for (int i = 0; i < kTries; ++i) {
+    auto made = os::make_directory_at(place->get(), name, 0700);
+    if (!made) return std::move(made.status());
+    TORCHSHM_POINT("spill.directory_made");
+    auto directory = os::open_directory_at(place->get(), name);
+    if (!directory) {
+      if (is_missing(directory.status())) continue;
+      return std::move(directory.status());
+    }
+    auto info = os::info_of(directory->get());
+    if (!info) return std::move(info.status());
+    if (info->owner != os::effective_user()) {
+      return Status(Code::kInvalid, "the directory " + dir + "/" + name + " belongs to user " +
+                                        std::to_string(info->owner) + "; remove it, or give another one to spill to");
+    }
+    auto given = os::set_access(directory->get(), group >= 0 ? kSetgid | 0770 : 0700, group);
+    if (!given.ok()) return given;
+    auto alive = os::open_lock_file(directory->get(), kAlive, true);
+    if (!alive) {
+      if (is_missing(alive.status())) continue;
+      return std::move(alive.status());
+    }
+    given = os::set_access(alive->get(), group >= 0 ? 0660 : 0600, group);
+    if (!given.ok()) return given;
+    TORCHSHM_POINT("spill.alive_made");
+    auto locked = os::lock_file(alive->get(), true, os::Wait::kYes);
+    if (!locked) return std::move(locked.status());
+    if (!still_there(directory->get(), kAlive, alive->get())) continue;
+    TORCHSHM_POINT("spill.joined");
+    if (persistent) {
+      auto mark = os::open_lock_file(directory->get(), kPersistent, true);
+      if (!mark) return std::move(mark.status());
+    }
+    return joined(directory.take(), alive.take(), pool_id);
+  }
+  return Status(Code::kSystem, "the directory " + dir + "/" + name + " is removed again and again");
+}
+
+Result<std::unique_ptr<SpillDirectory>> SpillDirectory::join(os::Fd directory, uint64_t pool_id) {
+  auto alive = os::open_lock_file(directory.get(), kAlive, false);
+  if (!alive) {
+    if (!is_missing(alive.status())) return std::move(alive.status());
+    return Status(Code::kMissing, os::path_of(directory.get()) + " is no directory of a living store");
+  }
+  auto locked = os::lock_file(alive->get(), true, os::Wait::kNo);
+  if (!locked) return std::move(locked.status());
+  if (!*locked || !still_there(directory.get(), kAlive, alive->get()))
+    return Status(Code::kMissing, os::path_of(directory.get()) + " is being removed: its store is dead");
+  return joined(std::move(directory), alive.take(), pool_id);
+}
+
+Result<std::unique_ptr<SpillDirectory>> SpillDirectory::joined(os::Fd directory, os::Fd alive, uint64_t pool_id) {
+  auto info = os::info_of(directory.get());
+  if (!info) return std::move(info.status());
+  const uint32_t mode = (info->mode & kGroupWrites) != 0 ? 0660 : 0600;
+  return std::unique_ptr<SpillDirectory>(new SpillDirectory(std::move(directory), std::move(alive), pool_id, mode));
+}
+
+std::string SpillDirectory::path() const { return os::path_of(fd()); }
+
+Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {
+  for (int attempt = 1;; ++attempt) {
+    std::string name = part_name(id, attempt);
+    auto file = os::File::create(fd(), name, file_mode_);
+    if (!file) {
+      if (file.status().error() == EEXIST) continue;
+      return std::move(file.status());
+    }
+    TORCHSHM_POINT("spill.part_made");
+    auto locked = os::lock_file((*file)->fd(), false, os::Wait::kNo);
+    if (!locked) {
+      (void)os::remove_file_at(fd(), name);
+      return std::move(locked.status());
+    }
+    // A sweeper was quicker; it removes the name.
+    if (!*locked || !still_there(fd(), name, (*file)->fd())) continue;
+    return Part{file.take(), std::move(name)};
+  }
+}
+
+Status SpillDirectory::fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part) {
+  if (file_mode_ != 0600) {  // whatever the umask
+    auto given = os::set_access(part.file->fd(), file_mode_, -1);
+    if (!given.ok()) return given;
+  }
+  auto shape = spill::shape_of(head);
+  if (!shape) return std::move(shape.status());
+  auto allocated = part.file->preallocate(shape->file_bytes);
+  if (!allocated.ok()) return allocated;
+  TORCHSHM_POINT("spill.allocated");
+  auto checksums = spill::write_body(*part.file, *shape, head.lengths, blocks);
+  if (!checksums) return std::move(checksums.status());
+  TORCHSHM_POINT("spill.body_written");
+  auto first = spill::encode(head, *shape, *checksums);
+  if (!first) return std::move(first.status());
+  auto written = part.file->write_at(first->data(), shape->head_bytes, 0);
+  if (!written.ok()) return written;
+  TORCHSHM_POINT("spill.head_written");
+  // What the page cache could not write it tells here alone.
+  if (!part.file->direct()) {
+    auto flushed = part.file->flush();
+    if (!flushed.ok()) return flushed;
+  }
+  return os::rename_at(fd(), part.name, spill_name(head.id));
+}
+
+Status SpillDirectory::write(const SpillHead& head, const std::vector<const std::byte*>& blocks) {
+  if (blocks.size() != head.lengths.size() || head.pool_id != pool_id_)
+    return Status(Code::kInvalid, "a spilled value has one length for each block, and is one of its pool");
+  auto part = make_part(head.id);
+  if (!part) return std::move(part.status());
+  auto status = fill(head, blocks, *part);
+  if (!status.ok()) {
+    (void)os::remove_file_at(fd(), part->name);
+    return status;
+  }
+  TORCHSHM_POINT("spill.renamed");
+  return {};
+}
+
+Result<SpillReader> SpillDirectory::open(uint64_t id) {
+  auto opened = os::File::open(fd(), spill_name(id), true);
+  if (!opened) {
+    if (!is_missing(opened.status())) return std::move(opened.status());
+    return Status(Code::kMissing, path() + "/" + spill_name(id) + " is not there", ENOENT);
+  }
+  os::File& file = **opened;
+  auto info = os::info_of(file.fd());
+  if (!info) return std::move(info.status());
+  if (info->bytes < spill::kPage)
+    return Status(Code::kCorrupt, file.path() + " has " + std::to_string(info->bytes) + " bytes: it is cut short");
+  spill::Buffer bytes(spill::kPage);
+  if (!bytes) return Status(Code::kFull, "no memory for the head of a spill file", ENOMEM);
+  auto read = file.read_at(bytes.data(), spill::kPage, 0);
+  if (!read.ok()) return read;
+  auto head = spill::head_bytes(bytes.data(), info->bytes);
+  if (!head) return damaged(file.path(), head.status());
+  if (*head > spill::kPage) {
+    bytes = spill::Buffer(*head);
+    if (!bytes) return Status(Code::kFull, "no memory for the head of a spill file", ENOMEM);
+    read = file.read_at(bytes.data(), *head, 0);
+    if (!read.ok()) return read;
+  }
+  auto decoded = spill::decode(bytes.data(), *head, info->bytes);
+  if (!decoded) return damaged(file.path(), decoded.status());
+  if (decoded->head.pool_id != pool_id_ || decoded->head.id != id)
+    return Status(Code::kCorrupt, file.path() + " holds a value of another store, or another one of this");
+  return SpillReader(opened.take(), decoded.take());
+}
+
+bool SpillDirectory::remove(uint64_t id) {
+  const bool removed = os::remove_file_at(fd(), spill_name(id)).ok();
+  TORCHSHM_POINT("spill.removed");
+  return removed;
+}
+
+std::vector<SpillDirectory::File> SpillDirectory::list() {
+  std::vector<File> files;
+  auto names = os::list_names(fd());
+  if (!names) return files;
+  for (const std::string& name : *names) {
+    const auto parsed = parse(name);
+    if (!parsed) continue;
+    auto info = os::info_at(fd(), name);
+    if (info) files.push_back({parsed->id, parsed->part, info->bytes});
+  }
+  return files;
+}
+
+uint32_t SpillDirectory::sweep_parts() {
+  uint32_t removed = 0;
+  auto names = os::list_names(fd());
+  if (!names) return removed;
+  for (const std::string& name : *names) {
+    const auto parsed = parse(name);
+    if (!parsed || !parsed->part) continue;
+    auto part = os::open_lock_file(fd(), name, false);
+    if (!part) continue;
+    auto locked = os::lock_file(part->get(), false, os::Wait::kNo);
+    // The name may be another writer's by now.
+    if (!locked || !*locked || !still_there(fd(), name, part->get())) continue;
+    TORCHSHM_POINT("spill.part_sweeping");
+    removed += os::remove_file_at(fd(), name).ok() ? 1 : 0;
+  }
+  return removed;
+}
+
+uint64_t SpillDirectory::free_bytes() {
+  auto bytes = os::free_bytes(fd());
+  return bytes ? *bytes : 0;
+}
+
+Status SpillDirectory::sync() { return os::sync_file_system(fd()); }
+
+uint32_t sweep_dead(const std::string& dir) {
+  uint32_t swept = 0;
+  auto place = os::open_directory(dir);
+  if (!place) return swept;
+  auto names = os::list_names(place->get());
+  if (!names) return swept;
+  for (const std::string& name : *names) {
+    // <store>-<pool id>
+    if (name.size() < kDigits + 2 || name[name.size() - kDigits - 1] != '-' || !number(name, name.size() - kDigits))
+      continue;
+    swept += sweep_one(place->get(), name) ? 1 : 0;
+  }
+  return swept;
+}
+
+}  // namespace torchshm::store

@@ -1,0 +1,38 @@
+"""Bringing values back from disk while the program does something else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+
+from torchshm import _C
+
+_work: queue.SimpleQueue[tuple[_C.Store, str]] = queue.SimpleQueue()
+_thread: tuple[int, threading.Thread] | None = None  # in which process
+_starting = threading.Lock()
+
+
+def _run() -> None:
+    while True:
+        core, key = _work.get()
+        with contextlib.suppress(Exception):  # load() meets it again, and says it
+            core.restore(key)
+        del core
+
+
+def begin(core: _C.Store, keys: list[str]) -> None:
+    """Bring these back, in this order, by a thread that this process has for it."""
+    global _thread, _work, _starting
+    if _thread is None or _thread[0] != os.getpid():
+        if _thread is not None:
+            # The parent's thread is not here, and its work is its own.
+            _work, _starting = queue.SimpleQueue(), threading.Lock()
+        with _starting:
+            if _thread is None or _thread[0] != os.getpid():
+                made = threading.Thread(target=_run, name="torchshm-prefetch", daemon=True)
+                _thread = os.getpid(), made
+                made.start()
+    for key in keys:
+        _work.put((core, key))

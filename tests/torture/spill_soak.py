@@ -120,19 +120,22 @@ class Memory(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        inodes = {}
+        self.files: dict[str, int] = {}
         for number in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):
-                if "memfd:torchshm" in os.readlink(f"/proc/self/fd/{number}"):
-                    inodes[os.stat(f"/proc/self/fd/{number}").st_ino] = int(number)
-        self.files = list(inodes.values())
-        assert len(self.files) == 3, inodes
+                name = os.readlink(f"/proc/self/fd/{number}").removesuffix(" (deleted)")
+                if "memfd:torchshm" in name:
+                    self.files[name.rpartition("-")[2]] = int(number)
+        assert set(self.files) == {"data", "control", "catalogue"}, self.files
+        self.most_of = dict.fromkeys(self.files, 0)
         self.most = self.looks = 0
         self.ended = False
 
     def run(self) -> None:
         while not self.ended:
-            self.most = max(self.most, sum(os.fstat(fd).st_blocks * 512 for fd in self.files))
+            sizes = {name: os.fstat(fd).st_blocks * 512 for name, fd in self.files.items()}
+            self.most = max(self.most, sum(sizes.values()))
+            self.most_of = {name: max(size, self.most_of[name]) for name, size in sizes.items()}
             self.looks += 1
             time.sleep(0.002)
 
@@ -375,6 +378,7 @@ class Conductor:
             "working set, most MiB": size >> 20,
             **sums,
             "most memory of the store, % of the limit": round(100 * self.memory.most / setting.limit, 2),
+            **{f"most memory of the {name} file, MiB": round(size / 2**20, 2) for name, size in self.memory.most_of.items()},
             "looks at the memory": self.memory.looks,
             "longest without a finished operation, s": round(self.longest, 1),
             "looks of the checkers": self.checks,

@@ -76,15 +76,14 @@ class Setting:
     def is_written(self, key: int) -> bool:
         return key >= self.keys and (key - self.keys) % (WRITTEN + DROPPED) < WRITTEN
 
+    def removes(self, key: int, version: int) -> bool:
+        """Whether that version of a key is that it is not there."""
+        return version == 0 or (key < self.keys and version > 1 and (key * 7 + version * 13) % 11 == 0)
+
     def size(self, key: int) -> int:
         if key < self.keys:
             return self.sizes[(key // self.processes) % len(self.sizes)]
         return WRITTEN_SIZES[key % len(WRITTEN_SIZES)] if self.is_written(key) else DROPPED_SIZE
-
-
-def removes(key: int, version: int) -> bool:
-    """Whether that version of a key is that it is not there."""
-    return version == 0 or (version > 1 and (key * 7 + version * 13) % 11 == 0)
 
 
 class Notes:
@@ -196,13 +195,13 @@ class Worker:
         self.count("loads")
         if found is None:
             self.count("not there")
-            gone = [version for version in range(done, begun + 1) if removes(key, version)]
+            gone = [version for version in range(done, begun + 1) if self.setting.removes(key, version)]
             if not gone:
                 raise WrongBytes(f"key {key} is not there, and was saved: versions {done} to {begun}")
             return gone[-1], None
         version = self.contents.version(found, key, self.setting.size(key))
         self.count("MiB verified", found.nbytes >> 20)
-        if not done <= version <= begun or removes(key, version):
+        if not done <= version <= begun or self.setting.removes(key, version):
             raise WrongBytes(f"key {key} has version {version}, and was last {done} to {begun}")
         return version, found
 
@@ -220,7 +219,7 @@ class Worker:
         notes = self.notes
         version = int(notes.issued[key]) + 1
         notes.issued[key] = version
-        value = None if removes(key, version) else self.contents.new(key, version, self.setting.size(key))
+        value = None if self.setting.removes(key, version) else self.contents.new(key, version, self.setting.size(key))
         notes.begun[key] = version
         try:
             if value is None:
@@ -285,8 +284,6 @@ class Worker:
                 return
         (key, target), self.writing = self.writing, None
         version = int(self.notes.issued[key]) + 1
-        while removes(key, version):
-            version += 1
         self.notes.begun[key] = self.notes.issued[key] = version
         self.contents.write(target, key, version)
         self.notes.done[key] = version
@@ -337,7 +334,7 @@ class Worker:
             key = next(self.order)
             self.keep(key, *self.find(key))
         elif what < 0.78:
-            gone = [key for key in self.own if removes(key, int(self.notes.done[key]))]
+            gone = [key for key in self.own if self.setting.removes(key, int(self.notes.done[key]))]
             key = chance.choice(gone if gone and chance.random() < 0.7 else self.own)
             self.change(key, self.policy(key))
         elif what < 0.84 or self.writing is not None:

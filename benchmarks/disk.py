@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,14 +32,33 @@ def folder(prefix: str) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def forget(path: Path) -> None:
-    """Takes all files below `path` out of the page cache, so that reading them is the disk's work."""
+def forget(path: Path, wait: bool = True) -> None:
+    """Takes all files below `path` out of the page cache, so that reading them is the disk's work. Without `wait`, what has been written out."""
     for file in path.rglob("*"):
-        if file.is_file():
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # removed meanwhile
             fd = os.open(file, os.O_RDONLY)
-            os.fdatasync(fd)
+            if wait:
+                os.fdatasync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)
+
+
+@contextlib.contextmanager
+def forgetting(path: Path, every: float = 0.05) -> Iterator[None]:
+    """As on a machine whose memory is full: nothing below `path` stays in the page cache for longer than `every` seconds."""
+    end = threading.Event()
+
+    def work() -> None:
+        while not end.wait(every):
+            forget(path, wait=False)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
 
 
 class Dd:
@@ -69,37 +89,34 @@ class Dd:
 
 
 class Fio:
-    """fio past the page cache, one request of the objects' size at a time, random bytes."""
+    """fio past the page cache, random bytes: eight requests of 1 MiB at a time."""
 
     def __init__(self, path: str) -> None:
         self._file = Path(path) / "fio"
 
     def write(self, nbytes: int, count: int) -> float:
-        """GB/s to a new file of `count` blocks."""
+        """GB/s to a new file, as much as `count` values of `nbytes`."""
         self._file.unlink(missing_ok=True)
-        return self._run("write", nbytes, count)
+        return self._run("write", nbytes * count)
 
     def read(self, nbytes: int, count: int) -> float:
         """GB/s from what was written last."""
-        return self._run("read", nbytes, count)
+        return self._run("read", nbytes * count)
 
-    def _run(self, what: str, nbytes: int, count: int) -> float:
-        done = subprocess.run(
-            [
-                "fio",
-                "--name=spill",
-                f"--filename={self._file}",
-                f"--rw={what}",
-                "--direct=1",
-                "--ioengine=psync",
-                "--fallocate=none",
-                f"--bs={nbytes // MIB}m",
-                f"--size={nbytes * count // MIB}m",
-                "--output-format=json",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+    def _run(self, what: str, nbytes: int) -> float:
+        options = {
+            "name": "spill",
+            "filename": str(self._file),
+            "rw": what,
+            "direct": 1,
+            "ioengine": "libaio",
+            "iodepth": 8,
+            "fallocate": "none",
+            "bs": "1m",
+            "size": f"{nbytes // MIB}m",
+            "output-format": "json",
+        }
+        command = ["fio", *(f"--{name}={value}" for name, value in options.items())]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         report = json.loads(done.stdout[done.stdout.index("{") :])
         return float(report["jobs"][0][what]["bw_bytes"]) / 1e9

@@ -171,7 +171,9 @@ class Conductor:
         self.seen = np.zeros(chosen.processes, "i8")
         self.moved = [time.monotonic()] * chosen.processes
         self.longest = 0.0
-        self.workers = [self.order("worker", self.setting, i, chosen.seed * 100 + i) for i in range(chosen.processes)]
+        self.workers = [
+            self.order("worker", self.setting, i, chosen.seed * 100 + i) for i in range(chosen.processes)
+        ]
 
     def order(self, role: str, *arguments: Any) -> int:
         self.orders.send((role, arguments))
@@ -214,9 +216,13 @@ class Conductor:
                 self.seen[slot], self.moved[slot] = counted[slot], now
             self.longest = max(self.longest, now - self.moved[slot])
             if now - self.moved[slot] > PATIENCE:
-                self.violations.append(f"process {slot} has not got any further for {PATIENCE} s: {self.stack(slot)}")
+                self.violations.append(
+                    f"process {slot} has not got any further for {PATIENCE} s: {self.stack(slot)}"
+                )
         if self.memory.most > SHARE * self.setting.limit:
-            self.violations.append(f"the store takes {self.memory.most} bytes, its limit is {self.setting.limit}")
+            self.violations.append(
+                f"the store takes {self.memory.most} bytes, its limit is {self.setting.limit}"
+            )
 
     def stack(self, slot: int) -> str:
         with contextlib.suppress(OSError):
@@ -289,7 +295,9 @@ class Conductor:
         self.settled()
         self.look(at_rest=True)
         done = subprocess.run(
-            [sys.executable, "-m", "torchshm", "check", "--store", self.setting.name], capture_output=True, text=True
+            [sys.executable, "-m", "torchshm", "check", "--store", self.setting.name],
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             self.violations.append(f"torchshm check --store: {done.stdout}{done.stderr}")
@@ -338,7 +346,9 @@ class Conductor:
         if not on_disk <= len(files) <= len(names):
             self.violations.append(f"{len(files)} files for {on_disk} names on disk of {len(names)} in all")
         if self.store.info()["spilled_names"] != on_disk:
-            self.violations.append(f"{on_disk} names are on disk, and {self.store.info()['spilled_names']} are counted")
+            self.violations.append(
+                f"{on_disk} names are on disk, and {self.store.info()['spilled_names']} are counted"
+            )
 
     def names_take_their_files_along(self) -> None:
         for name in self.store.keys():
@@ -378,7 +388,10 @@ class Conductor:
             "working set, most MiB": size >> 20,
             **sums,
             "most memory of the store, % of the limit": round(100 * self.memory.most / setting.limit, 2),
-            **{f"most memory of the {name} file, MiB": round(size / 2**20, 2) for name, size in self.memory.most_of.items()},
+            **{
+                f"most memory of the {name} file, MiB": round(size / 2**20, 2)
+                for name, size in self.memory.most_of.items()
+            },
             "looks at the memory": self.memory.looks,
             "longest without a finished operation, s": round(self.longest, 1),
             "looks of the checkers": self.checks,
@@ -417,7 +430,9 @@ def next_start(directory: Path) -> list[str]:
         "    pass\n"
     )
     for _ in range(2):  # the first one leaves no directory either
-        subprocess.run([sys.executable, "-c", program, str(os.getpid()), str(directory)], check=True, timeout=60)
+        subprocess.run(
+            [sys.executable, "-c", program, str(os.getpid()), str(directory)], check=True, timeout=60
+        )
     left = [path for path in directory.iterdir() if path.name not in ("lost+found", "filler")]
     strays = [str(path.relative_to(directory)) for path in left if path.name.startswith("spill-soak")]
     return [f"after the next start {strays} of the dead store is there"] if strays else []

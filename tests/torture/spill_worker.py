@@ -151,7 +151,9 @@ class Worker:
 
     def cyclic(self) -> Iterator[int]:
         keys = self.setting.keys
-        return itertools.cycle((key + keys * self.slot // self.setting.processes) % keys for key in range(keys))
+        return itertools.cycle(
+            (key + keys * self.slot // self.setting.processes) % keys for key in range(keys)
+        )
 
     def zipf(self) -> Iterator[int]:
         keys = list(range(self.setting.keys))
@@ -219,7 +221,11 @@ class Worker:
         notes = self.notes
         version = int(notes.issued[key]) + 1
         notes.issued[key] = version
-        value = None if self.setting.removes(key, version) else self.contents.new(key, version, self.setting.size(key))
+        value = (
+            None
+            if self.setting.removes(key, version)
+            else self.contents.new(key, version, self.setting.size(key))
+        )
         notes.begun[key] = version
         try:
             if value is None:

@@ -33,7 +33,10 @@ def folder(prefix: str) -> Iterator[Path]:
 
 
 def forget(path: Path, wait: bool = True) -> None:
-    """Takes all files below `path` out of the page cache, so that reading them is the disk's work. Without `wait`, what has been written out."""
+    """Takes all files below `path` out of the page cache, so that reading them is the disk's work.
+
+    Without `wait`, only what has been written out by now.
+    """
     for file in path.rglob("*"):
         with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # removed meanwhile
             fd = os.open(file, os.O_RDONLY)

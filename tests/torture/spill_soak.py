@@ -351,7 +351,7 @@ class Conductor:
             )
 
     def names_take_their_files_along(self) -> None:
-        for name in self.store.keys():
+        for name in self.store:
             self.store.remove(name)
         self.store._core.sweep()
         if not waited(lambda: not self.files(), 10):

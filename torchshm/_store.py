@@ -564,7 +564,8 @@ class Store(MutableMapping[str, Any]):
             Of a name: ``kind`` ("array", "values" or "object"), ``bytes`` (of its blocks, or of its file), ``blocks``, ``created`` (seconds
             since 1970), ``expires_in`` (seconds, or None), ``pid`` of who saved it, ``where`` ("memory" or "disk"), ``policy``.
             Of the store: ``name``, ``names``, ``created``, ``ttl``, ``saved``, ``removed``, ``expired``, ``service_pid``, ``live_bytes``,
-            ``committed_bytes``, ``warm_bytes``, ``control_bytes``, ``limit_bytes``, ``blocks``, ``leases``, ``policy``, ``spill_directory``;
+            ``committed_bytes``, ``warm_bytes``, ``control_bytes``, ``limit_bytes``, ``blocks``, ``leases``, ``policy``,
+            ``spill_directory``;
             now on disk and not in memory ``spilled_names``, ``spilled_bytes``; and since the store began ``loads``, ``spills`` and
             ``spilled_total_bytes`` (memory given up for a file), ``written`` and ``written_bytes`` (files), ``restores`` and
             ``restored_bytes``, ``evictions`` (names dropped), ``spill_errors``, ``room_waits``.

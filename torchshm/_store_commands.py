@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 there is no such store or name, or it can't be served; 2 w
 
 from __future__ import annotations
 
+import enum
 import grp
 import json
 import os
@@ -47,6 +48,17 @@ NameOption = Annotated[
     str | None,
     typer.Option("--name", metavar="NAME", help="The store's name.", autocompletion=_stores),
 ]
+
+
+class Policy(str, enum.Enum):
+    """What may become of a value when room is needed."""
+
+    keep = "keep"
+    drop = "drop"
+    spill = "spill"
+    pin = "pin"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
 
@@ -188,11 +200,31 @@ def serve(
             metavar="GROUP", help="Its members, by name or number, may use the store; with --mode 0660."
         ),
     ] = None,
+    spill: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="On a disk: where values go that do not fit into memory."),
+    ] = None,
+    policy: Annotated[
+        Policy,
+        typer.Option(
+            help="What may become of values when room is needed: keep (to disk), spill (to disk first), drop (removed), pin (nothing)."
+        ),
+    ] = Policy.keep,
+    timeout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="How long savers and loaders wait for room. Default: 10s where it can be made.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Serve a store, in the background."""
     store_name, size, lifetime, permissions = _one(argument, name), _limit(limit), _lifetime(ttl), _mode(mode)
-    members = _group(group)
+    members, patience = _group(group), _seconds(timeout)
+    if patience is not None and not 0 <= patience <= _MOST / 1e9:
+        raise typer.BadParameter(f"not a time: {timeout!r}; write it as 0s, 90s or 15m")
+    directory = None if spill is None else os.path.abspath(spill)
     report = None if no_fork else _detach()
     # From here on a signal ends the service cleanly, and not in the middle of its start.
     ended: list[int] = []
@@ -200,7 +232,16 @@ def serve(
         if number != signal.SIGHUP or report is not None:
             signal.signal(number, lambda number, _frame: ended.append(number))
     try:
-        store = start(store_name, size, lifetime, mode=permissions, group=members)
+        store = start(
+            store_name,
+            size,
+            lifetime,
+            mode=permissions,
+            group=members,
+            spill=directory,
+            policy=policy.value,
+            timeout=patience,
+        )
     except (TorchshmError, ValueError) as error:
         if report is None:
             _fail(error.args[0] if error.args else error)

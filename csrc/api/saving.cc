@@ -74,7 +74,8 @@ Store::Impl::Placed Store::Impl::copy(uint64_t length, F fill) {
 
 void Store::Impl::save(std::string_view key, const Array& given, const char* face, const SaveOptions& options) {
   check_key(key);
-  const store::SaveOptions how{options.overwrite, count_of(options.ttl, "ttl"), false};
+  store::SaveOptions how{options.overwrite, count_of(options.ttl, "ttl"), false};
+  if (options.policy) how.policy = static_cast<store::Policy>(*options.policy);
   const api::TypeRow* row = api::row_of(given.dtype);
   if (row == nullptr) {
     (void)name_of(given.dtype);  // throws

@@ -22,6 +22,10 @@ Store Store::start(const std::string& name, const StartOptions& options) {
   how.ttl = count_of(options.ttl, "ttl");
   how.mode = options.mode;
   how.group = options.group ? static_cast<int64_t>(*options.group) : -1;
+  how.spill = options.spill;
+  how.policy = static_cast<store::Policy>(options.policy);
+  if (options.timeout)
+    how.patience = static_cast<int64_t>(std::min<uint64_t>(count_of(*options.timeout, "a timeout"), INT64_MAX));
   auto server = service::Server::start(how);
   if (server.code() == Code::kInvalid) throw Error("torchshm: " + server.status().what());
   if (!server) fail(server.status());
@@ -77,6 +81,9 @@ KeyInfo Store::info(std::string_view key) const {
   for (const auto& block : entry.blocks) {
     if (const auto extent = impl_->member->arena().extent(block.block)) info.bytes += extent->length;
   }
+  if (entry.spilled) info.bytes = entry.bytes;
+  info.on_disk = entry.spilled;
+  info.policy = static_cast<Policy>(entry.policy);
   info.blocks = entry.blocks.size();
   info.created = std::chrono::system_clock::time_point(
       std::chrono::duration_cast<std::chrono::system_clock::duration>(Nanoseconds(entry.created)));

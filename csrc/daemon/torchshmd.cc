@@ -6,6 +6,7 @@
 #include <grp.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <charconv>
 #include <csignal>
 #include <cstdio>
@@ -19,7 +20,8 @@
 namespace {
 
 constexpr char kUsage[] =
-    "Usage: torchshmd --name NAME [--limit SIZE] [--ttl TIME] [--mode OCTAL] [--group GROUP] [--json]\n"
+    "Usage: torchshmd --name NAME [--limit SIZE] [--ttl TIME] [--mode OCTAL] [--group GROUP]\n"
+    "                 [--spill DIR] [--policy POLICY] [--timeout TIME] [--json]\n"
     "\n"
     "Serve a store, in the foreground, until SIGTERM, Ctrl-C or `torchshm stop NAME`.\n"
     "\n"
@@ -28,6 +30,10 @@ constexpr char kUsage[] =
     "  --ttl TIME     How long names live, as in 90s, 15m, 2h or 1d. Default: for ever.\n"
     "  --mode OCTAL   Permissions of the socket. Default: 0600.\n"
     "  --group GROUP  Its members, by name or number, may use the store; with --mode 0660.\n"
+    "  --spill DIR    On a disk: where values go that do not fit into memory.\n"
+    "  --policy P     What may become of values when room is needed: keep (to disk), spill (to disk first), drop\n"
+    "                 (removed), pin (nothing). Default: keep.\n"
+    "  --timeout TIME How long savers and loaders wait for room. Default: 10s where it can be made.\n"
     "  --json         Write JSON.\n"
     "  --help         Write this.\n"
     "\n"
@@ -106,10 +112,17 @@ bool whole(std::string_view text, int base, T& to) {
 }
 
 Options parse(int count, char** arguments) {
-  static const option known[] = {{"name", required_argument, nullptr, 'n'},  {"limit", required_argument, nullptr, 'l'},
-                                 {"ttl", required_argument, nullptr, 't'},   {"mode", required_argument, nullptr, 'm'},
-                                 {"group", required_argument, nullptr, 'g'}, {"json", no_argument, nullptr, 'j'},
-                                 {"help", no_argument, nullptr, 'h'},        {nullptr, 0, nullptr, 0}};
+  static const option known[] = {{"name", required_argument, nullptr, 'n'},
+                                 {"limit", required_argument, nullptr, 'l'},
+                                 {"ttl", required_argument, nullptr, 't'},
+                                 {"mode", required_argument, nullptr, 'm'},
+                                 {"group", required_argument, nullptr, 'g'},
+                                 {"json", no_argument, nullptr, 'j'},
+                                 {"spill", required_argument, nullptr, 's'},
+                                 {"policy", required_argument, nullptr, 'p'},
+                                 {"timeout", required_argument, nullptr, 'w'},
+                                 {"help", no_argument, nullptr, 'h'},
+                                 {nullptr, 0, nullptr, 0}};
   Options options;
   bool named = false;
   opterr = 0;
@@ -145,6 +158,23 @@ Options parse(int count, char** arguments) {
           options.start.group = entry->gr_gid;
         } else {
           wrong("no group named '" + given + "'");
+        }
+        break;
+      case 's':
+        options.start.spill = given;
+        break;
+      case 'p': {
+        constexpr std::string_view kPolicies[] = {"keep", "drop", "spill", "pin"};
+        const auto* found = std::find(std::begin(kPolicies), std::end(kPolicies), given);
+        if (found == std::end(kPolicies)) wrong("not a policy: '" + given + "'; write keep, drop, spill or pin");
+        options.start.policy = static_cast<torchshm::Policy>(found - kPolicies);
+        break;
+      }
+      case 'w':
+        if (const auto time = parse_time(given)) {
+          options.start.timeout = *time;
+        } else {
+          wrong("not a time: '" + given + "'; write it as 90s, 15m, 2h or 1d");
         }
         break;
       case 'j':

@@ -231,10 +231,10 @@ def test_check_knows_the_catalogue(served, tmp_path):
     (found,) = asked("check", *files)["pools"]
     assert found["sound"] and found["copy"] and found["catalogue"]["names"] == 2
     with copies[2].open("r+b") as file:
-        file.seek(12288)  # the slots
+        file.seek(143360)  # the slots
         words = struct.unpack("<16384Q", file.read(16 * 8192))
         slot = next(i for i in range(8192) if words[2 * i] & 3 == 2)
-        file.seek(12288 + 16 * slot + 8)
+        file.seek(143360 + 16 * slot + 8)
         file.write(struct.pack("<Q", words[2 * slot + 1] + 1))
     said = subprocess.run(
         [sys.executable, "-m", "torchshm", "check", *files, "--json"], capture_output=True, text=True

@@ -251,16 +251,30 @@ using Nanoseconds = std::chrono::nanoseconds;
 /// As long as it takes.
 inline constexpr Nanoseconds kForever = Nanoseconds::max();
 
+/// What may become of a value that nobody uses, when the store needs room. Values go in the order kDrop, kSpill, kKeep, least recently used
+/// first.
+enum class Policy : uint8_t {
+  kKeep,   ///< it goes to the spill directory, where there is one, and comes back when it is loaded
+  kDrop,   ///< it is removed
+  kSpill,  ///< as kKeep, but before what is kept
+  kPin     ///< it stays in memory
+};
+
 struct StartOptions {
   uint64_t limit = 0;             ///< most bytes that the store takes; 0: half of what the machine or the cgroup allows
   Nanoseconds ttl{0};             ///< after which names go that were saved without one; 0: never
   uint32_t mode = 0600;           ///< permissions of the socket
   std::optional<uint32_t> group;  ///< whose members may use the store too; with a mode such as 0660
+  std::string spill;              ///< directory, on a disk, for values that do not fit into memory; empty: none
+  Policy policy = Policy::kKeep;  ///< of values that are saved without one
+  std::optional<Nanoseconds>
+      timeout;  ///< that savers and loaders wait for room; default: 10 s where room can be made, else none
 };
 
 struct SaveOptions {
-  bool overwrite = false;  ///< replace what has that name; who holds the old value keeps it
-  Nanoseconds ttl{0};      ///< after which the name goes; 0: the store's default
+  bool overwrite = false;                       ///< replace what has that name; who holds the old value keeps it
+  Nanoseconds ttl{0};                           ///< after which the name goes; 0: the store's default
+  std::optional<Policy> policy = std::nullopt;  ///< default: the store's
 };
 
 struct LoadOptions {
@@ -277,11 +291,13 @@ struct MakeOptions {
 /// Figures about a name.
 struct KeyInfo {
   std::string kind;     ///< "array", "values" or "object", as Python's Store.info() says
-  uint64_t bytes = 0;   ///< of the blocks that it keeps
+  uint64_t bytes = 0;   ///< of its blocks, or of its file
   uint64_t blocks = 0;  ///< how many
   std::chrono::system_clock::time_point created;
   std::optional<Nanoseconds> expires_in;  ///< nothing: never
   uint32_t pid = 0;                       ///< of who saved it
+  bool on_disk = false;                   ///< and not in memory
+  Policy policy = Policy::kKeep;
 };
 
 /// Figures about a store.

@@ -157,6 +157,7 @@ class Conductor:
         self.kills = {"services": 0, "clients": 0}
         self.fillings = self.checks = 0
         self.after: dict[str, Any] = {}
+        self.rested = 0.0
         context = multiprocessing.get_context("fork")
         self.orders, other = context.Pipe()
         self.nursery = context.Process(target=nursery, args=(other, str(folder), ROLES))
@@ -334,7 +335,9 @@ class Conductor:
 
     def settled(self) -> None:
         """Waits until the service writes nothing more."""
+        began = time.monotonic()
         waited(lambda: not any(path.suffix == ".part" for path in self.files()), 10)
+        self.rested = time.monotonic() - began
 
     def files_belong_to_names(self) -> None:
         names = self.store.keys()
@@ -395,6 +398,7 @@ class Conductor:
             "looks at the memory": self.memory.looks,
             "longest without a finished operation, s": round(self.longest, 1),
             "looks of the checkers": self.checks,
+            "longest until no file is half written, s": round(self.rested, 1),
         }
         if self.chosen.kill:
             figures |= {f"SIGKILLs of {who}": n for who, n in self.kills.items()}

@@ -7,6 +7,7 @@ the preparation data that multiprocessing sends every child before anything else
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing.process
 import multiprocessing.reduction
@@ -24,6 +25,8 @@ from torchshm.errors import TorchshmError
 
 STORES = 0  # in the place of a family, in the pools of stores
 _lock = threading.Lock()
+# Of pools that messages go to: a store's client makes room in them.
+_stores: dict[int, _C.Store] = {}
 _stock_preparation_data = multiprocessing.spawn.get_preparation_data
 # Runs in the child before multiprocessing has set anything up. Never raises: a child without torchshm works as it always did.
 _JOIN = """
@@ -73,7 +76,7 @@ def ensure(limit: int | None = None) -> None:
         _hook_children()
 
 
-def change_to(pool_id: int) -> None:
+def change_to(pool_id: int, store: _C.Store) -> None:
     """Let this process's data go to the pool of a store that it is a client of; its children inherit that.
 
     Arrays in the pool that it had before stay valid, and travel by reference as they did.
@@ -81,6 +84,7 @@ def change_to(pool_id: int) -> None:
     with _lock:
         if not _C.choose(pool_id):
             raise AssertionError("a client of a store is a member of its pool")
+        _stores[pool_id] = store
         _hook_children()
 
 
@@ -101,7 +105,8 @@ class _Inherited:
         pools = _C.own_pools()
         origin = getattr(multiprocessing.process, "ORIGINAL_DIR", None) or ""
         path = [str(entry) or origin for entry in sys.path]
-        arguments = ([pool[0] for pool in pools], _reducers.registered(), _C.min_bytes())
+        names = {pool_id: core.name for pool_id, core in _stores.items()}
+        arguments = ([pool[0] for pool in pools], _reducers.registered(), _C.min_bytes(), names)
         code = _JOIN.format(path=path, arguments=arguments, fds="_fds")
         fds = [multiprocessing.reduction.DupFd(fd) for pool in pools for fd in pool[1:]]
         return exec, (code, {"_fds": fds})
@@ -118,7 +123,9 @@ def _hook_children() -> None:
     multiprocessing.spawn.get_preparation_data = _preparation_data  # type: ignore[assignment]
 
 
-def join_from_parent(pool_ids: list[int], registered: bool, min_bytes: int, *, fds: list[Any]) -> None:
+def join_from_parent(
+    pool_ids: list[int], registered: bool, min_bytes: int, stores: dict[int, str], *, fds: list[Any]
+) -> None:
     """Join the parent's pool, and those it had before, in a child that was spawned, with the descriptors that came along.
 
     A forkserver whose preloaded modules called register() has a pool of its own; its children change to that of the parent.
@@ -131,6 +138,13 @@ def join_from_parent(pool_ids: list[int], registered: bool, min_bytes: int, *, f
         for pool_id, data, control in zip(pool_ids, owned[::2], owned[1::2], strict=True):
             if not _C.choose(pool_id):
                 _C.attach(data, control, True)
+            if pool_id in stores:
+                # Without its service messages find room as in any other pool.
+                with contextlib.suppress(TorchshmError):
+                    core = _C.Store.connect(stores[pool_id], 0)
+                    if core.pool_id == pool_id:
+                        _stores[pool_id] = core
+                _C.choose(pool_id)
         _C.set_min_bytes(min_bytes)
         if registered:
             _reducers.install()

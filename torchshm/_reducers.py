@@ -122,7 +122,7 @@ def register(
         if size is not None:
             raise ValueError("limit is the store's: give it to torchshm.start() or `torchshm serve --limit`")
         found = _store.connect(store) if isinstance(store, str) else store
-        _family.change_to(found._core.pool_id)
+        _family.change_to(found._core.pool_id, found._core)
     elif size is not None and _C.is_member() and _C.family() == _family.STORES:
         raise ValueError(
             "the pool of this process is a store's, which keeps the limit that it was started with"

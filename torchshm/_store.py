@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import itertools
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _FOREVER = (1 << 63) - 1  # ns
 _LOOK = 1_000_000_000  # ns; a saver that dies after it has named the value rings no bell
+_TURN = "\0room"  # the lock of those who wait for room for several parts
+_STOPPED = 1.0  # s after which one who has the turn is not waited for
 _ATTEMPTS = 100  # at a name that changes while it is being opened
 
 
@@ -65,6 +68,16 @@ def _checked(key: Any) -> str:
     return key
 
 
+# At the end of the program whoever had a store last removes its files.
+_cores: weakref.WeakSet[_C.Store] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    for core in list(_cores):
+        core.leave()
+
+
 class Store(MutableMapping[str, Any]):
     """A client of a store, from :func:`torchshm.start` or :func:`torchshm.connect`.
 
@@ -78,6 +91,8 @@ class Store(MutableMapping[str, Any]):
     def __init__(self, name: str, timeout: float, core: _C.Store | None) -> None:
         self._name, self._timeout = name, timeout
         self._held = core
+        if core is not None:
+            _cores.add(core)
         self._closed = False
         self._end: Any = None
         if core is not None and core.serving:
@@ -98,6 +113,7 @@ class Store(MutableMapping[str, Any]):
                     f"this client of the store {self._name} is closed; torchshm.connect({self._name!r}) makes another"
                 )
             core = self._held = _connect(self._name, self._timeout)
+            _cores.add(core)
         return core
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -184,20 +200,54 @@ class Store(MutableMapping[str, Any]):
             raise KeyExistsError(
                 f"{key} is a name in this store already; save it under another one, or with overwrite=True"
             )
-        deadline = None
-        for attempt in itertools.count():
-            try:
-                text, refs = _values.describe(core, value)
-                core.save(key, text, refs, overwrite, ttl, False, policy)
-                return
-            except PoolFullError as error:
-                if deadline is None:
-                    deadline = time.monotonic() + (core.patience if patience < 0 else patience * 1e-9)
-                if time.monotonic() >= deadline:
-                    raise
+        try:
+            text, refs = _values.describe(core, value)
+            core.save(key, text, refs, overwrite, ttl, False, policy)
+            return
+        except PoolFullError as error:
+            wanting = error
+        self._save_in_turn(core, key, value, ttl, overwrite, policy, patience, wanting)
+
+    def _save_in_turn(
+        self,
+        core: _C.Store,
+        key: str,
+        value: Any,
+        ttl: int,
+        overwrite: bool,
+        policy: int,
+        patience: int,
+        wanting: PoolFullError,
+    ) -> None:
+        """Save a value of several parts when there is room for all of them.
+
+        Those who wait for room hold nothing, and place their parts one after another, or two of them could each have half of the room.
+        """
+        begun = tried = time.monotonic()
+        deadline = begun + (core.patience if patience < 0 else patience * 1e-9)
+        turn = core.lock(_TURN)
+        try:
+            for attempt in itertools.count():
                 # What was placed so far is given up before the wait: others may need just that.
-                traceback.clear_frames(error.__traceback__)
-            core.wait_for_room(attempt)
+                traceback.clear_frames(wanting.__traceback__)
+                if time.monotonic() >= deadline:
+                    raise wanting
+                core.wait_for_room(attempt)
+                # Who has the turn may be stopped.
+                mine = turn.held or turn.try_acquire(False)
+                if not mine and time.monotonic() < tried + _STOPPED:
+                    continue
+                tried = time.monotonic()
+                try:
+                    text, refs = _values.describe(core, value)
+                    core.save(key, text, refs, overwrite, ttl, False, policy)
+                    return
+                except PoolFullError as error:
+                    wanting = error
+        finally:
+            del wanting
+            if turn.held:
+                turn.release()
 
     def load(
         self,

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <random>
 #include <thread>
 
 #include "base/copy.h"
@@ -337,6 +338,11 @@ class Store {
     rest(attempt);
   }
   std::string trouble() const { return catalogue_->trouble(); }
+  void leave() {
+    const WithoutGil release;
+    server_.reset();
+    catalogue_->leave_directory();
+  }
   uint32_t sweep_files() {
     const WithoutGil release;
     return catalogue_->sweep_files();
@@ -494,7 +500,10 @@ class Store {
   void rest(int attempt) {
     {
       const WithoutGil release;
-      std::this_thread::sleep_for(std::min(kShortRest * (1 << std::min(attempt, 8)), kLongRest));
+      // Not the same for all: those who want the same memory must not go on meeting one another.
+      thread_local std::minstd_rand random(std::random_device{}());
+      const auto most = std::min(kShortRest * (2 << std::min(attempt, 8)), kLongRest);
+      std::this_thread::sleep_for(most / 4 + most * static_cast<int>(random() % 1024) / 1024);
     }
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   }
@@ -630,6 +639,7 @@ void add_store(py::module_& m) {
       .def("wait_for_room", &Store::wait_for_room)
       .def("trouble", &Store::trouble)
       .def("sweep_files", &Store::sweep_files)
+      .def("leave", &Store::leave)
       .def_property_readonly("patience", &Store::patience)
       .def("contains", &Store::contains)
       .def("remove", &Store::remove)

@@ -197,10 +197,10 @@ std::optional<Entry> Catalogue::entry_of(const Found& found) {
   entry.slot = found.place.index;
   entry.cell = found.place.value.cell;
   entry.life = found.place.value.life;
-  const Use& use = use_of(entry.cell);
-  entry.policy = policy_of(entry.cell);
-  entry.spilled = (flags_of(entry.cell, entry.life) & kSpilled) != 0;
-  entry.bytes = use.bytes.load(std::memory_order_relaxed);
+  const StandingValue known = standing(entry.cell);
+  entry.policy = known.policy;
+  entry.spilled = known.life == entry.life && (known.flags & kSpilled) != 0;
+  entry.bytes = use_of(entry.cell).bytes.load(std::memory_order_relaxed);
   entry.created = body.created;
   entry.expires = body.expires;
   entry.owner = body.owner;
@@ -259,36 +259,14 @@ std::optional<std::string> Catalogue::key_of(const Body& body) {
 
 // ---- where a value is
 
-Policy Catalogue::policy_of(uint32_t cell) const {
-  const uint64_t policy = use_of(cell).marks.load(std::memory_order_acquire) >> 8 & 0xff;
-  return policy <= static_cast<uint64_t>(Policy::kPin) ? static_cast<Policy>(policy) : Policy::kPin;
-}
-
-uint64_t Catalogue::flags_of(uint32_t cell, uint32_t life) const {
-  const uint64_t marks = use_of(cell).marks.load(std::memory_order_seq_cst);
-  return marks >> 32 == life ? marks & 0xff : 0;
-}
-
-// False when the cell has begun another life.
-bool Catalogue::add_flags(uint32_t cell, uint32_t life, uint64_t flags) {
-  std::atomic<uint64_t>& marks = use_of(cell).marks;
-  uint64_t found = marks.load(std::memory_order_relaxed);
-  do {
-    if (found >> 32 != life) return false;
-  } while (!marks.compare_exchange_weak(found, found | flags, std::memory_order_seq_cst));
-  return true;
-}
-
 bool Catalogue::set_policy(std::string_view name, Policy policy) {
   const Key key(name);
   while (const auto found = look(key)) {
-    const uint32_t cell = found->place.value.cell, life = found->place.value.life;
-    std::atomic<uint64_t>& marks = use_of(cell).marks;
-    uint64_t before = marks.load(std::memory_order_relaxed);
-    while (before >> 32 == life) {
-      const uint64_t next = (before & ~uint64_t{0xff00}) | static_cast<uint64_t>(policy) << 8;
-      if (marks.compare_exchange_weak(before, next, std::memory_order_seq_cst)) return true;
-    }
+    if (!change_standing(found->place.value.cell, found->place.value.life,
+                         [&](StandingValue& value) { value.policy = policy; }))
+      continue;  // replaced, or brought back
+    header().policies.fetch_add(1, std::memory_order_relaxed);
+    return true;
   }
   return false;
 }
@@ -319,7 +297,8 @@ Result<Catalogue::Writing> Catalogue::hold_for_writing(const Entry& entry) {
   Writing writing(*this);
   // First the flag, then the holds, then a look whether somebody is writing it out: who does that claims it first, and looks at holds and
   // flag afterwards. So one of the two sees the other.
-  if (!add_flags(entry.cell, entry.life, kWritten)) return Status(Code::kStale, "the name has been replaced");
+  if (!change_standing(entry.cell, entry.life, [](StandingValue& value) { value.flags |= kWritten; }))
+    return Status(Code::kStale, "the name has been replaced");
   TORCHSHM_POINT("writing.flagged");
   for (const Entry::Block& block : entry.blocks) {
     auto view = member_.attach(block.block, block.generation, Mode::kReadWrite);
@@ -361,6 +340,8 @@ void Catalogue::set_directory(const std::string& path) {
 
 int Catalogue::directory_fd() const { return spill_->directory_fd(); }
 
+void Catalogue::leave_directory() { spill_->leave(); }
+
 uint64_t Catalogue::make_room(uint64_t bytes) { return eviction_->make_room(bytes); }
 uint64_t Catalogue::write_ahead() { return eviction_->write_ahead(); }
 uint32_t Catalogue::sweep_files() { return spill_->sweep(); }
@@ -397,7 +378,7 @@ Catalogue::Totals Catalogue::totals() const {
   if (header().spilling.load(std::memory_order_relaxed) == 0) return sum;
   for (uint32_t cell = 0, used = cells_used(); cell < used; ++cell) {
     const CellValue found = cell_value(cell);
-    if (found.state != CellState::kStanding || (flags_of(cell, found.life) & kSpilled) == 0) continue;
+    if (found.state != CellState::kStanding || (standing(cell).flags & kSpilled) == 0) continue;
     ++sum.names_on_disk;
     sum.bytes_on_disk += use_of(cell).bytes.load(std::memory_order_relaxed);
   }

@@ -76,6 +76,7 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   // The name of that directory, for who serves the store next; empty: none.
   std::string directory() const;
   int directory_fd() const;  // -1: this process has none
+  void leave_directory();    // at the end of the program: the last one removes it
   void set_directory(const std::string& path);
 
   // Whose it is and how old, if the file is a catalogue of that name.
@@ -187,7 +188,8 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   std::optional<std::pair<uint32_t, CellValue>> claim_cell();
   // What a value that moves between memory and disk takes along.
   struct Origin {
-    uint64_t created = 0, expires = 0, file = 0, bytes = 0, flags = 0;
+    uint64_t created = 0, expires = 0, file = 0, bytes = 0;
+    uint8_t flags = 0;
     uint32_t pid = 0;
   };
   Status fill(uint32_t cell, const Key& key, std::string_view text, const std::vector<uint32_t>& blocks,
@@ -197,10 +199,21 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   void release_cell(uint32_t cell);
   // Puts another cell in the place of what was found, if that is still there. kStale when it is not.
   Status succeed(const Found& found, std::string_view text, const std::vector<uint32_t>& blocks, const Origin& origin);
-  void forget_file(uint32_t cell, uint64_t hash);
-  Policy policy_of(uint32_t cell) const;
-  uint64_t flags_of(uint32_t cell, uint32_t life) const;
-  bool add_flags(uint32_t cell, uint32_t life, uint64_t flags);
+  void forget_file(uint32_t cell, uint32_t life, uint64_t hash);
+  void begin_standing(uint32_t cell, const StandingValue& value);
+  StandingValue standing(uint32_t cell) const { return StandingValue::of(use_of(cell).standing.load()); }
+  // change(StandingValue&) to what is there now. False when the cell has begun another life.
+  template <class F>
+  bool change_standing(uint32_t cell, uint32_t life, F change) {
+    pool::AtomicPair& word = use_of(cell).standing;
+    pool::Pair found = word.load();
+    for (;;) {
+      StandingValue next = StandingValue::of(found);
+      if (next.life != life) return false;
+      change(next);
+      if (word.exchange_if(found, next.pair())) return true;
+    }
+  }
   // The key of a body, also where it lies in a block; nothing when that has gone.
   std::optional<std::string> key_of(const Body& body);
   Counters& counters() const;

@@ -1,5 +1,6 @@
 // How a name goes: removed, replaced, expired, or left behind half done by a process that died. docs/store.md has the order of steps.
 #include <cstring>
+#include <utility>
 
 #include "base/failpoint.h"
 #include "os/futex.h"
@@ -65,7 +66,7 @@ void Catalogue::release_cell(uint32_t cell) {
   }
   if (body.parts > 0) give_up(body.first);
   give_up(body.overflow);
-  forget_file(cell, body.hash);
+  forget_file(cell, cell_value(cell).life, body.hash);
   write_body(cell, Body{});
   TORCHSHM_POINT("release.cleared");
   CellValue found = cell_value(cell);
@@ -74,15 +75,16 @@ void Catalogue::release_cell(uint32_t cell) {
 
 // The file goes with the value's last cell. One that has been handed on is named by the slot now, since it goes from cell to cell with one
 // exchange of it.
-void Catalogue::forget_file(uint32_t cell, uint64_t hash) {
-  const uint64_t file = use_of(cell).file.exchange(0, std::memory_order_relaxed);
+void Catalogue::forget_file(uint32_t cell, uint32_t life, uint64_t hash) {
+  uint64_t file = 0;
+  (void)change_standing(cell, life, [&](StandingValue& value) { file = std::exchange(value.file, 0); });
   if (file == 0) return;
   for (uint32_t level = levels(); level-- > 0;) {
     for (uint32_t i = 0; i < kWindow; ++i) {
       const SlotValue value = SlotValue::of(slot(slot_index(hash, level, i)).value.load());
       if (value.state == SlotState::kEmpty) break;
       if (value.state != SlotState::kNamed || value.cell >= kCells || value.cell == cell) continue;
-      if (use_of(value.cell).file.load(std::memory_order_relaxed) == file) return;
+      if (standing(value.cell).file == file) return;
     }
   }
   spill_->remove(file);

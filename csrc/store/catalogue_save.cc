@@ -44,10 +44,8 @@ std::optional<std::pair<uint32_t, CellValue>> Catalogue::claim_cell() {
     ++next.step;
     Pair expected = before.pair();
     if (!word(cell).value.exchange_if(expected, next.pair())) return std::nullopt;
-    Use& use = use_of(cell);
     // Not the claim: who has it, from an earlier life, lets go of it.
-    use.file.store(0, std::memory_order_relaxed);
-    use.marks.store(uint64_t{next.life} << 32, std::memory_order_relaxed);
+    begin_standing(cell, {next.life});
     return std::make_pair(cell, next);
   };
   // Relaxed: where to begin is a matter of taste.
@@ -77,6 +75,13 @@ std::optional<std::pair<uint32_t, CellValue>> Catalogue::claim_cell() {
   return std::nullopt;
 }
 
+// REQUIRES: the cell is this process's. Those who were at work at an earlier life of it may still try to change that.
+void Catalogue::begin_standing(uint32_t cell, const StandingValue& value) {
+  pool::AtomicPair& word = use_of(cell).standing;
+  Pair found = word.load();
+  while (!word.exchange_if(found, value.pair())) continue;
+}
+
 // Issues a ticket for everything, writes down each before the next, and makes them the name's when all is written.
 Status Catalogue::fill(uint32_t cell, const Key& key, std::string_view text, const std::vector<uint32_t>& blocks,
                        const SaveOptions& options, const Origin* origin) {
@@ -93,22 +98,23 @@ Status Catalogue::fill(uint32_t cell, const Key& key, std::string_view text, con
   for (const uint32_t block : blocks) {
     if (const auto extent = member_.arena().extent(block)) bytes += extent->length;
   }
-  uint64_t flags = 0;
-  Policy policy = options.policy.value_or(static_cast<Policy>(header().policy.load(std::memory_order_relaxed)));
+  StandingValue known = standing(cell);
+  known.policy = options.policy.value_or(static_cast<Policy>(header().policy.load(std::memory_order_relaxed)));
   if (origin != nullptr) {
     body.created = origin->created;
     body.expires = origin->expires;
     body.pid = origin->pid;
     bytes = origin->bytes;
-    flags = origin->flags;
+    known.flags = origin->flags;
+    known.file = origin->file;
+  } else if (options.policy && !is_mark(key.text)) {
+    header().policies.fetch_add(1, std::memory_order_relaxed);
   }
-  if (options.bound || is_mark(key.text)) policy = Policy::kPin;
+  if (options.bound || is_mark(key.text)) known.policy = Policy::kPin;
   Use& use = use_of(cell);
   use.bytes.store(bytes, std::memory_order_relaxed);
   use.used.store(header().clock.fetch_add(1, std::memory_order_relaxed), std::memory_order_relaxed);
-  use.file.store(origin != nullptr ? origin->file : 0, std::memory_order_relaxed);
-  const uint64_t life = use.marks.load(std::memory_order_relaxed) >> 32;
-  use.marks.store(life << 32 | static_cast<uint64_t>(policy) << 8 | flags, std::memory_order_release);
+  begin_standing(cell, known);
   body.key_bytes = static_cast<uint32_t>(key.text.size());
   body.text_bytes = static_cast<uint32_t>(text.size());
   const bool fits = key.text.size() + text.size() <= kInline;
@@ -260,7 +266,7 @@ Status Catalogue::succeed(const Found& found, std::string_view text, const std::
   auto [cell, mine] = *claimed;
   TORCHSHM_POINT("succeed.cell");
   SaveOptions options;
-  options.policy = policy_of(found.place.value.cell);
+  options.policy = standing(found.place.value.cell).policy;
   Status status = fill(cell, key, text, blocks, options, &origin);
   TORCHSHM_POINT("succeed.filled");
   const SlotValue successor{SlotState::kNamed, key.tag, cell, mine.life, 0};
@@ -271,7 +277,7 @@ Status Catalogue::succeed(const Found& found, std::string_view text, const std::
   TORCHSHM_POINT("succeed.exchanged");
   if (!status) {
     // The file is still the other cell's, or nobody's.
-    use_of(cell).file.store(0, std::memory_order_relaxed);
+    (void)change_standing(cell, mine.life, [](StandingValue& value) { value.file = 0; });
     if (change_cell(cell, mine, CellState::kReleasing, mine.owner)) release_cell(cell);
     return status;
   }

@@ -14,6 +14,8 @@ namespace {
 using pool::BlockValue;
 using How = Spill::How;
 
+constexpr uint32_t kFewCells = 4096;
+constexpr uint64_t kListed = 32;  // of the limit, as much as is taken by one list
 constexpr int kBusyTries = 20;
 constexpr std::chrono::milliseconds kBusyRest{1};
 // Of the limit: from where on files are written ahead, and how much of what goes next should have one.
@@ -39,9 +41,10 @@ std::vector<Eviction::Unit> Eviction::gather() const {
   for (uint32_t cell = 0, used = catalogue_.cells_used(); cell < used; ++cell) {
     const CellValue value = catalogue_.cell_value(cell);
     if (value.state != CellState::kStanding) continue;
-    const Policy policy = catalogue_.policy_of(cell);
+    const StandingValue known = catalogue_.standing(cell);
+    const Policy policy = known.policy;
     if (policy == Policy::kPin || (policy != Policy::kDrop && !spill_.ready())) continue;
-    if ((catalogue_.flags_of(cell, value.life) & kSpilled) != 0) continue;
+    if (known.life != value.life || (known.flags & kSpilled) != 0) continue;
     const Use& use = catalogue_.use_of(cell);
     const Name name{cell, value.life, use.used.load(std::memory_order_relaxed),
                     use.bytes.load(std::memory_order_relaxed)};
@@ -71,9 +74,16 @@ std::vector<Eviction::Unit> Eviction::gather() const {
   return units;
 }
 
+// A look at few names costs little. At many it is done once for a part of the memory.
+bool Eviction::stale(const List& list) const {
+  return catalogue_.cells_used() < kFewCells || list.good_for == 0 ||
+         list.policies != catalogue_.header().policies.load(std::memory_order_relaxed);
+}
+
 uint64_t Eviction::take(List& list, uint64_t bytes) {
   uint64_t freed = 0;
   bool may_write = true;
+  if (stale(list)) list.next = list.units.size();
   for (int attempt = 0; attempt < kBusyTries; ++attempt) {
     bool busy = false;
     for (; list.next < list.units.size() && freed < bytes; ++list.next) {
@@ -83,6 +93,7 @@ uint64_t Eviction::take(List& list, uint64_t bytes) {
         auto given = spill_.out(name.cell, name.life, may_write ? How::kWrite : How::kFree);
         if (given) {
           freed += *given;
+          list.good_for -= std::min(list.good_for, *given);
         } else if (given.code() == Code::kBusy) {
           busy = true;
         } else {
@@ -95,7 +106,9 @@ uint64_t Eviction::take(List& list, uint64_t bytes) {
     // Used up: once more from the beginning. What another one is just writing out will be room in a moment.
     if (attempt > 0 && !busy) break;
     if (attempt > 0) std::this_thread::sleep_for(kBusyRest);
-    if (attempt == 0) (void)catalogue_.sweep();
+    if (attempt == 0 && catalogue_.sweep() > 0) list.good_for = 0;
+    list.policies = catalogue_.header().policies.load(std::memory_order_relaxed);
+    list.good_for = catalogue_.member().usage().limit / kListed;
     list.units = gather();
     list.next = 0;
   }
@@ -121,7 +134,8 @@ uint64_t Eviction::write_ahead() {
     if (ready >= usage.limit / kAhead) break;
     for (const Name& name : unit.names) {
       ready += name.bytes;
-      if (catalogue_.use_of(name.cell).file.load(std::memory_order_relaxed) != 0) continue;
+      const StandingValue known = catalogue_.standing(name.cell);
+      if (known.life != name.life || known.file != 0) continue;
       auto copied = spill_.out(name.cell, name.life, How::kCopy);
       if (copied) written += *copied;
       if (!copied && copied.code() != Code::kBusy) return written;

@@ -34,7 +34,10 @@ class Eviction {
   struct List {
     std::vector<Unit> units;
     size_t next = 0;
+    uint64_t good_for = 0;  // bytes; then the order is looked at again
+    uint64_t policies = 0;  // Header::policies at that time
   };
+  bool stale(const List& list) const;
   // Best ones first.
   std::vector<Unit> gather() const;
   uint64_t take(List& list, uint64_t bytes);

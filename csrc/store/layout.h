@@ -128,18 +128,33 @@ enum class Policy : uint8_t {
   kPin,    // stays in memory
 };
 
-// Beside a cell, what changes while its value stands. Reset by who claims the cell, before a slot names it.
+// life:32 policy:8 flags:8 | file. What is known of a value beside what it consists of; of that life of its cell and no other.
+struct StandingValue {
+  uint32_t life = 0;
+  Policy policy = Policy::kKeep;
+  uint8_t flags = 0;
+  uint64_t file =
+      0;  // the spill file that has the value: cell << 32 | life of whose it was when it was written; 0: none
+  static StandingValue of(pool::Pair p) {
+    const auto policy = static_cast<uint8_t>(p.lo >> 8);
+    return {static_cast<uint32_t>(p.lo >> 32),
+            policy <= static_cast<uint8_t>(Policy::kPin) ? static_cast<Policy>(policy) : Policy::kPin,
+            static_cast<uint8_t>(p.lo), p.hi};
+  }
+  pool::Pair pair() const { return {uint64_t{life} << 32 | static_cast<uint64_t>(policy) << 8 | flags, file}; }
+};
+
+// Beside a cell, what changes while its value stands. Made anew by who claims the cell, before a slot names it.
 struct alignas(64) Use {
+  pool::AtomicPair standing;
   std::atomic<uint64_t> used;   // Header::clock when it was last loaded
   std::atomic<uint64_t> claim;  // who writes the value out or brings it back, as in CellValue; 0: nobody. Of no life
-  std::atomic<uint64_t> file;   // the spill file that has the value: cell << 32 | life of who wrote it; 0: none
-  std::atomic<uint64_t> marks;  // life:32 | policy:8 at 8 | flags:8
   std::atomic<uint64_t> bytes;  // of the value's blocks, wherever they are
   std::atomic<uint64_t> check;  // of the value's bytes; 0: not known
   std::atomic<uint64_t> reserved[2];
 };
-constexpr uint64_t kSpilled = 1;  // flag: the value is in the file, and the cell has no blocks
-constexpr uint64_t kWritten = 2;  // flag: somebody may have written to it in this life, so no file has it
+constexpr uint8_t kSpilled = 1;  // flag: the value is in the file, and the cell has no blocks
+constexpr uint8_t kWritten = 2;  // flag: somebody may have written to it in this life, so no file has it
 
 // Statistics of whoever has had the lease of that slot; written by them alone, and never reset.
 struct alignas(128) Counters {
@@ -180,6 +195,7 @@ struct alignas(64) Header {
   alignas(64)
       std::atomic<uint64_t> clock;  // moves when a value comes into memory; what it was is when a value was last used
   std::atomic<uint64_t> moves;      // of files from one cell to another
+  std::atomic<uint64_t> policies;   // moves when a name gets another policy than the store's
 };
 
 static_assert(sizeof(Header) <= pool::kPage);

@@ -175,7 +175,7 @@ Result<uint64_t> Spill::out(uint32_t cell, uint32_t life, How how) {
   const Body body = catalogue_.read_body(cell);
   const auto place = catalogue_.referring(cell, life, body.hash);
   if (!place || place->value.state != SlotState::kNamed) return uint64_t{0};
-  Standing what{{*place, body}, {}, catalogue_.use_of(cell).file.load(std::memory_order_relaxed)};
+  Standing what{{*place, body}, {}, catalogue_.standing(cell).file};
   auto entry = catalogue_.entry_of(what.found);
   if (!entry || entry->spilled || entry->policy == Policy::kPin || entry->blocks.empty()) return uint64_t{0};
   what.entry = std::move(*entry);
@@ -187,7 +187,7 @@ Result<uint64_t> Spill::out(uint32_t cell, uint32_t life, How how) {
     Catalogue::count(catalogue_.counters().evictions);
     return bytes;
   }
-  const bool written = (catalogue_.flags_of(cell, life) & kWritten) != 0;
+  const bool written = (catalogue_.standing(cell).flags & kWritten) != 0;
   if (what.file == 0 || written) {
     if (how == How::kFree || !directory_ || (how == How::kCopy && written)) return uint64_t{0};
     if (Status done = write(what); !done) {
@@ -195,9 +195,16 @@ Result<uint64_t> Spill::out(uint32_t cell, uint32_t life, How how) {
       return fail("writing", what.entry.key, std::move(done));
     }
     const uint64_t before = std::exchange(what.file, file_of(cell, life));
-    catalogue_.use_of(cell).file.store(what.file, std::memory_order_relaxed);
+    const bool stands = catalogue_.change_standing(cell, life, [&](StandingValue& now) { now.file = what.file; }) &&
+                        catalogue_.cell_value(cell).life == life &&
+                        catalogue_.cell_value(cell).state == CellState::kStanding;
     TORCHSHM_POINT("spill.file_told");
     if (before != 0 && before != what.file) remove(before);
+    if (!stands) {
+      // Removed or replaced meanwhile, and its files with it, as far as they were known.
+      remove(what.file);
+      return uint64_t{0};
+    }
   }
   if (how == How::kCopy) return bytes;
   // For what does not fit into a cell with its key.
@@ -230,7 +237,7 @@ Status Spill::back(const Entry& entry, bool alone) {
   };
   auto found = still();
   if (!found) return Status(Code::kStale, "the name has been replaced");
-  const uint64_t file = catalogue_.use_of(entry.cell).file.load(std::memory_order_relaxed);
+  const uint64_t file = catalogue_.standing(entry.cell).file;
   auto reader = directory_->open(file);
   if (!reader) {
     if (!still()) return Status(Code::kStale, "the name has been replaced");
@@ -278,7 +285,7 @@ uint32_t Spill::sweep() {
     std::unordered_set<uint64_t> known;
     for (uint32_t cell = 0, used = catalogue_.cells_used(); cell < used; ++cell) {
       const CellValue value = catalogue_.cell_value(cell);
-      const uint64_t file = catalogue_.use_of(cell).file.load(std::memory_order_seq_cst);
+      const uint64_t file = catalogue_.standing(cell).file;
       if (file != 0) known.insert(file);
       const uint64_t claim = catalogue_.use_of(cell).claim.load(std::memory_order_seq_cst);
       if (claim != 0 && !catalogue_.member().gone(claim)) known.insert(file_of(cell, value.life));

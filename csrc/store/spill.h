@@ -22,6 +22,9 @@ class Spill {
   explicit Spill(Catalogue& catalogue) : catalogue_(catalogue) {}
   // Before other threads use this.
   void use(std::unique_ptr<SpillDirectory> directory) { directory_ = std::move(directory); }
+  void leave() {
+    if (directory_) directory_->leave();
+  }
   bool ready() const { return directory_ != nullptr; }
   int directory_fd() const { return directory_ ? directory_->fd() : -1; }
 

@@ -221,6 +221,18 @@ Result<std::unique_ptr<SpillDirectory>> SpillDirectory::joined(os::Fd directory,
   return std::unique_ptr<SpillDirectory>(new SpillDirectory(std::move(directory), std::move(alive), pool_id, mode));
 }
 
+// A forked child may have the same description: only a description of its own tells.
+void SpillDirectory::leave() {
+  if (!alive_.valid()) return;
+  alive_.reset();
+  const std::string path = this->path();
+  const size_t slash = path.rfind('/');
+  if (slash == std::string::npos || slash == 0) return;
+  const std::string name = path.substr(slash + 1);
+  auto place = os::open_directory(path.substr(0, slash));
+  if (place && still_there(place->get(), name, fd())) (void)sweep_one(place->get(), name);
+}
+
 std::string SpillDirectory::path() const { return os::path_of(fd()); }
 
 Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {

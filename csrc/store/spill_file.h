@@ -46,6 +46,11 @@ class SpillDirectory {
                                                       uint64_t pool_id, bool persistent, int64_t group);
   // A descriptor of the store's own directory. kMissing when the store is dead, and this is being removed.
   static Result<std::unique_ptr<SpillDirectory>> join(os::Fd directory, uint64_t pool_id);
+  ~SpillDirectory() { leave(); }
+  SpillDirectory(const SpillDirectory&) = delete;
+  SpillDirectory& operator=(const SpillDirectory&) = delete;
+  // From here on this one does not keep the directory any more; the last one removes it.
+  void leave();
 
   int fd() const { return directory_.get(); }
   std::string path() const;  // for messages
@@ -82,7 +87,8 @@ class SpillDirectory {
   Result<Part> make_part(uint64_t id);
   Status fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part);
 
-  const os::Fd directory_, alive_;
+  const os::Fd directory_;
+  os::Fd alive_;
   const uint64_t pool_id_;
   const uint32_t file_mode_;
 };

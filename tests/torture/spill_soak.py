@@ -46,7 +46,8 @@ SHARE = 1.02  # of the limit
 ROOM_TIMEOUT = 2.0  # seconds that an operation waits for room where the disk is to be full; else the default
 CLONE_NEWNS = 0x20000
 CHECK_EVERY = 3.0  # seconds
-FULL_AT, FREE_AT = 0.35, 0.65  # of the time
+FULL_AT, FREE_AT = 0.35, 0.65  # of the time, or later, when somebody has felt it
+UNFELT = 60.0  # seconds that a full disk stays unnoticed at most
 
 
 # ---- a disk of its own
@@ -157,7 +158,7 @@ class Conductor:
         self.kills = {"services": 0, "clients": 0}
         self.fillings = self.checks = 0
         self.after: dict[str, Any] = {}
-        self.rested = 0.0
+        self.rested = self.unfelt = 0.0
         context = multiprocessing.get_context("fork")
         self.orders, other = context.Pipe()
         self.nursery = context.Process(target=nursery, args=(other, str(folder), ROLES))
@@ -234,33 +235,42 @@ class Conductor:
         return "it is gone"
 
     def run(self, seconds: float) -> None:
-        began = time.monotonic()
+        now = began = time.monotonic()
         next_look = next_kill = began + 1
-        while not self.violations and (passed := time.monotonic() - began) < seconds:
+        while not self.violations and now < began + seconds:
             time.sleep(0.05)
+            now = time.monotonic()
             self.watch()
             if self.disk:
-                self.work_on_disk(self.disk, passed / seconds)
-            if self.chosen.kill and time.monotonic() > next_kill:
-                next_kill = time.monotonic() + self.chance.uniform(0, 1)
+                began += self.work_on_disk(self.disk, now - began, seconds)
+            if self.chosen.kill and now > next_kill:
+                next_kill = now + self.chance.uniform(0, 1)
                 self.kill_one()
-            if time.monotonic() > next_look:
+            if now > next_look:
                 self.look()
-                next_look = time.monotonic() + CHECK_EVERY
+                next_look = now + CHECK_EVERY
         if not self.violations:
             self.rest()
 
-    def work_on_disk(self, disk: Disk, passed: float) -> None:
+    def work_on_disk(self, disk: Disk, passed: float, seconds: float) -> float:
+        """Seconds that the soak takes longer, since nobody has felt so far that the disk is full."""
         full = int(self.notes.full[0]) % 2 == 1
-        if FULL_AT < passed < FREE_AT:
+        counted = self.notes.tallies.sum(axis=0)
+        if full and passed > FREE_AT * seconds:
+            late = 0.0 if counted[COUNTED["errors while the disk was full"]] else passed - FREE_AT * seconds
+            if late and self.unfelt < UNFELT:
+                self.unfelt += late
+                disk.fill()
+                return late
+            disk.free()
+            self.notes.full[0] += 1
+            self.before_recovery = counted
+        elif passed > FULL_AT * seconds and passed < FREE_AT * seconds:
             if not full:
                 self.notes.full[0] += 1
                 self.fillings += 1
             disk.fill()  # also what has become free meanwhile
-        elif full:
-            disk.free()
-            self.notes.full[0] += 1
-            self.before_recovery = self.notes.tallies.sum(axis=0).copy()
+        return 0.0
 
     def kill_one(self) -> None:
         if self.chance.random() < 0.4:

@@ -29,11 +29,12 @@ auto load_by(Impl& impl, std::string_view key, const LoadOptions& options, F ope
   check_key(key);
   if (options.mode > Mode::kCopyOnWrite) throw std::invalid_argument("torchshm: unknown mode");
   const uint64_t timeout = count_of(options.timeout, "a timeout");
+  const uint64_t begun = os::boot_time();
   for (int attempt = 0;; ++attempt) {
     const store::Entry entry = impl.find(key, timeout);
     std::optional<store::Catalogue::Writing> writing;
     if (options.mode == Mode::kReadWrite) {
-      auto held = impl.catalogue->hold_for_writing(entry);
+      auto held = impl.catalogue->hold_for_writing(entry, os::boot_time() - begun < kStopped);
       if (!held && held.code() == Code::kBusy && attempt < kAttempts) std::this_thread::sleep_for(kRoomNap);
       if (!held && (held.code() == Code::kBusy || held.code() == Code::kStale) && attempt < kAttempts) continue;
       if (!held) fail(held.status());

@@ -3,10 +3,12 @@
 #include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <climits>
 #include <utility>
 
 #include "base/failpoint.h"
@@ -104,6 +106,26 @@ Status File::write_at(const std::byte* from, uint64_t bytes, uint64_t offset) {
     from += written;
     bytes -= static_cast<uint64_t>(written);
     offset += static_cast<uint64_t>(written);
+  }
+  return {};
+}
+
+Status File::write_all(const std::vector<Span>& spans, uint64_t offset) {
+  uint64_t written = 0;
+  if (spans.size() > 1 && spans.size() <= IOV_MAX && TORCHSHM_INJECT("os.pwritev") == 0) {
+    std::vector<iovec> parts;
+    for (const Span& span : spans) parts.push_back({const_cast<std::byte*>(span.from), span.bytes});
+    const int count = TORCHSHM_INJECT("os.short_pwritev") != 0 ? 1 : static_cast<int>(parts.size());
+    const ssize_t got = ::pwritev(fd_.get(), parts.data(), count, static_cast<off_t>(offset));
+    if (got > 0) written = static_cast<uint64_t>(got);
+  }
+  // The rest, and whatever that call could not do, with its error.
+  for (const Span& span : spans) {
+    const uint64_t done = std::min(written, span.bytes);
+    written -= done;
+    auto status = write_at(span.from + done, span.bytes - done, offset + done);
+    if (!status.ok()) return status;
+    offset += span.bytes;
   }
   return {};
 }

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "base/status.h"
 #include "os/fd.h"
@@ -35,6 +36,12 @@ class File {
   Status preallocate(uint64_t bytes);
   // REQUIRES where direct(): everything is a multiple of kDirectAlignment.
   Status write_at(const std::byte* from, uint64_t bytes, uint64_t offset);
+  // One range of memory after the other, in one transfer where the kernel takes it.
+  struct Span {
+    const std::byte* from;
+    uint64_t bytes;
+  };
+  Status write_all(const std::vector<Span>& spans, uint64_t offset);
   // kCorrupt when the file ends before that.
   Status read_at(std::byte* into, uint64_t bytes, uint64_t offset);
   // What went through the page cache has reached the disk.

@@ -530,8 +530,10 @@ class Store {
   // kStale: look for the name again.
   Result<store::Catalogue::Writing> hold_for_writing(const store::Entry& entry) {
     std::optional<store::Catalogue::Writing> writing;
+    const uint64_t begun = os::boot_time();
     Status status = patiently(-1, [&]() -> Status {
-      auto held = catalogue_->hold_for_writing(entry);
+      // Whoever writes it out may be stopped.
+      auto held = catalogue_->hold_for_writing(entry, os::boot_time() - begun < kStopped);
       if (!held) return std::move(held.status());
       writing.emplace(held.take());
       return {};

@@ -293,7 +293,7 @@ Status Catalogue::restore(std::string_view name, bool alone) {
   return Status(Code::kBusy, "the value changes all the time");
 }
 
-Result<Catalogue::Writing> Catalogue::hold_for_writing(const Entry& entry) {
+Result<Catalogue::Writing> Catalogue::hold_for_writing(const Entry& entry, bool alone) {
   Writing writing(*this);
   // First the flag, then the holds, then a look whether somebody is writing it out: who does that claims it first, and looks at holds and
   // flag afterwards. So one of the two sees the other.
@@ -308,13 +308,20 @@ Result<Catalogue::Writing> Catalogue::hold_for_writing(const Entry& entry) {
   TORCHSHM_POINT("writing.held");
   std::atomic<uint64_t>& claim = use_of(entry.cell).claim;
   uint64_t claimed = claim.load(std::memory_order_seq_cst);
-  if (claimed != 0) {
-    if (!member_.gone(claimed)) return Status(Code::kBusy, "the value is just being written to disk");
-    (void)claim.compare_exchange_strong(claimed, 0, std::memory_order_seq_cst);
-  }
-  const SlotValue now = SlotValue::of(slot(entry.slot).value.load());
+  const bool busy = claimed != 0 && !member_.gone(claimed);
+  if (busy && alone) return Status(Code::kBusy, "the value is just being written to disk");
+  if (claimed != 0 && !busy) (void)claim.compare_exchange_strong(claimed, 0, std::memory_order_seq_cst);
+  Found found;
+  found.place = {entry.slot, SlotValue::of(slot(entry.slot).value.load())};
+  const SlotValue& now = found.place.value;
   if (now.state != SlotState::kNamed || now.cell != entry.cell || now.life != entry.life)
     return Status(Code::kStale, "the name has been replaced");
+  if (!busy) return writing;
+  // In another cell the same blocks are in use: what the stopped one prepared for this cell fails.
+  found.body = read_body(entry.cell);
+  Status apart =
+      succeed(found, entry.text, writing.blocks_, {entry.created, entry.expires, 0, entry.bytes, kWritten, entry.pid});
+  if (!apart) return apart;
   return writing;
 }
 

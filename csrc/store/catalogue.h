@@ -98,7 +98,8 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   // there is no room now; look again in a moment. Other errors name key and file.
   Status restore(std::string_view key, bool alone = true);
   // Holds what an entry found, to be written to by everybody: from here on no file has it. kStale: it was removed or replaced; kBusy: somebody
-  // is just writing it out; load it again. REQUIRES: of load().
+  // is just writing it out; load it again. Who writes it out may be stopped: not asked where `alone` is false, the value then gets another
+  // cell. REQUIRES: of load().
   class Writing {
    public:
     Writing(Writing&&) noexcept;
@@ -111,7 +112,7 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
     Catalogue* catalogue_;
     std::vector<uint32_t> blocks_;
   };
-  Result<Writing> hold_for_writing(const Entry& entry);
+  Result<Writing> hold_for_writing(const Entry& entry, bool alone = true);
   // False when there is no such name.
   bool set_policy(std::string_view key, Policy policy);
   bool contains(std::string_view key);

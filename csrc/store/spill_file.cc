@@ -21,6 +21,8 @@ constexpr size_t kDigits = 16;
 constexpr uint32_t kSticky = 01000, kSetgid = 02000, kGroupWrites = 0020, kOthersWrite = 0002;
 // How often something may be swept away under make() before it gives up: arbitrary, twice does not happen by itself.
 constexpr int kTries = 100;
+// Files of so many bytes are read by one call, and copied: a call costs some 30 us, the copy 5.
+constexpr uint64_t kAllAtOnce = uint64_t{128} << 10;
 
 std::string hex(uint64_t value) {
   static const char* digits = "0123456789abcdef";
@@ -44,7 +46,9 @@ std::string spill_name(uint64_t id) { return hex(id) + kSpill; }
 
 // <id>.part; <id>-2.part and so on while there are others, of writers that died.
 std::string part_name(uint64_t id, int attempt) {
-  return hex(id) + (attempt == 1 ? "" : "-" + std::to_string(attempt)) + kPart;
+  std::string name = hex(id);
+  if (attempt > 1) name.append("-").append(std::to_string(attempt));
+  return name + kPart;
 }
 
 struct Parsed {
@@ -113,10 +117,22 @@ Result<os::Fd> open_place(const std::string& dir, int64_t group) {
 }
 
 // Whether the name still is the file behind the descriptor.
-bool still_there(int directory, const std::string& name, int fd) {
-  auto named = os::info_at(directory, name);
+Result<bool> still_there(int directory, const std::string& name, int fd) {
   auto opened = os::info_of(fd);
-  return named && opened && named->inode == opened->inode && named->device == opened->device;
+  if (!opened) return std::move(opened.status());
+  auto named = os::info_at(directory, name);
+  if (!named) {
+    if (is_missing(named.status())) return false;
+    return std::move(named.status());
+  }
+  return named->inode == opened->inode && named->device == opened->device;
+}
+
+// Locks the file, and says whether the name still is that file: false when somebody else has it locked, or swept it away.
+Result<bool> lock_named(int directory, const std::string& name, int fd, bool shared, os::Wait wait) {
+  auto locked = os::lock_file(fd, shared, wait);
+  if (!locked || !*locked) return locked;
+  return still_there(directory, name, fd);
 }
 
 // Of a dead store; the lock is held exclusively. `alive` goes last: while it is there, the next sweep knows what this is.
@@ -155,6 +171,10 @@ bool sweep_one(int place, const std::string& name) {
 Status SpillReader::read(const std::vector<std::byte*>& into) {
   if (into.size() != head().lengths.size())
     return Status(Code::kInvalid, "a spilled value has as many blocks as it had when it was written");
+  if (whole_) {
+    if (spill::copy_body(whole_.data(), decoded_.shape, head().lengths, decoded_.checksums, into)) return {};
+    return Status(Code::kCorrupt, file_->path() + " is damaged");
+  }
   return spill::read_body(*file_, decoded_.shape, head().lengths, decoded_.checksums, into);
 }
 
@@ -188,9 +208,9 @@ Result<std::unique_ptr<SpillDirectory>> SpillDirectory::make(const std::string& 
     given = os::set_access(alive->get(), group >= 0 ? 0660 : 0600, group);
     if (!given.ok()) return given;
     TORCHSHM_POINT("spill.alive_made");
-    auto locked = os::lock_file(alive->get(), true, os::Wait::kYes);
+    auto locked = lock_named(directory->get(), kAlive, alive->get(), true, os::Wait::kYes);
     if (!locked) return std::move(locked.status());
-    if (!still_there(directory->get(), kAlive, alive->get())) continue;
+    if (!*locked) continue;
     TORCHSHM_POINT("spill.joined");
     if (persistent) {
       auto mark = os::open_lock_file(directory->get(), kPersistent, true);
@@ -207,10 +227,9 @@ Result<std::unique_ptr<SpillDirectory>> SpillDirectory::join(os::Fd directory, u
     if (!is_missing(alive.status())) return std::move(alive.status());
     return Status(Code::kMissing, os::path_of(directory.get()) + " is no directory of a living store");
   }
-  auto locked = os::lock_file(alive->get(), true, os::Wait::kNo);
+  auto locked = lock_named(directory.get(), kAlive, alive->get(), true, os::Wait::kNo);
   if (!locked) return std::move(locked.status());
-  if (!*locked || !still_there(directory.get(), kAlive, alive->get()))
-    return Status(Code::kMissing, os::path_of(directory.get()) + " is being removed: its store is dead");
+  if (!*locked) return Status(Code::kMissing, os::path_of(directory.get()) + " is being removed: its store is dead");
   return joined(std::move(directory), alive.take(), pool_id);
 }
 
@@ -230,7 +249,9 @@ void SpillDirectory::leave() {
   if (slash == std::string::npos || slash == 0) return;
   const std::string name = path.substr(slash + 1);
   auto place = os::open_directory(path.substr(0, slash));
-  if (place && still_there(place->get(), name, fd())) (void)sweep_one(place->get(), name);
+  if (!place) return;
+  auto same = still_there(place->get(), name, fd());
+  if (same && *same) (void)sweep_one(place->get(), name);
 }
 
 std::string SpillDirectory::path() const { return os::path_of(fd()); }
@@ -244,13 +265,12 @@ Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {
       return std::move(file.status());
     }
     TORCHSHM_POINT("spill.part_made");
-    auto locked = os::lock_file((*file)->fd(), false, os::Wait::kNo);
+    auto locked = lock_named(fd(), name, (*file)->fd(), false, os::Wait::kNo);
     if (!locked) {
       (void)os::remove_file_at(fd(), name);
       return std::move(locked.status());
     }
-    // A sweeper was quicker; it removes the name.
-    if (!*locked || !still_there(fd(), name, (*file)->fd())) continue;
+    if (!*locked) continue;  // a sweeper was quicker; it removes the name
     return Part{file.take(), std::move(name)};
   }
 }
@@ -265,12 +285,7 @@ Status SpillDirectory::fill(const SpillHead& head, const std::vector<const std::
   auto allocated = part.file->preallocate(shape->file_bytes);
   if (!allocated.ok()) return allocated;
   TORCHSHM_POINT("spill.allocated");
-  auto checksums = spill::write_body(*part.file, *shape, head.lengths, blocks);
-  if (!checksums) return std::move(checksums.status());
-  TORCHSHM_POINT("spill.body_written");
-  auto first = spill::encode(head, *shape, *checksums);
-  if (!first) return std::move(first.status());
-  auto written = part.file->write_at(first->data(), shape->head_bytes, 0);
+  auto written = spill::write_value(*part.file, head, *shape, blocks);
   if (!written.ok()) return written;
   TORCHSHM_POINT("spill.head_written");
   // What the page cache could not write it tells here alone.
@@ -304,17 +319,20 @@ Result<SpillReader> SpillDirectory::open(uint64_t id) {
   os::File& file = **opened;
   auto info = os::info_of(file.fd());
   if (!info) return std::move(info.status());
-  if (info->bytes < spill::kPage)
+  if (info->bytes < spill::kPage || info->bytes % spill::kPage != 0)
     return Status(Code::kCorrupt, file.path() + " has " + std::to_string(info->bytes) + " bytes: it is cut short");
-  spill::Buffer bytes(spill::kPage);
-  if (!bytes) return Status(Code::kFull, "no memory for the head of a spill file", ENOMEM);
-  auto read = file.read_at(bytes.data(), spill::kPage, 0);
+  const auto no_memory = [] { return Status(Code::kFull, "no memory for the head of a spill file", ENOMEM); };
+  const bool small = info->bytes <= kAllAtOnce;
+  const uint64_t first = small ? info->bytes : spill::kPage;
+  spill::Buffer bytes(first);
+  if (!bytes) return no_memory();
+  auto read = file.read_at(bytes.data(), first, 0);
   if (!read.ok()) return read;
   auto head = spill::head_bytes(bytes.data(), info->bytes);
   if (!head) return damaged(file.path(), head.status());
-  if (*head > spill::kPage) {
+  if (*head > first) {
     bytes = spill::Buffer(*head);
-    if (!bytes) return Status(Code::kFull, "no memory for the head of a spill file", ENOMEM);
+    if (!bytes) return no_memory();
     read = file.read_at(bytes.data(), *head, 0);
     if (!read.ok()) return read;
   }
@@ -322,7 +340,7 @@ Result<SpillReader> SpillDirectory::open(uint64_t id) {
   if (!decoded) return damaged(file.path(), decoded.status());
   if (decoded->head.pool_id != pool_id_ || decoded->head.id != id)
     return Status(Code::kCorrupt, file.path() + " holds a value of another store, or another one of this");
-  return SpillReader(opened.take(), decoded.take());
+  return SpillReader(opened.take(), decoded.take(), small ? std::move(bytes) : spill::Buffer());
 }
 
 bool SpillDirectory::remove(uint64_t id) {
@@ -353,9 +371,8 @@ uint32_t SpillDirectory::sweep_parts() {
     if (!parsed || !parsed->part) continue;
     auto part = os::open_lock_file(fd(), name, false);
     if (!part) continue;
-    auto locked = os::lock_file(part->get(), false, os::Wait::kNo);
-    // The name may be another writer's by now.
-    if (!locked || !*locked || !still_there(fd(), name, part->get())) continue;
+    auto locked = lock_named(fd(), name, part->get(), false, os::Wait::kNo);
+    if (!locked || !*locked) continue;  // the name may be another writer's by now
     TORCHSHM_POINT("spill.part_sweeping");
     removed += os::remove_file_at(fd(), name).ok() ? 1 : 0;
   }

@@ -31,11 +31,12 @@ class SpillReader {
 
  private:
   friend class SpillDirectory;
-  SpillReader(std::unique_ptr<os::File> file, spill::Decoded decoded)
-      : file_(std::move(file)), decoded_(std::move(decoded)) {}
+  SpillReader(std::unique_ptr<os::File> file, spill::Decoded decoded, spill::Buffer whole)
+      : file_(std::move(file)), decoded_(std::move(decoded)), whole_(std::move(whole)) {}
 
   std::unique_ptr<os::File> file_;
   spill::Decoded decoded_;
+  spill::Buffer whole_;  // the file, when it is so small that one call read it; else empty
 };
 
 class SpillDirectory {

@@ -8,6 +8,7 @@
 #include <thread>
 #include <utility>
 
+#include "base/failpoint.h"
 #include "os/thread.h"
 #include "store/checksum.h"
 
@@ -16,6 +17,8 @@ namespace {
 
 // With less, starting a thread costs about what it gains. Tried: 4, 8, 16 MiB.
 constexpr uint64_t kTwoFrom = uint64_t{8} << 20;
+// One call for so much: as much as dd is commonly told. 2 MiB was slower beside others that write to the file system's journal.
+constexpr uint64_t kAtOnce = uint64_t{16} << 20;
 // Below it a copy is cheaper than a transfer of its own.
 constexpr uint64_t kStraightFrom = uint64_t{64} << 10;
 
@@ -34,6 +37,7 @@ struct Part {
 struct Plan {
   std::vector<Run> runs;  // one after the other, all of the piece
   std::vector<Part> parts;
+  std::vector<Part> bytes;  // of blocks, straight or not; between them are zeros
 };
 
 class Blocks {
@@ -44,6 +48,7 @@ class Blocks {
   void plan(uint64_t begin, uint64_t end, Plan* plan) const {
     plan->runs.clear();
     plan->parts.clear();
+    plan->bytes.clear();
     const auto add = [&](uint64_t from, uint64_t to, std::byte* memory) {
       if (from < to) plan->runs.push_back({from, to, memory});
     };
@@ -57,6 +62,7 @@ class Blocks {
       const uint64_t from = std::max(offsets[i], begin), to = std::min(offsets[i] + lengths_[i], end);
       if (from >= to) continue;
       std::byte* memory = memory_[i] + (from - offsets[i]);
+      plan->bytes.push_back({from, to, memory});
       const bool on_page = from % kPage == 0 && reinterpret_cast<uintptr_t>(memory) % kPage == 0;
       const uint64_t straight = on_page && to - from >= kStraightFrom ? (to - from) / kPage * kPage : 0;
       if (straight != 0) {
@@ -74,6 +80,8 @@ class Blocks {
   const std::vector<uint64_t>& lengths_;
   const std::vector<std::byte*> memory_;
 };
+
+Status no_memory() { return Status(Code::kFull, "no memory to read or write a file with", ENOMEM); }
 
 struct Joined {
   std::thread thread;
@@ -117,7 +125,7 @@ class Work {
       const bool buffered = std::any_of(plan.runs.begin(), plan.runs.end(), [](const Run& run) { return !run.memory; });
       if (buffered && !buffer) {
         buffer = Buffer(kPiece);
-        if (!buffer) status = Status(Code::kFull, "no memory to read or write a file with", ENOMEM);
+        if (!buffer) status = no_memory();
       }
       if (status.ok()) status = one(piece, begin, plan, buffer.data());
       if (!status.ok()) fail(std::move(status));
@@ -136,33 +144,144 @@ class Work {
   Status failure_;
 };
 
+// As one piece is read.
+uint64_t checksum_of(const Plan& plan, uint64_t begin, uint64_t end) {
+  static constexpr std::byte kZeros[kPage] = {};
+  Checksum sum;
+  const auto gap = [&](uint64_t from, uint64_t to) {
+    for (; from < to; from += std::min(kPage, to - from)) sum.add(kZeros, std::min(kPage, to - from));
+  };
+  for (const Part& part : plan.bytes) {
+    gap(begin, part.begin);
+    sum.add(part.memory, part.end - part.begin);
+    begin = part.end;
+  }
+  gap(begin, end);
+  return sum.value();
+}
+
+class Writer {
+ public:
+  Writer(os::File& file, const SpillHead& head, const Shape& shape, std::vector<std::byte*> memory)
+      : file_(file),
+        head_(head),
+        shape_(shape),
+        blocks_(shape, head.lengths, std::move(memory)),
+        checksums_(shape.pieces) {}
+
+  // Of one piece, everything in one call.
+  Status alone() {
+    compute();
+    std::vector<os::File::Span> spans;
+    if (shape_.pieces == 1) {
+      Plan plan;
+      blocks_.plan(shape_.head_bytes, shape_.file_bytes, &plan);
+      if (!fill(plan, shape_.head_bytes)) return no_memory();
+      for (const Run& run : plan.runs) spans.push_back({from(run, shape_.head_bytes), run.end - run.begin});
+    } else {
+      auto written = write_pieces();
+      if (!written.ok()) return written;
+    }
+    return write_head(std::move(spans));
+  }
+
+  // The checksums come from another thread, or where there is none, afterwards.
+  Status beside_checksums() {
+    Status written;
+    bool computed = false;
+    {
+      Joined other;
+      auto started = os::start_thread([this] { compute(); });
+      if (started) {
+        other.thread = started.take();
+        computed = true;
+      }
+      written = write_pieces();
+      if (!written.ok()) stop_.store(true, std::memory_order_relaxed);
+    }
+    if (!written.ok()) return written;
+    if (!computed) compute();
+    return write_head({});
+  }
+
+ private:
+  void compute() {
+    Plan plan;
+    for (uint64_t piece = 0; piece < shape_.pieces && !stop_.load(std::memory_order_relaxed); ++piece) {
+      const uint64_t begin = shape_.head_bytes + piece * kPiece, end = std::min(begin + kPiece, shape_.file_bytes);
+      blocks_.plan(begin, end, &plan);
+      checksums_[piece] = checksum_of(plan, begin, end);
+    }
+  }
+
+  // What the plan does not take straight from memory; false when there is no memory for it.
+  bool fill(const Plan& plan, uint64_t begin) {
+    for (const Run& run : plan.runs) {
+      if (run.memory != nullptr) continue;
+      if (!buffer_) buffer_ = Buffer(kPiece);
+      if (!buffer_) return false;
+      std::memset(buffer_.data() + (run.begin - begin), 0, run.end - run.begin);
+    }
+    for (const Part& part : plan.parts)
+      std::memcpy(buffer_.data() + (part.begin - begin), part.memory, part.end - part.begin);
+    return true;
+  }
+
+  const std::byte* from(const Run& run, uint64_t begin) const {
+    return run.memory != nullptr ? run.memory : buffer_.data() + (run.begin - begin);
+  }
+
+  // Straight runs that continue one another in memory go in one call: fewer transactions of the file system.
+  Status write_pieces() {
+    Plan plan;
+    Run open{0, 0, nullptr};
+    const auto write = [&](const std::byte* bytes, const Run& run) {
+      return file_.write_at(bytes, run.end - run.begin, run.begin);
+    };
+    for (uint64_t begin = shape_.head_bytes; begin < shape_.file_bytes; begin += kPiece) {
+      blocks_.plan(begin, std::min(begin + kPiece, shape_.file_bytes), &plan);
+      if (!fill(plan, begin)) return no_memory();
+      for (const Run& run : plan.runs) {
+        if (open.memory != nullptr && run.memory == open.memory + (run.begin - open.begin) &&
+            run.end - open.begin <= kAtOnce) {
+          open.end = run.end;
+          continue;
+        }
+        Status written = open.memory != nullptr ? write(open.memory, open) : Status();
+        open = run;
+        if (written.ok() && run.memory == nullptr) written = write(from(run, begin), run);
+        if (!written.ok()) return written;
+      }
+    }
+    return open.memory != nullptr ? write(open.memory, open) : Status();
+  }
+
+  Status write_head(std::vector<os::File::Span> then) {
+    TORCHSHM_POINT("spill.checksums_known");
+    auto first = encode(head_, shape_, checksums_);
+    if (!first) return std::move(first.status());
+    then.insert(then.begin(), {first->data(), shape_.head_bytes});
+    return file_.write_all(then, 0);
+  }
+
+  os::File& file_;
+  const SpillHead& head_;
+  const Shape& shape_;
+  const Blocks blocks_;
+  std::vector<uint64_t> checksums_;
+  std::atomic<bool> stop_{false};  // relaxed: only to save work
+  Buffer buffer_;
+};
+
 }  // namespace
 
-Result<std::vector<uint64_t>> write_body(os::File& file, const Shape& shape, const std::vector<uint64_t>& lengths,
-                                         const std::vector<const std::byte*>& blocks) {
+Status write_value(os::File& file, const SpillHead& head, const Shape& shape,
+                   const std::vector<const std::byte*>& blocks) {
   std::vector<std::byte*> memory;  // only read
   memory.reserve(blocks.size());
   for (const std::byte* block : blocks) memory.push_back(const_cast<std::byte*>(block));
-  std::vector<uint64_t> checksums(shape.pieces);
-  const Blocks from(shape, lengths, std::move(memory));
-  Work work(shape);
-  auto status = work.run(from, [&](uint64_t piece, uint64_t begin, const Plan& plan, std::byte* buffer) -> Status {
-    for (const Run& run : plan.runs) {
-      if (run.memory == nullptr) std::memset(buffer + (run.begin - begin), 0, run.end - run.begin);
-    }
-    for (const Part& part : plan.parts) std::memcpy(buffer + (part.begin - begin), part.memory, part.end - part.begin);
-    Checksum sum;
-    for (const Run& run : plan.runs) {
-      const std::byte* bytes = run.memory != nullptr ? run.memory : buffer + (run.begin - begin);
-      sum.add(bytes, run.end - run.begin);
-      auto written = file.write_at(bytes, run.end - run.begin, run.begin);
-      if (!written.ok()) return written;
-    }
-    checksums[piece] = sum.value();
-    return {};
-  });
-  if (!status.ok()) return status;
-  return checksums;
+  Writer writer(file, head, shape, std::move(memory));
+  return shape.file_bytes - shape.head_bytes < kTwoFrom ? writer.alone() : writer.beside_checksums();
 }
 
 Status read_body(os::File& file, const Shape& shape, const std::vector<uint64_t>& lengths,
@@ -184,6 +303,16 @@ Status read_body(os::File& file, const Shape& shape, const std::vector<uint64_t>
     for (const Part& part : plan.parts) std::memcpy(part.memory, buffer + (part.begin - begin), part.end - part.begin);
     return {};
   });
+}
+
+bool copy_body(const std::byte* file, const Shape& shape, const std::vector<uint64_t>& lengths,
+               const std::vector<uint64_t>& checksums, const std::vector<std::byte*>& blocks) {
+  if (shape.pieces == 1 && checksum(file + shape.head_bytes, shape.file_bytes - shape.head_bytes) != checksums.front())
+    return false;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    if (lengths[i] != 0) std::memcpy(blocks[i], file + shape.offsets[i], lengths[i]);
+  }
+  return true;
 }
 
 }  // namespace torchshm::store::spill

@@ -1,5 +1,6 @@
-// The bytes of a value between its blocks and a spill file: in pieces, by this thread and, of large values, a second one, so that the
-// checksum of one piece is computed while another is on its way to or from the disk.
+// The bytes of a value between its blocks and a spill file. Of large values the checksums come from a second thread: beside the one that
+// writes, since the two have nothing to wait for from each other; when reading, each of the two reads pieces and checks them, so that one
+// is checked while another is on its way from the disk.
 //
 // Whole pages of blocks that begin on a page go straight between their memory and the disk; everything else through a buffer.
 // Private: the buffers, one of kPiece bytes per thread. A process that dies leaves a part of the file written, or of the blocks.
@@ -16,12 +17,17 @@
 
 namespace torchshm::store::spill {
 
-// The checksums of the pieces.
-Result<std::vector<uint64_t>> write_body(os::File& file, const Shape& shape, const std::vector<uint64_t>& lengths,
-                                         const std::vector<const std::byte*>& blocks);
+// The body, and then the head with its checksums: a file is nothing without it. Of one piece, both at once.
+// REQUIRES: shape is that of head; the file is new.
+Status write_value(os::File& file, const SpillHead& head, const Shape& shape,
+                   const std::vector<const std::byte*>& blocks);
 
 // kCorrupt when a piece has another checksum, or is not there; the blocks then hold anything.
 Status read_body(os::File& file, const Shape& shape, const std::vector<uint64_t>& lengths,
                  const std::vector<uint64_t>& checksums, const std::vector<std::byte*>& blocks);
+
+// The same from a file of one piece that is in memory. False: another checksum.
+bool copy_body(const std::byte* file, const Shape& shape, const std::vector<uint64_t>& lengths,
+               const std::vector<uint64_t>& checksums, const std::vector<std::byte*>& blocks);
 
 }  // namespace torchshm::store::spill

@@ -9,6 +9,8 @@ from torchshm._context import get_context
 from torchshm._reducers import is_shared, register, unregister
 from torchshm._sharing import dumps, empty, inline, loads, pooled, share, stats, trim
 from torchshm._store import Store, connect, key, start
+from torchshm._store_file import StoreFile
+from torchshm._store_file import open_file as open
 from torchshm.errors import (
     KeyExistsError,
     PoolFullError,
@@ -22,6 +24,7 @@ __all__ = [
     "PoolFullError",
     "StaleHandleError",
     "Store",
+    "StoreFile",
     "StoreUnavailableError",
     "TorchshmError",
     "connect",
@@ -32,6 +35,7 @@ __all__ = [
     "is_shared",
     "key",
     "loads",
+    "open",
     "pooled",
     "register",
     "share",

@@ -112,6 +112,29 @@ def check_files(
             os.close(fd)
 
 
+def check_file(path: str | Path, *, at_rest: bool = False) -> Checked:
+    """Check a persistent store by its file, whether it is being served or not.
+
+    Raises
+    ------
+    OSError
+        When the file can't be opened.
+    """
+    checked = Checked(str(path))
+    os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    try:
+        found, of_store, store = _C.check_file(str(path), at_rest)
+    except (TorchshmError, ValueError) as error:
+        checked.error = str(error)
+        return checked
+    checked.members = found["members"]
+    checked.blocks, checked.tickets = found["blocks"], found["tickets"]
+    checked.messages = found["tickets"] - found["named_tickets"]
+    checked.catalogue = Catalogue(store, of_store["names"], of_store["marks"], of_store["cells"])
+    checked.violations += found["violations"] + of_store["violations"]
+    return checked
+
+
 def check_store(name: str, *, at_rest: bool = False) -> Checked:
     """Check the store of that name that some living process has, whether it is being served or not.
 

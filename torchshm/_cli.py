@@ -115,6 +115,21 @@ def check(
     store: Annotated[
         str | None, typer.Option("--store", metavar="NAME", help="Only the store of this name.")
     ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", metavar="PATH", help="The file of a persistent store, served or not."),
+    ] = None,
+    repair: Annotated[
+        Path | None,
+        typer.Option(
+            "--repair",
+            metavar="PATH",
+            help="Of a persistent store that was in use when the machine went down: keep what is as store.sync() has recorded it.",
+        ),
+    ] = None,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="With --repair: keep what was saved since, too, as it is.")
+    ] = False,
     at_rest: Annotated[
         bool,
         typer.Option(
@@ -132,12 +147,19 @@ def check(
     from torchshm import _check
     from torchshm.errors import StoreUnavailableError
 
-    if sum(choice is not None for choice in (files, pid, store)) > 1:
-        raise typer.BadParameter("--files, --pid and --store exclude one another")
+    if sum(choice is not None for choice in (files, pid, store, file, repair)) > 1:
+        raise typer.BadParameter("--files, --pid, --store, --file and --repair exclude one another")
+    if unverified and repair is None:
+        raise typer.BadParameter("--unverified needs --repair")
     if catalogue is not None and files is None:
         raise typer.BadParameter("--catalogue needs --files")
+    if repair is not None:
+        _repair(repair, unverified, as_json)
+        return
     try:
-        if files is not None:
+        if file is not None:
+            pools = [_check.check_file(file, at_rest=at_rest)]
+        elif files is not None:
             pools = [_check.check_files(*files, catalogue, at_rest=at_rest)]
         elif store is not None:
             pools = [_check.check_store(store, at_rest=at_rest)]
@@ -160,6 +182,30 @@ def check(
         typer.echo(f"No pool found{'' if pid is None else f' in process {pid}'}.", err=True)
         raise typer.Exit(2)
     if not all(pool.sound for pool in pools):
+        raise typer.Exit(1)
+
+
+def _repair(path: Path, unverified: bool, as_json: bool) -> None:
+    from torchshm import _persistence
+    from torchshm.errors import TorchshmError
+
+    try:
+        result = _persistence.repair(path, unverified=unverified)
+    except (TorchshmError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        typer.echo(f"{error.filename}: {error.strerror}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(result.as_json(), indent=2))
+    else:
+        unsure = f", {len(result.unverified)} unverified" if unverified else ""
+        typer.echo(f"{path}: {len(result.kept)} names kept{unsure}, {len(result.lost)} lost.")
+        for key, why in result.lost.items():
+            typer.echo(f"lost {key!r}: {why}")
+        typer.echo(f"The file as it was: {result.damaged}")
+    if result.lost:
         raise typer.Exit(1)
 
 

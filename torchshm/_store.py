@@ -651,6 +651,23 @@ class Store(MutableMapping[str, Any]):
     def __bool__(self) -> bool:
         return True  # also an empty one
 
+    def sync(self) -> None:
+        """Write a persistent store to the disk, so that what is in it now survives a loss of power.
+
+        The death of processes needs none of it. Beside the file, in ``PATH.synced``, it records a checksum of every value, by which
+        ``torchshm check --repair`` tells afterwards what is as it was. Takes the time to read all values and to write what has changed.
+
+        Raises
+        ------
+        TorchshmError
+            For a store in memory, and when the disk fails.
+        OSError
+            When the record can't be written.
+        """
+        from torchshm import _persistence
+
+        _persistence.sync(self._core)
+
     # ---- the end
 
     def close(self) -> None:
@@ -687,18 +704,21 @@ def start(
     spill: str | os.PathLike[str] | None = None,
     policy: str = "keep",
     timeout: float | None = None,
+    file: str | os.PathLike[str] | None = None,
 ) -> Store:
     """Serve a store from this process, by a thread that needs neither Python nor its lock, and return a client of it.
 
     A store of that name whose service has died, or was stopped, while some process still has it, is taken over with all that is in
-    it.
+    it. With `file` the store lies in that file, and whatever becomes of the processes, the next ``start`` with the file has what was
+    in it.
 
     Parameters
     ----------
     name : str
         Letters, digits, ``.``, ``_`` and ``-``.
     limit : int or str, optional
-        Most memory that the store takes, in bytes or as in ``"8GiB"``. Default: half of what the machine or the cgroup allows.
+        Most memory that the store takes, in bytes or as in ``"8GiB"``. Default: half of what the machine or the cgroup allows; with
+        `file` at most half of what its disk has free. Given for a file that is there, it becomes its limit.
     ttl : float, optional
         Seconds after which names go that were saved without a ttl. Default: never.
     mode : int
@@ -711,11 +731,19 @@ def start(
         Of values that are saved without one, see :meth:`Store.save`. ``"drop"`` makes the store a cache.
     timeout : float, optional
         Seconds that :meth:`Store.save` and :meth:`Store.load` wait for room. Default: 10 with `spill` or ``policy="drop"``, else 0.
+    file : path, optional
+        Keep the store in this file, which is made if it is not there: on a local disk, or on tmpfs. docs/persistence.md says what
+        survives what.
 
     Raises
     ------
     KeyExistsError
-        When a store of that name is being served.
+        When a store of that name or file is being served, or the file is being read by :func:`torchshm.open`.
+    PoolFullError
+        When the file's disk has no room.
+    TorchshmError
+        When the file is no store's, or another version's, or has been cut short; or when the machine went down while it was in use:
+        ``torchshm check --repair`` then keeps what can be relied on.
     StoreUnavailableError
         When the directory of sockets is not this user's alone.
     """
@@ -726,6 +754,7 @@ def start(
         import grp
 
         group = grp.getgrnam(group).gr_gid
+    where = "" if file is None else os.path.abspath(os.fsdecode(file))
     directory = "" if spill is None else os.path.abspath(os.fspath(spill))
     core = _C.Store.start(
         name,
@@ -736,6 +765,7 @@ def start(
         directory,
         _policy(policy),
         _patience(timeout),
+        where,
     )
     return Store(name, 10.0, core)
 

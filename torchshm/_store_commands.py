@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 there is no such store or name, or it can't be served; 2 w
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import grp
 import json
@@ -13,6 +14,7 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -217,9 +219,14 @@ def serve(
             help="How long savers and loaders wait for room. Default: 10s where it can be made.",
         ),
     ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Keep the store in this file. Default: in memory."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Serve a store, in the background."""
+    place = None if file is None else file.absolute()
     store_name, size, lifetime, permissions = _one(argument, name), _limit(limit), _lifetime(ttl), _mode(mode)
     members, patience = _group(group), _seconds(timeout)
     if patience is not None and not 0 <= patience <= _MOST / 1e9:
@@ -241,8 +248,9 @@ def serve(
             spill=directory,
             policy=policy.value,
             timeout=patience,
+            file=place,
         )
-    except (TorchshmError, ValueError) as error:
+    except (TorchshmError, ValueError, OSError) as error:
         if report is None:
             _fail(error.args[0] if error.args else error)
         os.write(report, f"torchshm: {error.args[0] if error.args else error}".encode())
@@ -273,6 +281,11 @@ def stop(argument: Name = None, name: NameOption = None, as_json: Json = False) 
     except StoreUnavailableError as error:
         if "pid" not in locals():
             _fail(f"no store named {store_name}: {error}")
+        # A persistent store's service writes it out before it lets go of the file.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            while os.path.exists(_C.store_lock_path(store_name)):
+                os.kill(pid, 0)
+                time.sleep(0.02)
         _say(as_json, {"name": store_name, "pid": pid}, f"The store {store_name} is not served any more.")
         return
     except ValueError as error:

@@ -455,7 +455,12 @@ def describe(core: _C.Store, value: Any) -> tuple[bytes, list[Any]]:
 
 class _Reader:
     def __init__(
-        self, core: _C.Store, tree: Any, blocks: list[tuple[int, int]], arrays: str, tensors: str
+        self,
+        core: _C.Store | _C.StoreFile,
+        tree: Any,
+        blocks: list[tuple[int, int]],
+        arrays: str,
+        tensors: str,
     ) -> None:
         self.core, self.blocks = core, blocks
         self.regions, self.leaves = tree["regions"], tree["leaves"]
@@ -681,7 +686,9 @@ def _lone_tensor(text: bytes) -> tuple[Any, ...] | None:
         return None
 
 
-def _open_lone(core: _C.Store, block: tuple[int, int], plan: tuple[Any, ...], mode: str) -> Any:
+def _open_lone(
+    core: _C.Store | _C.StoreFile, block: tuple[int, int], plan: tuple[Any, ...], mode: str
+) -> Any:
     import torch
 
     start, length, dtype, size, steps = plan
@@ -723,7 +730,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def rebuild(
-    core: _C.Store, key: str, text: bytes, blocks: list[tuple[int, int]], mode: str | None, allow_pickle: bool
+    core: _C.Store | _C.StoreFile,
+    key: str,
+    text: bytes,
+    blocks: list[tuple[int, int]],
+    mode: str | None,
+    allow_pickle: bool,
 ) -> Any:
     """The value of a name, its bytes where they are.
 

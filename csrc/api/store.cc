@@ -21,6 +21,7 @@ Store Store::start(const std::string& name, const StartOptions& options) {
   how.limits.limit = options.limit;
   how.ttl = count_of(options.ttl, "ttl");
   how.mode = options.mode;
+  how.file = options.file;
   how.group = options.group ? static_cast<int64_t>(*options.group) : -1;
   how.spill = options.spill;
   how.policy = static_cast<store::Policy>(options.policy);
@@ -88,7 +89,7 @@ KeyInfo Store::info(std::string_view key) const {
   info.created = std::chrono::system_clock::time_point(
       std::chrono::duration_cast<std::chrono::system_clock::duration>(Nanoseconds(entry.created)));
   if (entry.expires != 0)
-    info.expires_in = Nanoseconds(static_cast<int64_t>(entry.expires) - static_cast<int64_t>(os::boot_time()));
+    info.expires_in = Nanoseconds(static_cast<int64_t>(entry.expires) - static_cast<int64_t>(impl_->catalogue->now()));
   info.pid = entry.pid;
   return info;
 }

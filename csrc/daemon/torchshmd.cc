@@ -21,7 +21,7 @@ namespace {
 
 constexpr char kUsage[] =
     "Usage: torchshmd --name NAME [--limit SIZE] [--ttl TIME] [--mode OCTAL] [--group GROUP]\n"
-    "                 [--spill DIR] [--policy POLICY] [--timeout TIME] [--json]\n"
+    "                 [--spill DIR] [--policy POLICY] [--timeout TIME] [--file PATH] [--json]\n"
     "\n"
     "Serve a store, in the foreground, until SIGTERM, Ctrl-C or `torchshm stop NAME`.\n"
     "\n"
@@ -34,6 +34,7 @@ constexpr char kUsage[] =
     "  --policy P     What may become of values when room is needed: keep (to disk), spill (to disk first), drop\n"
     "                 (removed), pin (nothing). Default: keep.\n"
     "  --timeout TIME How long savers and loaders wait for room. Default: 10s where it can be made.\n"
+    "  --file PATH    Keep the store in this file, which outlives its processes. Default: in memory.\n"
     "  --json         Write JSON.\n"
     "  --help         Write this.\n"
     "\n"
@@ -112,17 +113,13 @@ bool whole(std::string_view text, int base, T& to) {
 }
 
 Options parse(int count, char** arguments) {
-  static const option known[] = {{"name", required_argument, nullptr, 'n'},
-                                 {"limit", required_argument, nullptr, 'l'},
-                                 {"ttl", required_argument, nullptr, 't'},
-                                 {"mode", required_argument, nullptr, 'm'},
-                                 {"group", required_argument, nullptr, 'g'},
-                                 {"json", no_argument, nullptr, 'j'},
-                                 {"spill", required_argument, nullptr, 's'},
-                                 {"policy", required_argument, nullptr, 'p'},
-                                 {"timeout", required_argument, nullptr, 'w'},
-                                 {"help", no_argument, nullptr, 'h'},
-                                 {nullptr, 0, nullptr, 0}};
+  static const option known[] = {
+      {"name", required_argument, nullptr, 'n'},    {"limit", required_argument, nullptr, 'l'},
+      {"ttl", required_argument, nullptr, 't'},     {"mode", required_argument, nullptr, 'm'},
+      {"group", required_argument, nullptr, 'g'},   {"json", no_argument, nullptr, 'j'},
+      {"spill", required_argument, nullptr, 's'},   {"policy", required_argument, nullptr, 'p'},
+      {"timeout", required_argument, nullptr, 'w'}, {"file", required_argument, nullptr, 'f'},
+      {"help", no_argument, nullptr, 'h'},          {nullptr, 0, nullptr, 0}};
   Options options;
   bool named = false;
   opterr = 0;
@@ -176,6 +173,9 @@ Options parse(int count, char** arguments) {
         } else {
           wrong("not a time: '" + given + "'; write it as 90s, 15m, 2h or 1d");
         }
+        break;
+      case 'f':
+        options.start.file = given;
         break;
       case 'j':
         options.json = true;

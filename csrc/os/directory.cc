@@ -139,8 +139,8 @@ Result<Fd> open_lock_file(int directory, const std::string& name, bool make) {
   return Fd(raw);
 }
 
-Result<bool> lock_file(int fd, bool shared, Wait wait) {
-  const int operation = (shared ? LOCK_SH : LOCK_EX) | (wait == Wait::kNo ? LOCK_NB : 0);
+Result<bool> lock_file(int fd, bool shared, Patience wait) {
+  const int operation = (shared ? LOCK_SH : LOCK_EX) | (wait == Patience::kNone ? LOCK_NB : 0);
   int error = 0;
   do {
     error = TORCHSHM_INJECT("os.flock");

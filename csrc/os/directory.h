@@ -41,8 +41,8 @@ Status set_access(int fd, uint32_t mode, int64_t group);
 // For lock_file(); an empty one is made where it is missing and `make` says so. Error ENOENT.
 Result<Fd> open_lock_file(int directory, const std::string& name, bool make);
 // flock(): true when this description has the file afterwards, false when another one is in the way.
-enum class Wait : uint8_t { kNo, kYes };
-Result<bool> lock_file(int fd, bool shared, Wait wait);
+enum class Patience : uint8_t { kNone, kAny };
+Result<bool> lock_file(int fd, bool shared, Patience wait);
 
 // What an ordinary user can still write to the file system.
 Result<uint64_t> free_bytes(int fd);

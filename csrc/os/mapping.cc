@@ -95,6 +95,7 @@ int advise_unlocked(std::byte* at, uint64_t length, int advice) {
 Mapping::Mapping(Mapping&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)),
       size_(std::exchange(other.size_, 0)),
+      at_(other.at_),
       reserved_(std::exchange(other.reserved_, nullptr)),
       reserved_size_(std::exchange(other.reserved_size_, 0)) {}
 
@@ -103,6 +104,7 @@ Mapping& Mapping::operator=(Mapping&& other) noexcept {
     unmap();
     data_ = std::exchange(other.data_, nullptr);
     size_ = std::exchange(other.size_, 0);
+    at_ = other.at_;
     reserved_ = std::exchange(other.reserved_, nullptr);
     reserved_size_ = std::exchange(other.reserved_size_, 0);
   }
@@ -116,7 +118,7 @@ void Mapping::unmap() {
   data_ = reserved_ = nullptr;
 }
 
-Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size) {
+Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size, uint64_t at_in_file, bool huge) {
   int error = TORCHSHM_INJECT("os.mmap");
   void* reserved = MAP_FAILED;
   const uint64_t reserved_size = size + kAlign;
@@ -148,7 +150,7 @@ Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size) {
   error = TORCHSHM_INJECT("os.map_file");
   void* at = MAP_FAILED;
   if (error == 0) {
-    at = ::mmap(reinterpret_cast<void*>(address), size, prot, flags, fd, 0);
+    at = ::mmap(reinterpret_cast<void*>(address), size, prot, flags, fd, static_cast<off_t>(at_in_file));
     error = errno;
   }
   if (at == MAP_FAILED) {
@@ -156,10 +158,11 @@ Result<Mapping> Mapping::map(Kind kind, int fd, uint64_t size) {
     return Status(Code::kUnsupported, "mmap: " + std::to_string(size) + " bytes of a memory file refused", error);
   }
   ::madvise(at, size, MADV_DONTDUMP);
-  if (kind != Kind::kAnonymous) ::madvise(at, size, MADV_HUGEPAGE);
+  if (kind != Kind::kAnonymous && huge) ::madvise(at, size, MADV_HUGEPAGE);
   Mapping mapping;
   mapping.data_ = static_cast<std::byte*>(at);
   mapping.size_ = size;
+  mapping.at_ = at_in_file;
   mapping.reserved_ = static_cast<std::byte*>(reserved);
   mapping.reserved_size_ = reserved_size;
   return mapping;
@@ -169,6 +172,7 @@ Mapping Mapping::alias() const {
   Mapping mapping;
   mapping.data_ = data_;
   mapping.size_ = size_;
+  mapping.at_ = at_;
   return mapping;
 }
 
@@ -176,7 +180,7 @@ Status Mapping::remap(Kind kind, int fd, uint64_t offset, uint64_t length) {
   const int flags = MAP_FIXED | MAP_NORESERVE | (kind == Kind::kPrivate ? MAP_PRIVATE : MAP_SHARED);
   int error = TORCHSHM_INJECT("os.remap");
   if (error == 0 &&
-      ::mmap(data_ + offset, length, PROT_READ | PROT_WRITE, flags, fd, static_cast<off_t>(offset)) == MAP_FAILED)
+      ::mmap(data_ + offset, length, PROT_READ | PROT_WRITE, flags, fd, static_cast<off_t>(at_ + offset)) == MAP_FAILED)
     error = errno;
   if (error != 0) return Status::system("mmap", "remap", error);
   ::madvise(data_ + offset, length, MADV_DONTDUMP);

@@ -30,7 +30,9 @@ class Mapping {
   ~Mapping();
 
   // fd is ignored for kAnonymous. Aligned to 2 MiB, so that huge pages can be used where the system allows them.
-  static Result<Mapping> map(Kind kind, int fd, uint64_t size);
+  // at: where in the file it begins. REQUIRES: a page boundary.
+  // huge: false for a sparse table in a disk's file, of which the kernel would read 2 MiB around every page that is touched.
+  static Result<Mapping> map(Kind kind, int fd, uint64_t size, uint64_t at = 0, bool huge = true);
 
   // Makes a range of a kShared mapping private to this process (kPrivate), or kShared again; what was written privately is dropped then.
   // REQUIRES: page boundaries; fd is the mapped file's.
@@ -52,6 +54,7 @@ class Mapping {
   void unmap();
   std::byte* data_ = nullptr;
   uint64_t size_ = 0;
+  uint64_t at_ = 0;  // in the file
   std::byte* reserved_ = nullptr;
   uint64_t reserved_size_ = 0;
 };

@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 
 #include "base/failpoint.h"
@@ -82,13 +83,14 @@ Result<uint64_t> file_size(int fd) {
   return static_cast<uint64_t>(st.st_size);
 }
 
-Range next_data(int fd, uint64_t from, uint64_t size) {
+Range next_data(int fd, uint64_t from, uint64_t size, uint64_t base) {
   if (from >= size) return {size, size};
   if (TORCHSHM_INJECT("os.seek_data") != 0) return {from, size};
-  const off_t begin = ::lseek(fd, static_cast<off_t>(from), SEEK_DATA);
+  const off_t begin = ::lseek(fd, static_cast<off_t>(base + from), SEEK_DATA);
   if (begin < 0) return errno == ENXIO ? Range{size, size} : Range{from, size};
   const off_t end = ::lseek(fd, begin, SEEK_HOLE);
-  return {static_cast<uint64_t>(begin), end <= begin ? size : static_cast<uint64_t>(end)};
+  const auto last = end <= begin ? size : std::min(size, static_cast<uint64_t>(end) - base);
+  return {std::min(size, static_cast<uint64_t>(begin) - base), last};
 }
 
 Result<Fd> reopen(int fd) {

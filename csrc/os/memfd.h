@@ -29,7 +29,8 @@ Result<uint64_t> file_size(int fd);
 struct Range {
   uint64_t begin = 0, end = 0;
 };
-Range next_data(int fd, uint64_t from, uint64_t size);
+// base: of the file where it is one region of a larger one; `from` and the answer count from there.
+Range next_data(int fd, uint64_t from, uint64_t size, uint64_t base = 0);
 
 // A new open file description of the same file (through /proc/self/fd), for locks of its own.
 Result<Fd> reopen(int fd);

@@ -4,8 +4,10 @@
 #include <fstream>
 
 #include "base/failpoint.h"
+#include "os/directory.h"
 #include "os/memfd.h"
 #include "os/memory.h"
+#include "os/plain_file.h"
 #include "pool/mark.h"
 
 namespace torchshm::pool {
@@ -14,6 +16,8 @@ namespace {
 // Address space, not memory: large runs need contiguous chunks, and holes between them cost nothing.
 constexpr uint64_t kReserveFactors[] = {4, 2, 1};
 constexpr uint32_t kTicketAge = 300;                // five minutes: longer than any queue is meant to hold a message
+constexpr uint64_t kFileReserveFactor = 2;          // a lease's ledger takes its place on the disk, 64 bytes a chunk
+constexpr uint32_t kTicketStep = 4096;              // tickets that get their place at once: 64 KiB
 constexpr uint64_t kMaxChunks = uint64_t{1} << 22;  // 8 TiB; page indices fit 32 bits
 
 Result<uint64_t> random_id() {
@@ -34,15 +38,17 @@ std::string hex(uint64_t value) {
 }  // namespace
 
 Status Arena::map(uint64_t control_size, uint64_t data_size) {
-  auto control = os::Mapping::map(os::Mapping::Kind::kShared, control_fd_.get(), control_size);
+  auto control = os::Mapping::map(os::Mapping::Kind::kShared, control_fd_.get(), control_size, control_at_, !in_file_);
   if (!control) return std::move(control.status());
-  auto data = os::Mapping::map(os::Mapping::Kind::kShared, data_fd_.get(), data_size);
+  auto data = os::Mapping::map(os::Mapping::Kind::kShared, data_fd_.get(), data_size, data_at_);
   if (!data) return std::move(data.status());
   control_ = control.take();
   shared_ = data.take();
   // The other faces are optional: a private mapping of this size may be refused (vm.overcommit_memory=2, RLIMIT_AS).
-  if (auto read = os::Mapping::map(os::Mapping::Kind::kReadOnly, data_fd_.get(), data_size)) read_ = read.take();
-  if (auto copy = os::Mapping::map(os::Mapping::Kind::kPrivate, data_fd_.get(), data_size)) copy_ = copy.take();
+  if (auto read = os::Mapping::map(os::Mapping::Kind::kReadOnly, data_fd_.get(), data_size, data_at_))
+    read_ = read.take();
+  if (auto copy = os::Mapping::map(os::Mapping::Kind::kPrivate, data_fd_.get(), data_size, data_at_))
+    copy_ = copy.take();
   return remember_files();
 }
 
@@ -84,25 +90,29 @@ Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
     arena.data_fd_ = data.take();
     last = arena.map(arena.offsets_.total, chunks * kChunk);
     if (!last) continue;
-    Header& header = arena.header();
-    header.magic = kMagic;
-    header.version = kVersion;
-    header.layout_hash = kLayoutHash;
-    header.pool_id = *id;
-    header.secret = *secret;
-    header.family = family;
-    header.chunks = chunks;
-    header.data_size = chunks * kChunk;
-    header.control_size = arena.offsets_.total;
-    header.limit.store(limit, std::memory_order_relaxed);
-    header.warm.store(limits.warm != 0 ? limits.warm : limit / 4, std::memory_order_relaxed);
-    header.ticket_age.store(kTicketAge, std::memory_order_relaxed);
-    header.next_incarnation.store(1, std::memory_order_relaxed);
-    TORCHSHM_POINT("create.before_ready");
-    header.ready.store(1, std::memory_order_release);  // publishes the header to whoever attaches
+    arena.write_header(*id, *secret, family, limit, limits.warm);
     return arena;
   }
   return last;
+}
+
+void Arena::write_header(uint64_t id, uint64_t secret, uint64_t family, uint64_t limit, uint64_t warm) {
+  Header& made = header();
+  made.magic = kMagic;
+  made.version = kVersion;
+  made.layout_hash = kLayoutHash;
+  made.pool_id = id;
+  made.secret = secret;
+  made.family = family;
+  made.chunks = chunks_;
+  made.data_size = chunks_ * kChunk;
+  made.control_size = offsets_.total;
+  made.limit.store(limit, std::memory_order_relaxed);
+  made.warm.store(warm != 0 ? warm : limit / 4, std::memory_order_relaxed);
+  made.ticket_age.store(kTicketAge, std::memory_order_relaxed);
+  made.next_incarnation.store(1, std::memory_order_relaxed);
+  TORCHSHM_POINT("create.before_ready");
+  made.ready.store(1, std::memory_order_release);  // publishes the header to whoever attaches
 }
 
 Result<Arena> Arena::attach(os::Fd data, os::Fd control) {
@@ -161,6 +171,164 @@ Result<Arena> Arena::inspect(os::Fd data, os::Fd control) {
   return arena;
 }
 
+// ---- in a file
+
+Regions Regions::of(uint64_t limit, uint64_t at) {
+  const uint64_t size = std::min(limit, kMaxChunks * kChunk);
+  const uint64_t chunks = std::clamp<uint64_t>((size * kFileReserveFactor + kChunk - 1) / kChunk, 16, kMaxChunks);
+  Regions regions;
+  regions.control_at = at;
+  regions.control_size = Offsets::of(chunks).total;
+  regions.data_at = (at + regions.control_size + kChunk - 1) / kChunk * kChunk;
+  regions.data_size = chunks * kChunk;
+  return regions;
+}
+
+Result<Arena> Arena::over(os::Fd file, const Regions& regions) {
+  if (regions.control_size < sizeof(Header) || regions.data_size < kChunk)
+    return Status(Code::kInvalid, "the file is too short for a pool");
+  auto facts = os::file_facts(file.get());
+  if (!facts) return std::move(facts.status());
+  auto second = os::duplicate(file.get());
+  if (!second) return std::move(second.status());
+  Arena arena;
+  arena.control_fd_ = std::move(file);
+  arena.data_fd_ = second.take();
+  arena.in_file_ = true;
+  arena.on_disk_ = facts->system != os::FileSystem::kMemory;
+  arena.control_at_ = regions.control_at;
+  arena.data_at_ = regions.data_at;
+  return arena;
+}
+
+Result<Arena> Arena::create_in(os::Fd file, const Regions& regions, uint64_t family, const Limits& limits) {
+  auto id = random_id();
+  if (!id) return std::move(id.status());
+  auto secret = random_id();
+  if (!secret) return std::move(secret.status());
+  auto arena = over(std::move(file), regions);
+  if (!arena) return arena;
+  arena->chunks_ = static_cast<uint32_t>(regions.data_size / kChunk);
+  arena->offsets_ = Offsets::of(arena->chunks_);
+  if (Status mapped = arena->map(regions.control_size, regions.data_size); !mapped) return mapped;
+  // Whoever joins looks at every lease, and at chunks one beyond those in use.
+  if (Status reserved = arena->reserve_control(0, arena->offsets_.tickets); !reserved) return reserved;
+  arena->chunks_reserved_ = arena->tickets_reserved_ = 0;
+  arena->write_header(*id, *secret, family, std::max<uint64_t>(limits.limit, kChunk), limits.warm);
+  return arena;
+}
+
+Result<Arena> Arena::attach_in(os::Fd file, const Regions& regions) {
+  auto arena = over(std::move(file), regions);
+  if (!arena) return arena;
+  if (Status mapped = arena->map(regions.control_size, regions.data_size); !mapped) return mapped;
+  if (Status valid = arena->validate(regions.control_size, regions.data_size); !valid) return valid;
+  // What is below the marks has its place: that comes first.
+  arena->chunks_reserved_ = arena->chunks_used();
+  arena->tickets_reserved_ = arena->tickets_used();
+  return arena;
+}
+
+Result<Arena> Arena::inspect_in(os::Fd file, const Regions& regions) {
+  auto arena = over(std::move(file), regions);
+  if (!arena) return arena;
+  auto mapped = os::Mapping::map(os::Mapping::Kind::kReadOnly, arena->control_fd(), regions.control_size,
+                                 regions.control_at, false);
+  if (!mapped) return std::move(mapped.status());
+  arena->control_ = mapped.take();
+  Status valid = arena->validate(regions.control_size, regions.data_size);
+  if (valid) valid = arena->remember_files();
+  if (!valid) return valid;
+  return arena;
+}
+
+Status forget_processes(const Regions& regions, int file) {
+  auto fd = os::duplicate(file);
+  if (!fd) return std::move(fd.status());
+  auto arena = Arena::attach_in(fd.take(), regions);
+  if (!arena) return std::move(arena.status());
+  for (uint32_t slot = 0, used = arena->slots_used(); slot < used; ++slot)
+    arena->lease(slot).pid.store(0, std::memory_order_relaxed);
+  return {};
+}
+
+// Through the mapping where this process has closed its descriptors: it may have files of its own under the numbers.
+Status Arena::reserve_control(uint64_t from, uint64_t to) {
+  if (!in_file_) return {};
+  from = from / kPage * kPage;
+  to = std::min((to + kPage - 1) / kPage * kPage, control_.size());
+  Status done(Code::kUnsupported, "");
+  if (owns_descriptors()) done = os::reserve(control_fd(), control_at_ + from, to - from);
+  if (done.code() == Code::kUnsupported) done = os::reserve_mapped(control_.data() + from, to - from);
+  TORCHSHM_POINT("reserve.control");
+  if (done.code() == Code::kFull)
+    return Status(Code::kFull, "the file system of " + os::path_of(control_fd()) + " is full", done.error());
+  return done;
+}
+
+Status Arena::reserve_slot(uint32_t slot) {
+  // From the first slot that was never used: a recount looks at every ledger below the mark.
+  const uint32_t from = slots_used();
+  if (!in_file_ || slot < from) return {};
+  return reserve_control(offsets_.ledgers + offsets_.ledger_stride * from,
+                         offsets_.ledgers + offsets_.ledger_stride * (uint64_t{slot} + 1));
+}
+
+Status Arena::grow_chunks(uint32_t end) {
+  const uint64_t size = sizeof(Block) * kPagesPerChunk;
+  Status done = reserve_control(offsets_.blocks + size * chunks_reserved_, offsets_.blocks + size * end);
+  if (done) chunks_reserved_ = end;
+  return done;
+}
+
+bool Arena::grow_tickets(uint32_t end) {
+  const uint32_t most = std::min((end + kTicketStep - 1) / kTicketStep * kTicketStep, kTickets);
+  const bool done =
+      reserve_control(offsets_.tickets + sizeof(Ticket) * tickets_reserved_, offsets_.tickets + sizeof(Ticket) * most)
+          .ok();
+  if (done) tickets_reserved_ = most;
+  return done;
+}
+
+Status Arena::reserve_all() {
+  if (!in_file_) return {};
+  const auto table = [&](uint64_t from, uint64_t to) {
+    return os::reserve_holes(control_fd(), control_at_, from / kPage * kPage,
+                             std::min((to + kPage - 1) / kPage * kPage, control_.size()));
+  };
+  Status done = table(0, offsets_.tickets);
+  if (done) done = table(offsets_.tickets, offsets_.tickets + sizeof(Ticket) * uint64_t{tickets_used()});
+  if (done) done = table(offsets_.blocks, offsets_.blocks + sizeof(Block) * kPagesPerChunk * uint64_t{chunks_used()});
+  if (done) done = table(offsets_.ledgers, offsets_.ledgers + offsets_.ledger_stride * slots_used());
+  // Neighbouring ranges in one call.
+  uint64_t start = 0, end = 0;
+  for (uint32_t i = 0, used = chunks_used(); i <= used && done; ++i) {
+    const uint64_t at = uint64_t{i} * kChunk;
+    const uint64_t pages = i < used ? std::min(ChunkValue::of(chunk(i).value.load()).committed, kPagesPerChunk) : 0;
+    if (end != at || pages == 0) {
+      if (end != start) done = os::reserve_holes(data_fd(), data_at_, start, end);
+      start = at;
+    }
+    end = at + pages * kPage;
+  }
+  if (done.code() == Code::kFull)
+    return Status(Code::kFull, "the file system of " + os::path_of(data_fd()) + " is full", done.error());
+  return done.code() == Code::kUnsupported ? Status() : std::move(done);
+}
+
+Status Arena::commit(uint64_t offset, uint64_t length) {
+  if (!in_file_) return os::commit(shared_.data() + offset, length);
+  Status done(Code::kUnsupported, "");
+  if (owns_descriptors()) done = os::reserve(data_fd(), data_at_ + offset, length);
+  TORCHSHM_POINT("reserve.data");
+  // Then this process's page table in one step, as for memory files; of a file system in memory, huge pages.
+  if (done || done.code() == Code::kUnsupported)
+    done = on_disk_ ? os::reserve_mapped(shared_.data() + offset, length) : os::commit(shared_.data() + offset, length);
+  if (done.code() == Code::kFull)
+    return Status(Code::kFull, "the file system of " + os::path_of(data_fd()) + " is full", done.error());
+  return done;
+}
+
 Result<Arena> Arena::alias() const {
   auto data = os::duplicate(data_fd_.get()), control = os::duplicate(control_fd_.get());
   if (!data) return std::move(data.status());
@@ -175,6 +343,12 @@ Result<Arena> Arena::alias() const {
   arena.offsets_ = offsets_;
   arena.chunks_ = chunks_;
   arena.is_copy_ = is_copy_;
+  arena.in_file_ = in_file_;
+  arena.on_disk_ = on_disk_;
+  arena.data_at_ = data_at_;
+  arena.control_at_ = control_at_;
+  arena.chunks_reserved_ = chunks_reserved_;
+  arena.tickets_reserved_ = tickets_reserved_;
   arena.data_id_ = data_id_;
   arena.control_id_ = control_id_;
   return arena;

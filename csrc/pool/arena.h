@@ -23,6 +23,17 @@ struct Limits {
   uint64_t warm = 0;   // bytes; 0: a quarter of the limit
 };
 
+// Where a pool lies in one ordinary file, beside other things. Bytes; multiples of 2 MiB, but for the size of the control region.
+struct Regions {
+  uint64_t control_at = 0, control_size = 0, data_at = 0, data_size = 0;
+  // For a pool with that limit, its control region at `at`.
+  static Regions of(uint64_t limit, uint64_t at);
+};
+
+// After a restart of the machine: the processes that leases were signed by are none of those that have their numbers now.
+// REQUIRES: nobody has joined the pool in these regions of the file.
+Status forget_processes(const Regions& regions, int file);
+
 class Arena {
  public:
   // How long the tables are.
@@ -30,6 +41,12 @@ class Arena {
 
   static Result<Arena> create(uint64_t family, const Limits& limits);
   static Result<Arena> attach(os::Fd data, os::Fd control);
+  // The same in regions of one file, which is as long as they need and reads as zero there. Only what is used of it has a place on the disk.
+  // REQUIRES: limits.limit is set.
+  static Result<Arena> create_in(os::Fd file, const Regions& regions, uint64_t family, const Limits& limits);
+  static Result<Arena> attach_in(os::Fd file, const Regions& regions);
+  // As inspect().
+  static Result<Arena> inspect_in(os::Fd file, const Regions& regions);
   // To look at, without joining: the control file mapped read-only, the data file not at all, so address() is null and nothing here may
   // be written. Takes a pool's memory files, and plain files that they were copied to: those are not sealed, and whoever cuts one short
   // meanwhile ends this process.
@@ -79,6 +96,23 @@ class Arena {
   // Whether inspect() was given copies: their holes and locks say nothing about the pool's memory and processes.
   bool is_copy() const { return is_copy_; }
 
+  // Before anything at or above what was in use is touched: gives it a place in the file, or says that there is none (kFull). Nothing to do
+  // for memory files, which get their pages when they are touched. One thread of a lease at a time.
+  Status reserve_slot(uint32_t slot);
+  Status reserve_chunks(uint32_t end) { return end <= chunks_reserved_ ? Status() : grow_chunks(end); }
+  bool reserve_tickets(uint32_t end) { return end <= tickets_reserved_ || grow_tickets(end); }
+  // Gives a range of the data pages, mapped here. REQUIRES: page boundaries.
+  Status commit(uint64_t offset, uint64_t length);
+  // All of it anew, for a file that was copied: copies have holes where there were zeros. REQUIRES: nobody is at work.
+  Status reserve_all();
+  // Whether the pool lies in an ordinary file. What is reserved there may look like a hole.
+  bool in_file() const { return in_file_; }
+  // Whether the pool's pages are a disk's, and the memory that they take can be had back.
+  bool on_disk() const { return on_disk_; }
+  // Where the two begin in their files.
+  uint64_t data_at() const { return data_at_; }
+  uint64_t control_at() const { return control_at_; }
+
   int data_fd() const { return data_fd_.get(); }
   int control_fd() const { return control_fd_.get(); }
   uint64_t data_inode() const { return data_id_.inode; }
@@ -91,6 +125,11 @@ class Arena {
 
  private:
   Status map(uint64_t control_size, uint64_t data_size);
+  Status grow_chunks(uint32_t end);
+  bool grow_tickets(uint32_t end);
+  Status reserve_control(uint64_t from, uint64_t to);
+  static Result<Arena> over(os::Fd file, const Regions& regions);
+  void write_header(uint64_t id, uint64_t secret, uint64_t family, uint64_t limit, uint64_t warm);
   Status remember_files();
   Status validate(uint64_t control_size, uint64_t data_size);
   os::Fd data_fd_, control_fd_;
@@ -98,6 +137,9 @@ class Arena {
   Offsets offsets_{};
   uint32_t chunks_ = 0;
   bool is_copy_ = false;
+  bool in_file_ = false, on_disk_ = false;
+  uint64_t data_at_ = 0, control_at_ = 0;
+  uint32_t chunks_reserved_ = UINT32_MAX, tickets_reserved_ = UINT32_MAX;  // all, but in a file
   os::FileId data_id_, control_id_;
 };
 

@@ -79,7 +79,7 @@ class Look {
   // Blocks before intents, intents before bits and tickets; then intents and blocks again: a block whose word has not moved, and which no
   // intent named at either time, was left alone while its bits and tickets were counted.
   CheckReport look() {
-    control_ = Memory(arena_.control_fd(), offsets_.total);
+    control_ = Memory(arena_.control_fd(), offsets_.total, arena_.control_at());
     header();
     blocks();
     leases();
@@ -460,7 +460,7 @@ void Look::large_place(const SeenBlock& seen, uint64_t granules) {
 void Look::pages() {
   const int fd = arena_.data_fd();
   const uint64_t size = uint64_t{arena_.chunks()} * kChunk;
-  const Memory memory(fd, size);
+  const Memory memory(fd, size, arena_.data_at());
   const std::vector<os::Range>& data = memory.ranges();
   auto range = data.begin();
   for (uint32_t index = 0; index < arena_.chunks() && !enough(); ++index) {
@@ -499,11 +499,12 @@ void Look::pages() {
       default:
         break;
     }
+    if (arena_.in_file()) continue;
     const uint64_t end = begin + wanted * kPage;
     uint64_t missing = begin;
     for (auto r = range; r != data.end() && r->begin <= missing && missing < end; ++r) missing = r->end;
     if (missing >= end) continue;
-    const os::Range now = os::next_data(fd, missing, size);
+    const os::Range now = os::next_data(fd, missing, size, arena_.data_at());
     if (now.begin == missing || chunk_word(index) != word) continue;
     suspect(1, the_chunk(index, word) + ": page " + number((missing - begin) / kPage) + " (block " +
                    number(missing / kPage) + ") has no memory; expected " + number(wanted) + " pages");

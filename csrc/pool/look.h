@@ -44,9 +44,9 @@ class Suspects {
 class Memory {
  public:
   Memory() = default;
-  Memory(int fd, uint64_t size) {
-    for (os::Range r = os::next_data(fd, 0, size); r.begin < r.end && r.begin < size;
-         r = os::next_data(fd, r.end, size)) {
+  Memory(int fd, uint64_t size, uint64_t base = 0) {
+    for (os::Range r = os::next_data(fd, 0, size, base); r.begin < r.end && r.begin < size;
+         r = os::next_data(fd, r.end, size, base)) {
       ranges_.push_back({r.begin, std::min(r.end, size)});
     }
   }

@@ -393,7 +393,8 @@ Result<Handle> Member::issue(uint32_t block, const QueueRef* queue) {
     return Status(Code::kStale, "the block was lost in a fork that ran no handlers");
   const uint64_t generation = work_->ledger.value(block).generation;
   const auto ticket = work_->tickets.issue(block, generation, queue);
-  if (!ticket) return Status(Code::kFull, "all tickets are out: too many unreceived messages");
+  if (!ticket)
+    return Status(Code::kFull, "no ticket is to be had: too many unreceived messages, or no room in the store's file");
   return Handle{pool_id_, generation, block, ticket->index, ticket->nonce};
 }
 
@@ -581,6 +582,14 @@ uint32_t Member::reap() {
   notice_fork();
   if (stranded_) return 0;
   return reap_locked();
+}
+
+uint32_t Member::drop_messages() {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  const uint32_t dropped = work_->tickets.take_back(0, true, UINT64_MAX);
+  end_queues(true);
+  return dropped;
 }
 
 uint64_t Member::trim(uint64_t keep) {

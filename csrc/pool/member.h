@@ -37,6 +37,8 @@ class Member final : public FreedSink {
 
   // A further lease of this process over the same mappings: members as threads, which ThreadSanitizer can follow. For tests.
   // REQUIRES: the other one outlives it, and no fork meanwhile.
+  // Of a pool whose files the caller has mapped.
+  static Result<std::unique_ptr<Member>> over(Arena arena) { return make(std::move(arena)); }
   static Result<std::unique_ptr<Member>> beside(const Member& other);
 
   struct View {
@@ -115,6 +117,9 @@ class Member final : public FreedSink {
   Result<View> view(uint32_t block, Mode mode);
 
   uint32_t reap();
+  // Takes back the tickets of messages whose senders are dead: nobody will receive them. REQUIRES: nobody else is, or was since the messages
+  // were sent, a member.
+  uint32_t drop_messages();
   uint64_t trim(uint64_t keep);
   Stats stats();
   // Of the chunks: bytes with pages behind them, and those of them that nobody uses.

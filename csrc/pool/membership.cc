@@ -33,6 +33,7 @@ Result<Membership> Membership::join(Arena& arena, bool unsigned_yet) {
     if (!locked) return std::move(locked.status());
     if (!*locked) continue;
     TORCHSHM_POINT("join.locked");
+    if (Status reserved = arena.reserve_slot(slot); !reserved) return reserved;
     self.slot_ = slot;
     self.incarnation_ = claim_slot(arena, slot);
     if (self.incarnation_ != 0) {

@@ -155,7 +155,7 @@ Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, c
   uint64_t growth = 0;
   for (size_t i = 0; i < need.size(); ++i) growth += need[i] > taken[i].had ? (need[i] - taken[i].had) * kPage : 0;
   if (growth == 0) return {};
-  if (Status enough = check_headroom(growth); !enough) return enough;
+  if (Status enough = arena_.on_disk() ? Status() : check_headroom(growth); !enough) return enough;
   arena_.lease(slot_).grown.fetch_add(growth, std::memory_order_relaxed);
   TORCHSHM_POINT("claim.growth_told");
   // Neighbouring ranges in one call.
@@ -168,7 +168,7 @@ Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, c
       continue;
     }
     if (end != start) {
-      if (Status done = os::commit(arena_.data() + start, end - start); !done) return done;
+      if (Status done = arena_.commit(start, end - start); !done) return done;
     }
     start = end = 0;
     if (more) {
@@ -227,6 +227,7 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
       before_growth_();
       continue;
     }
+    if (Status reserved = arena_.reserve_chunks(*head + n); !reserved) return reserved;
     const auto [held, generation] = take_run(*head, need, taken);
     Status backed = held == n ? within_limit() : Status();
     const bool allowed = held == n && backed;
@@ -325,6 +326,7 @@ Result<Space::SmallChunk> Space::claim_small() {
       continue;
     }
     std::vector<Taken> taken(1);
+    if (Status reserved = arena_.reserve_chunks(*chunk + 1); !reserved) return reserved;
     if (!take(*chunk, wanted, &taken[0])) continue;
     TORCHSHM_POINT("claim_small.taken");
     Status backed = within_limit();

@@ -38,6 +38,7 @@ std::optional<TicketId> BasicTickets<Shared>::claim(uint32_t block, const QueueR
     for (uint32_t probes = 0; probes < window_; ++probes) {
       const uint32_t index = (base_ + cursor_) % Shared::kTicketSlots;
       cursor_ = (cursor_ + 1) % window_;
+      if (!arena_.reserve_tickets(index + 1)) return std::nullopt;
       Pair found = arena_.ticket(index).value.load();
       TicketValue ticket = TicketValue::of(found);
       if (ticket.sender != 0) continue;

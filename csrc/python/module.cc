@@ -21,6 +21,7 @@
 #include "python/rebuild.h"
 #include "python/reduce.h"
 #include "python/store_binding.h"
+#include "python/store_file_binding.h"
 #include "python/without_gil.h"
 
 namespace py = pybind11;
@@ -219,6 +220,7 @@ PYBIND11_MODULE(unchecked, m) {
     throw py::error_already_set();
   }
   add_store(m);
+  add_store_file(m);
   add_queue(m);
   add_check(m);
   m.def("create", &create, py::arg("family"), py::arg("limit") = 0, py::arg("warm") = 0);

@@ -94,9 +94,11 @@ class Store {
   Store& operator=(const Store&) = delete;
 
   static std::unique_ptr<Store> start(const std::string& name, uint64_t limit, uint64_t ttl, uint32_t mode,
-                                      int64_t group, const std::string& spill, int policy, int64_t patience) {
+                                      int64_t group, const std::string& spill, int policy, int64_t patience,
+                                      const std::string& file) {
     service::ServerOptions options;
     options.name = name;
+    options.file = file;
     options.limits.limit = limit;
     options.ttl = ttl;
     options.mode = mode;
@@ -306,7 +308,7 @@ class Store {
     if (entry->expires == 0) {
       row["expires_in"] = py::none();
     } else {
-      row["expires_in"] = (static_cast<double>(entry->expires) - static_cast<double>(os::boot_time())) * 1e-9;
+      row["expires_in"] = (static_cast<double>(entry->expires) - static_cast<double>(catalogue_->now())) * 1e-9;
     }
     row["pid"] = entry->pid;
     row["bound"] = entry->owner != 0;
@@ -370,6 +372,28 @@ class Store {
   uint64_t size() {
     const WithoutGil release;
     return catalogue_->size();
+  }
+
+  // Where the file of a persistent store is; None for one in memory.
+  py::object file() const {
+    const store::Backing* backing = catalogue_->backing();
+    if (backing == nullptr) return py::none();
+    return py::str(backing->path());
+  }
+
+  // Everything to the disk.
+  void sync() {
+    store::Backing* backing = catalogue_->backing();
+    if (backing == nullptr)
+      fail_in_store(Status(Code::kUnsupported, "the store " + name() +
+                                                   " lies in memory, which no sync() keeps: torchshm.start(name, "
+                                                   "file=path) makes one that lasts"));
+    Status done;
+    {
+      const WithoutGil release;
+      done = backing->sync(store::kOpen);
+    }
+    if (!done) fail_in_store(done);
   }
 
   uint32_t sweep() {
@@ -627,7 +651,7 @@ void add_store(py::module_& m) {
   py::class_<Store>(m, "Store")
       .def_static("start", &Store::start, py::arg("name"), py::arg("limit") = 0, py::arg("ttl") = 0,
                   py::arg("mode") = 0600, py::arg("group") = -1, py::arg("spill") = "", py::arg("policy") = 0,
-                  py::arg("patience") = -1)
+                  py::arg("patience") = -1, py::arg("file") = "")
       .def_static("connect", &Store::connect, py::arg("name"), py::arg("timeout"))
       .def("save_array", &Store::save_array)
       .def("load", &Store::load)
@@ -648,6 +672,7 @@ void add_store(py::module_& m) {
       .def("keys", &Store::keys)
       .def("size", &Store::size)
       .def("sweep", &Store::sweep)
+      .def("sync", &Store::sync)
       .def("lock", &Store::lock)
       .def("bell", &Store::bell)
       .def("ring", &Store::ring)
@@ -657,6 +682,7 @@ void add_store(py::module_& m) {
       .def("wait_stop", &Store::wait_stop)
       .def("stop", &Store::stop)
       .def_property_readonly("name", &Store::name)
+      .def_property_readonly("file", &Store::file)
       .def_property_readonly("pool_id", &Store::pool_id)
       .def_property_readonly("member_address", &Store::member_address)
       .def_property_readonly("serving", &Store::serving)

@@ -10,6 +10,7 @@
 #include "os/socket.h"
 #include "pool/members.h"
 #include "service/address.h"
+#include "store/backing.h"
 #include "store/spill_file.h"
 
 namespace torchshm::service {
@@ -19,8 +20,17 @@ constexpr int kAnswerWithin = 5000;  // ms; a service answers at once unless it 
 
 struct Answered {
   Reply reply;
+  uint32_t served_by = 0;  // user
   std::vector<os::Fd> files;
 };
+
+Result<std::unique_ptr<pool::Member>> join(const store::Backing& backing) {
+  auto file = backing.share();
+  if (!file) return std::move(file.status());
+  auto arena = pool::Arena::attach_in(file.take(), backing.regions());
+  if (!arena) return std::move(arena.status());
+  return pool::Member::over(arena.take());
+}
 
 Result<Answered> talk(const std::string& name, Ask ask) {
   if (Status named = check_name(name); !named) return named;
@@ -45,6 +55,7 @@ Result<Answered> talk(const std::string& name, Ask ask) {
   if (Status sent = os::send_message(socket->get(), &request, sizeof request); !sent)
     return Status(Code::kMissing, "the store's service has just ended", sent.error());
   Answered answered;
+  answered.served_by = peer->uid;
   auto received = os::receive_message(socket->get(), &answered.reply, sizeof answered.reply, kAnswerWithin);
   if (!received) return std::move(received.status());
   if (received->length == 0) return Status(Code::kMissing, "the store's service has just ended");
@@ -76,18 +87,27 @@ Result<Client> connect(const std::string& name, uint64_t nanoseconds, bool (*go_
     answered = talk(name, Ask::kAttach);
   }
   if (!answered) return std::move(answered.status());
-  if (answered->files.size() != 3 && answered->files.size() != 4)
+  const bool persistent = answered->files.size() == 1;
+  if (answered->files.size() != 3 && answered->files.size() != 4 && !persistent)
     return Status(Code::kInvalid, "the store's service sent no files");
+  std::shared_ptr<store::Backing> backing;
+  if (persistent) {
+    auto received = store::Backing::receive(std::move(answered->files[0]), answered->served_by);
+    if (!received) return std::move(received.status());
+    backing = received.take();
+  }
   pool::Adoption adoption;
   Client client;
   client.member = pool::find_pool(answered->reply.pool_id);
   if (client.member == nullptr) {
     if (!adoption.room()) return Status(Code::kUnsupported, pool::kTooMany);
-    auto member = pool::Member::attach(std::move(answered->files[0]), std::move(answered->files[1]));
+    auto member = persistent ? join(*backing)
+                             : pool::Member::attach(std::move(answered->files[0]), std::move(answered->files[1]));
     if (!member) return std::move(member.status());
     client.member = adoption.hold(member.take());
   }
-  auto catalogue = store::Catalogue::attach(*client.member, std::move(answered->files[2]));
+  auto catalogue = persistent ? store::Catalogue::attach_in(*client.member, backing)
+                              : store::Catalogue::attach(*client.member, std::move(answered->files[2]));
   if (!catalogue) return std::move(catalogue.status());
   client.catalogue = catalogue.take();
   if (answered->files.size() == 4) {

@@ -9,11 +9,13 @@
 #include "base/failpoint.h"
 #include "os/futex.h"
 #include "os/memfd.h"
+#include "os/plain_file.h"
 #include "os/process.h"
 #include "os/thread.h"
 #include "pool/members.h"
 #include "service/address.h"
 #include "service/wire.h"
+#include "store/backing.h"
 #include "store/spill_file.h"
 
 namespace torchshm::service {
@@ -87,6 +89,122 @@ Server::Server(const ServerOptions& options, pool::Member& member)
       member_(member),
       connections_(std::make_unique<Connections>()) {}
 
+Result<Server::Opened> Server::open_memory(const ServerOptions& options, pool::Adoption& adoption) {
+  Opened opened;
+  auto files = find_files(options.name);
+  opened.was_there = files.ok();
+  if (opened.was_there) {
+    // This process may be one of those that have it.
+    const auto stamp = store::Catalogue::stamp_of(files->catalogue.get(), options.name);
+    if (stamp) opened.member = pool::find_pool(stamp->pool_id);
+  }
+  if (opened.member == nullptr) {
+    if (!adoption.room()) return Status(Code::kUnsupported, pool::kTooMany);
+    auto made = opened.was_there ? pool::Member::attach(std::move(files->data), std::move(files->control))
+                                 : pool::Member::create(options.family, options.limits);
+    if (!made) return std::move(made.status());
+    opened.member = adoption.hold(made.take());
+  }
+  auto catalogue = opened.was_there ? store::Catalogue::attach(*opened.member, std::move(files->catalogue))
+                                    : store::Catalogue::create(*opened.member, options.name, settings_of(options));
+  if (!catalogue) return std::move(catalogue.status());
+  opened.catalogue = catalogue.take();
+  return opened;
+}
+
+namespace {
+
+// One that is not finished is taken away again.
+struct Unfinished {
+  store::Backing& backing;
+  ~Unfinished() { backing.abandon(); }
+};
+
+}  // namespace
+
+Result<Server::Opened> Server::open_file(const ServerOptions& options, pool::Adoption& adoption) {
+  auto found = store::Backing::open(options.file);
+  if (!found) return std::move(found.status());
+  const std::shared_ptr<store::Backing> backing = found.take();
+  const Unfinished unfinished{*backing};
+  Opened opened;
+  opened.was_there = !backing->fresh();
+  auto file = backing->share();
+  if (!file) return std::move(file.status());
+  if (!opened.was_there) {
+    if (!adoption.room()) return Status(Code::kUnsupported, pool::kTooMany);
+    auto limit = backing->layout(options.limits.limit);
+    if (!limit) return std::move(limit.status());
+    auto arena = pool::Arena::create_in(file.take(), backing->regions(), options.family, {*limit, options.limits.warm});
+    if (!arena) return std::move(arena.status());
+    auto member = pool::Member::over(arena.take());
+    if (!member) return std::move(member.status());
+    auto catalogue = store::Catalogue::create_in(**member, backing, options.name, settings_of(options));
+    if (!catalogue) return std::move(catalogue.status());
+    backing->finish((*member)->pool_id());
+    opened.member = adoption.hold(member.take());
+    opened.catalogue = catalogue.take();
+    opened.catalogue->follow_clock();
+    return opened;
+  }
+  // Living clients of a dead service go on with it as it is.
+  const bool in_use = backing->in_use();
+  if (!in_use) {
+    if (backing->damaged_by_power_loss())
+      return Status(Code::kCorrupt,
+                    options.file +
+                        " was in use when the machine went down, and what it has may be older than what was "
+                        "acknowledged, or half of it: `torchshm check --repair " +
+                        options.file + "` keeps what store.sync() has recorded and is whole");
+    if (backing->rebooted()) {
+      if (Status forgotten = pool::forget_processes(backing->regions(), file->get()); !forgotten) return forgotten;
+      backing->begin_boot();
+    }
+  }
+  opened.member = pool::find_pool(backing->superblock().pool_id);
+  if (opened.member == nullptr) {
+    if (!adoption.room()) return Status(Code::kUnsupported, pool::kTooMany);
+    auto arena = pool::Arena::attach_in(file.take(), backing->regions());
+    if (!arena) return std::move(arena.status());
+    if (!in_use) {
+      if (Status reserved = arena->reserve_all(); !reserved) return reserved;
+    }
+    auto member = pool::Member::over(arena.take());
+    if (!member) return std::move(member.status());
+    opened.member = adoption.hold(member.take());
+  }
+  auto catalogue = store::Catalogue::attach_in(*opened.member, backing);
+  if (!catalogue) return std::move(catalogue.status());
+  opened.catalogue = catalogue.take();
+  const std::string name = opened.catalogue->name();
+  if (in_use && name != options.name)
+    return Status(Code::kExists, options.file + " is the store " + name +
+                                     ", which living processes still use under that name: serve it as " + name +
+                                     ", or end them first");
+  if (!in_use) {
+    if (Status reserved = opened.catalogue->reserve_all(); !reserved) return reserved;
+    opened.catalogue->rename(options.name, place());
+    (void)opened.member->drop_messages();
+    (void)opened.catalogue->sweep();
+  }
+  pool::Header& header = opened.member->arena().header();
+  if (options.limits.limit != 0) header.limit.store(options.limits.limit, std::memory_order_relaxed);
+  if (options.ttl != 0) opened.catalogue->header().default_ttl.store(options.ttl, std::memory_order_relaxed);
+  return opened;
+}
+
+// The last one to leave writes everything out. The socket is gone already: nobody new comes.
+void Server::close_file() {
+  store::Backing* const backing = catalogue_->backing();
+  if (backing == nullptr) return;
+  const int fd = member_.arena().control_fd();
+  const uint32_t me = member_.membership().slot();
+  const bool alone = !os::any_locked(fd, 0, me) && !os::any_locked(fd, me + 1, pool::kMaxLeases - me - 1);
+  if (alone) (void)backing->sync(store::kClean);
+  TORCHSHM_POINT("serve.written");
+  backing->unlock();
+}
+
 Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
   if (Status named = check_name(options.name); !named) return named;
   if (Status made = os::private_directory(directory(), options.group); !made) return made;
@@ -104,27 +222,16 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
   TORCHSHM_POINT("serve.locked");
 
   // With the lock in hand, what is left of an earlier service is nobody's.
-  pool::Member* member = nullptr;
-  auto files = find_files(options.name);
-  const bool taking_over = files.ok();
-  if (taking_over) {
-    // This process may be one of those that have it.
-    const auto stamp = store::Catalogue::stamp_of(files->catalogue.get(), options.name);
-    if (stamp) member = pool::find_pool(stamp->pool_id);
-  }
-  if (member == nullptr) {
-    if (!adoption.room()) return Status(Code::kUnsupported, pool::kTooMany);
-    auto made = taking_over ? pool::Member::attach(std::move(files->data), std::move(files->control))
-                            : pool::Member::create(options.family, options.limits);
-    if (!made) return std::move(made.status());
-    member = adoption.hold(made.take());
-  }
+  if (!options.file.empty() && !options.spill.empty())
+    return Status(Code::kInvalid,
+                  "a persistent store is on disk already, all of it: spill= is for stores in memory; give file= a "
+                  "larger limit");
+  auto opened = options.file.empty() ? open_memory(options, adoption) : open_file(options, adoption);
+  if (!opened) return std::move(opened.status());
+  pool::Member* const member = opened->member;
   std::unique_ptr<Server> server(new Server(options, *member));
-  server->took_over_ = taking_over;
-  auto catalogue = taking_over ? store::Catalogue::attach(*member, std::move(files->catalogue))
-                               : store::Catalogue::create(*member, options.name, settings_of(options));
-  if (!catalogue) return std::move(catalogue.status());
-  server->catalogue_ = catalogue.take();
+  server->took_over_ = opened->was_there;
+  server->catalogue_ = std::move(opened->catalogue);
   if (Status prepared = server->prepare_spill(); !prepared) return prepared;
   TORCHSHM_POINT("serve.store");
   if (options.group >= 0) {  // each client opens them again, for locks of its own
@@ -199,6 +306,7 @@ void Server::forget_in_child() {
   if (writer_.joinable()) writer_.detach();
   listening_.reset();
   lock_.reset();
+  if (store::Backing* const backing = catalogue_->backing()) backing->unlock();
   signal_.reset();
   poller_ = {};
   connections_->open.clear();
@@ -313,6 +421,7 @@ void Server::serve(int fd) {
     case Ask::kAttach: {
       descriptors = {member_.arena().data_fd(), member_.arena().control_fd(), catalogue_->fd()};
       if (const int directory = catalogue_->directory_fd(); directory >= 0) descriptors.push_back(directory);
+      if (catalogue_->backing() != nullptr) descriptors = {catalogue_->fd()};  // all three are one
       if (auto peer = os::peer_of(socket.get())) {
         if (auto watch = os::watch_peer(socket.get(), peer->pid)) {
           const int watched = watch->get();
@@ -383,6 +492,7 @@ void Server::run() {
   os::remove_file(socket_path_);
   TORCHSHM_POINT("serve.unreachable");
   listening_.reset();
+  close_file();
   os::remove_file(lock_path_);
   lock_.reset();
 }

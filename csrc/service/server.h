@@ -15,6 +15,7 @@
 #include "os/fd.h"
 #include "os/socket.h"
 #include "pool/member.h"
+#include "pool/members.h"
 #include "store/catalogue.h"
 
 namespace torchshm::service {
@@ -30,11 +31,12 @@ struct ServerOptions {
       spill;  // directory for what does not fit into memory; empty: none, or the one that a store taken over has
   store::Policy policy = store::Policy::kKeep;
   int64_t patience = -1;  // ns that saving and loading wait for room; -1: ten seconds where room can be made, else none
+  std::string file;       // of a persistent store; empty: in memory
 };
 
 class Server {
  public:
-  // kExists when a store of that name is being served. Takes over the store of that name that some living process still has.
+  // kExists when a store of that name, or of that file, is being served. Takes over the store of that name that some living process still has.
   // One that fails leaves nothing here, and no file.
   static Result<std::unique_ptr<Server>> start(const ServerOptions& options);
   // Ends the service and removes its socket; the store lives on in its clients.
@@ -43,6 +45,7 @@ class Server {
   pool::Member& member() { return member_; }
   store::Catalogue& catalogue() { return *catalogue_; }
   std::shared_ptr<store::Catalogue> share_catalogue() const { return catalogue_; }  // outlives the service
+  // Whether the store was there before: some living process had it, or it was in the file.
   bool took_over() const { return took_over_; }
   // The service ends when a client asks for that, too.
   // Waits until somebody asks the service to stop, for `milliseconds` at most. True when it has been asked.
@@ -54,6 +57,14 @@ class Server {
 
  private:
   Server(const ServerOptions& options, pool::Member& member);
+  struct Opened {
+    pool::Member* member = nullptr;
+    std::shared_ptr<store::Catalogue> catalogue;
+    bool was_there = false;
+  };
+  static Result<Opened> open_memory(const ServerOptions& options, pool::Adoption& adoption);
+  static Result<Opened> open_file(const ServerOptions& options, pool::Adoption& adoption);
+  void close_file();
   void run();
   void accept_clients();
   void serve(int socket);

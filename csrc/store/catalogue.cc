@@ -6,6 +6,7 @@
 #include "base/failpoint.h"
 #include "os/futex.h"
 #include "os/memfd.h"
+#include "os/plain_file.h"
 #include "pool/mark.h"
 #include "store/body.h"
 #include "store/eviction.h"
@@ -35,28 +36,36 @@ Result<std::unique_ptr<Catalogue>> Catalogue::create(pool::Member& member, const
     return Status(Code::kInvalid, "a store's name has 1 to " + std::to_string(sizeof(Header::name) - 1) + " bytes");
   auto fd = os::create_memfd("torchshm-" + name + "-catalogue", offsets::kTotal);
   if (!fd) return std::move(fd.status());
-  auto file = os::Mapping::map(os::Mapping::Kind::kShared, fd->get(), offsets::kTotal);
-  if (!file) return std::move(file.status());
-  auto id = os::file_id(fd->get());
-  if (!id) return std::move(id.status());
-  std::unique_ptr<Catalogue> catalogue(new Catalogue(member, fd.take(), *id, file.take()));
-  Header& header = catalogue->header();
-  header.magic = kMagic;
-  header.version = kVersion;
-  header.layout_hash = kLayoutHash;
-  header.pool_id = member.pool_id();
-  header.size = offsets::kTotal;
-  header.created = os::real_time();
-  header.place = settings.place;
-  std::memcpy(header.name, name.c_str(), name.size() + 1);
-  header.levels.store(1, std::memory_order_relaxed);
-  header.default_ttl.store(settings.default_ttl, std::memory_order_relaxed);
-  header.policy.store(static_cast<uint32_t>(settings.policy), std::memory_order_relaxed);
-  header.patience.store(settings.patience, std::memory_order_relaxed);
-  header.clock.store(1, std::memory_order_relaxed);
-  TORCHSHM_POINT("catalogue.before_ready");
-  header.ready.store(1, std::memory_order_release);  // publishes the header to whoever attaches
+  auto catalogue = over(member, fd.take(), 0);
+  if (catalogue) (*catalogue)->write_header(name, settings);
   return catalogue;
+}
+
+Result<std::unique_ptr<Catalogue>> Catalogue::over(pool::Member& member, os::Fd fd, uint64_t at) {
+  auto file = os::Mapping::map(os::Mapping::Kind::kShared, fd.get(), offsets::kTotal, at, at == 0);
+  if (!file) return std::move(file.status());
+  auto id = os::file_id(fd.get());
+  if (!id) return std::move(id.status());
+  return std::unique_ptr<Catalogue>(new Catalogue(member, std::move(fd), *id, file.take()));
+}
+
+void Catalogue::write_header(const std::string& name, const Settings& settings) {
+  Header& made = header();
+  made.magic = kMagic;
+  made.version = kVersion;
+  made.layout_hash = kLayoutHash;
+  made.pool_id = member_.pool_id();
+  made.size = offsets::kTotal;
+  made.created = os::real_time();
+  made.place = settings.place;
+  std::memcpy(made.name, name.c_str(), name.size() + 1);
+  made.levels.store(1, std::memory_order_relaxed);
+  made.default_ttl.store(settings.default_ttl, std::memory_order_relaxed);
+  made.policy.store(static_cast<uint32_t>(settings.policy), std::memory_order_relaxed);
+  made.patience.store(settings.patience, std::memory_order_relaxed);
+  made.clock.store(1, std::memory_order_relaxed);
+  TORCHSHM_POINT("catalogue.before_ready");
+  made.ready.store(1, std::memory_order_release);  // publishes the header to whoever attaches
 }
 
 Result<std::unique_ptr<Catalogue>> Catalogue::attach(pool::Member& member, os::Fd fd) {
@@ -67,20 +76,112 @@ Result<std::unique_ptr<Catalogue>> Catalogue::attach(pool::Member& member, os::F
                   "not a torchshm catalogue, or one of another version; use the same version of "
                   "torchshm in every process");
   }
-  auto file = os::Mapping::map(os::Mapping::Kind::kShared, fd.get(), offsets::kTotal);
-  if (!file) return std::move(file.status());
-  auto id = os::file_id(fd.get());
-  if (!id) return std::move(id.status());
-  std::unique_ptr<Catalogue> catalogue(new Catalogue(member, std::move(fd), *id, file.take()));
-  const Header& header = catalogue->header();
-  if (header.ready.load(std::memory_order_acquire) != 1 || header.magic != kMagic)
-    return Status(Code::kInvalid, "not a torchshm catalogue");
-  if (header.version != kVersion || header.layout_hash != kLayoutHash) {
-    return Status(Code::kInvalid, "the store was made by another version of torchshm (catalogue layout " +
-                                      std::to_string(header.version) + "); use the same version in every process");
-  }
-  if (header.pool_id != member.pool_id()) return Status(Code::kForeign, "the catalogue belongs to another pool");
+  auto catalogue = over(member, std::move(fd), 0);
+  if (!catalogue) return catalogue;
+  if (Status valid = (*catalogue)->validate(); !valid) return valid;
   return catalogue;
+}
+
+Status Catalogue::validate() const {
+  if (header().ready.load(std::memory_order_acquire) != 1 || header().magic != kMagic)
+    return Status(Code::kInvalid, "not a torchshm catalogue");
+  if (header().version != kVersion || header().layout_hash != kLayoutHash) {
+    return Status(Code::kInvalid, "the store was made by another version of torchshm (catalogue layout " +
+                                      std::to_string(header().version) + "); use the same version in every process");
+  }
+  if (header().pool_id != member_.pool_id()) return Status(Code::kForeign, "the catalogue belongs to another pool");
+  return {};
+}
+
+// ---- in a file
+
+Result<std::unique_ptr<Catalogue>> Catalogue::create_in(pool::Member& member, std::shared_ptr<Backing> backing,
+                                                        const std::string& name, const Settings& settings) {
+  auto fd = backing->share();
+  if (!fd) return std::move(fd.status());
+  auto catalogue = over(member, fd.take(), kCatalogueAt);
+  if (!catalogue) return catalogue;
+  Catalogue& made = **catalogue;
+  made.backing_ = std::move(backing);
+  if (Status reserved = made.reserve(0, offsets::kSlotsAt); !reserved) return reserved;
+  if (Status reserved = made.reserve_level(0); !reserved) return reserved;
+  made.write_header(name, settings);
+  return catalogue;
+}
+
+Result<std::unique_ptr<Catalogue>> Catalogue::attach_in(pool::Member& member, std::shared_ptr<Backing> backing) {
+  auto fd = backing->share();
+  if (!fd) return std::move(fd.status());
+  auto catalogue = over(member, fd.take(), kCatalogueAt);
+  if (!catalogue) return catalogue;
+  if (Status valid = (*catalogue)->validate(); !valid) return valid;
+  (*catalogue)->clock_ = backing->clock();
+  (*catalogue)->cells_reserved_.store((*catalogue)->cells_used(), std::memory_order_relaxed);
+  (*catalogue)->backing_ = std::move(backing);
+  return catalogue;
+}
+
+std::string Catalogue::name() const { return {header().name, ::strnlen(header().name, sizeof header().name)}; }
+
+void Catalogue::rename(const std::string& name, uint64_t place) {
+  std::memset(header().name, 0, sizeof header().name);
+  std::memcpy(header().name, name.c_str(), std::min(name.size(), sizeof header().name - 1));
+  header().place = place;
+}
+
+Status Catalogue::reserve_all() {
+  const auto table = [&](uint64_t from, uint64_t to) {
+    return os::reserve_holes(fd_.get(), kCatalogueAt, from / pool::kPage * pool::kPage,
+                             std::min(offsets::align(to), offsets::kTotal));
+  };
+  const uint64_t slots = level_start(levels() - 1) + uint64_t{level_size(levels() - 1)}, cells = cells_used();
+  Status done = table(0, offsets::kSlotsAt + sizeof(Slot) * slots);
+  if (done) done = table(offsets::kWordsAt, offsets::kWordsAt + sizeof(CellWord) * cells);
+  if (done) done = table(offsets::kBodiesAt, offsets::kBodiesAt + sizeof(Body) * cells);
+  if (done) done = table(offsets::kUsesAt, offsets::kUsesAt + sizeof(Use) * cells);
+  if (done.code() == Code::kFull)
+    return Status(Code::kFull, "the file system of " + backing_->path() + " is full", done.error());
+  return done.code() == Code::kUnsupported ? Status() : std::move(done);
+}
+
+uint64_t Catalogue::now() const { return os::boot_time() + static_cast<uint64_t>(clock_); }
+
+Status Catalogue::reserve(uint64_t from, uint64_t to) {
+  from = from / pool::kPage * pool::kPage;
+  to = std::min(offsets::align(to), offsets::kTotal);
+  Status done(Code::kUnsupported, "");
+  if (is_file(fd_.get())) done = os::reserve(fd_.get(), kCatalogueAt + from, to - from);
+  if (done.code() == Code::kUnsupported) done = os::reserve_mapped(file_.data() + from, to - from);
+  TORCHSHM_POINT("reserve.catalogue");
+  if (done.code() == Code::kFull)
+    return Status(Code::kFull, "the file system of " + backing_->path() + " is full", done.error());
+  return done;
+}
+
+// Every table with an entry for each cell.
+Status Catalogue::reserve_cells(uint32_t end) {
+  constexpr uint32_t kStep = 1024;  // 272 KiB; arbitrary
+  // Relaxed: a mark of this process, and what is reserved twice costs a system call.
+  uint32_t from = cells_reserved_.load(std::memory_order_relaxed);
+  if (!backing_ || end <= from) return {};
+  const uint32_t to = std::min((end + kStep - 1) / kStep * kStep, kCells);
+  Status done = reserve(offsets::kWordsAt + sizeof(CellWord) * uint64_t{from},
+                        offsets::kWordsAt + sizeof(CellWord) * uint64_t{to});
+  if (done)
+    done =
+        reserve(offsets::kBodiesAt + sizeof(Body) * uint64_t{from}, offsets::kBodiesAt + sizeof(Body) * uint64_t{to});
+  if (done)
+    done = reserve(offsets::kUsesAt + sizeof(Use) * uint64_t{from}, offsets::kUsesAt + sizeof(Use) * uint64_t{to});
+  if (!done) return done;
+  while (from < to && !cells_reserved_.compare_exchange_weak(from, to, std::memory_order_relaxed)) {
+  }
+  return {};
+}
+
+Status Catalogue::reserve_level(uint32_t level) {
+  if (!backing_ || level >= kLevels) return {};
+  const uint64_t at = offsets::kSlotsAt + sizeof(Slot) * uint64_t{level_start(level)};
+  return reserve(at, at + sizeof(Slot) * uint64_t{level_size(level)});
 }
 
 std::optional<Catalogue::Stamp> Catalogue::stamp_of(int fd, const std::string& name) {
@@ -111,14 +212,7 @@ uint64_t Catalogue::hash(std::string_view name) { return hash_of(name); }
 uint32_t Catalogue::cells_used() const { return pool::marked(header().cells_used, kCells); }
 uint32_t Catalogue::levels() const { return std::max(pool::marked(header().levels, kLevels), 1U); }
 
-Body Catalogue::read_body(uint32_t cell) const {
-  Body body = load_body(file_.data(), cell);
-  // Copied once, then checked: nothing below goes beyond these.
-  body.key_bytes = std::min(body.key_bytes, kMaxKey);
-  body.text_bytes = static_cast<uint32_t>(std::min<uint64_t>(body.text_bytes, kMaxText));
-  body.parts = std::min(body.parts, kMaxParts);
-  return body;
-}
+Body Catalogue::read_body(uint32_t cell) const { return load_bounded_body(file_.data(), cell); }
 
 void Catalogue::write_body(uint32_t cell, const Body& body) { store_body(file_.data(), cell, body); }
 
@@ -148,89 +242,48 @@ bool Catalogue::change_slot(Place& place, SlotState state, uint32_t cell, uint32
 // ---- search
 
 bool Catalogue::same_key(const Body& body, const Key& key) {
-  if (body.hash != key.hash || body.key_bytes != key.text.size()) return false;
-  if (fits(body)) return std::memcmp(body.text, key.text.data(), key.text.size()) == 0;
+  if (!may_have_key(body, key)) return false;
+  if (fits(body)) return has_key(body, key, nullptr, 0);
   auto view = member_.attach(body.overflow.block, body.overflow.generation, Mode::kReadWrite);
   if (!view) return false;  // gone meanwhile
-  const uint64_t at = list_bytes(body);
-  const bool same =
-      at + key.text.size() <= view->length && std::memcmp(view->data + at, key.text.data(), key.text.size()) == 0;
+  const bool same = has_key(body, key, view->data, view->length);
   member_.release(view->block, Mode::kReadWrite);
   return same;
 }
 
-std::optional<Catalogue::Found> Catalogue::search(const Key& key, SlotState state, uint32_t except) {
-  // The largest level first: most names are there.
-  for (uint32_t level = levels(); level-- > 0;) {
-    for (uint32_t i = 0; i < kWindow; ++i) {
-      Found found;
-      found.place.index = slot_index(key.hash, level, i);
-      if (found.place.index == except) continue;
-      for (;;) {
-        found.place.value = SlotValue::of(slot(found.place.index).value.load());
-        const SlotValue& value = found.place.value;
-        if (value.state != state || value.tag != key.tag || value.cell >= kCells) break;
-        found.body = read_body(value.cell);
-        const bool same = same_key(found.body, key);
-        // The cell stays as it is while the slot does.
-        if (SlotValue::of(slot(found.place.index).value.load()) != value) continue;
-        if (same) return found;
-        break;
-      }
-      if (found.place.value.state == SlotState::kEmpty) break;
-    }
-  }
-  return std::nullopt;
+std::optional<Found> Catalogue::search(const Key& key, SlotState state, uint32_t except) {
+  return search_index(file_.data(), levels(), key, state, except,
+                      [&](const Body& body) { return same_key(body, key); });
 }
 
-std::optional<Catalogue::Found> Catalogue::look(const Key& key) {
+std::optional<Found> Catalogue::look(const Key& key) {
   for (;;) {
     auto found = search(key, SlotState::kNamed);
-    if (!found || found->body.expires == 0 || found->body.expires > os::boot_time()) return found;
+    if (!found || found->body.expires == 0 || found->body.expires > now()) return found;
     if (replace(*found, nullptr)) header().expired.fetch_add(1, std::memory_order_relaxed);
   }
 }
 
 std::optional<Entry> Catalogue::entry_of(const Found& found) {
   const Body& body = found.body;
-  Entry entry;
-  entry.slot = found.place.index;
-  entry.cell = found.place.value.cell;
-  entry.life = found.place.value.life;
-  const StandingValue known = standing(entry.cell);
-  entry.policy = known.policy;
-  entry.spilled = known.life == entry.life && (known.flags & kSpilled) != 0;
-  entry.bytes = use_of(entry.cell).bytes.load(std::memory_order_relaxed);
-  entry.created = body.created;
-  entry.expires = body.expires;
-  entry.owner = body.owner;
-  entry.pid = body.pid;
-  entry.blocks.reserve(body.parts);
-  if (body.parts > 0) entry.blocks.push_back({body.first.block, body.first.generation});
-  const bool inside = fits(body);
-  const char* text = reinterpret_cast<const char*>(body.text);
-  if (inside) {
-    entry.key.assign(text, body.key_bytes);
-    entry.text.assign(text + body.key_bytes, body.text_bytes);
-  }
-  if (inside && body.parts <= 1) return entry;
+  auto entry = whole_inside(body) ? entry_from(body, nullptr, 0) : entry_apart(body);
+  if (!entry) return entry;
+  entry->slot = found.place.index;
+  entry->cell = found.place.value.cell;
+  entry->life = found.place.value.life;
+  const StandingValue known = standing(entry->cell);
+  entry->policy = known.policy;
+  entry->spilled = known.life == entry->life && (known.flags & kSpilled) != 0;
+  entry->bytes = use_of(entry->cell).bytes.load(std::memory_order_relaxed);
+  return entry;
+}
+
+// Of a body with an overflow block.
+std::optional<Entry> Catalogue::entry_apart(const Body& body) {
   auto view = member_.attach(body.overflow.block, body.overflow.generation, Mode::kReadWrite);
   if (!view) return std::nullopt;
-  const bool whole = overflow_bytes(body) <= view->length;
-  if (whole) {
-    for (uint32_t i = 1; i < body.parts; ++i) {
-      Part part;
-      std::memcpy(&part, view->data + (i - 1) * sizeof(Part), sizeof part);
-      entry.blocks.push_back({part.block, part.generation});
-    }
-    if (!inside) {
-      text = reinterpret_cast<const char*>(view->data + list_bytes(body));
-      entry.key.assign(text, body.key_bytes);
-      entry.text.assign(text + body.key_bytes, body.text_bytes);
-    }
-  }
+  auto entry = entry_from(body, view->data, view->length);
   member_.release(view->block, Mode::kReadWrite);
-  if (!whole) return std::nullopt;
   return entry;
 }
 
@@ -396,27 +449,19 @@ bool Catalogue::contains(std::string_view key) { return look(Key(key)).has_value
 
 // ---- all of them
 
-std::optional<Catalogue::Place> Catalogue::referring(uint32_t cell, uint32_t life, uint64_t hash) const {
-  for (uint32_t level = levels(); level-- > 0;) {
-    for (uint32_t i = 0; i < kWindow; ++i) {
-      const uint32_t index = slot_index(hash, level, i);
-      const SlotValue value = SlotValue::of(slot(index).value.load());
-      if (value.state == SlotState::kEmpty) break;
-      if (value.state != SlotState::kGone && value.cell == cell && value.life == life) return Place{index, value};
-    }
-  }
-  return std::nullopt;
+std::optional<Place> Catalogue::referring(uint32_t cell, uint32_t life, uint64_t hash) const {
+  return find_referring(file_.data(), levels(), cell, life, hash);
 }
 
 void Catalogue::each(std::string_view prefix, const std::function<void(Entry)>& visit) {
-  const uint64_t now = os::boot_time();
+  const uint64_t moment = now();
   for (uint32_t cell = 0, used = cells_used(); cell < used; ++cell) {
     for (;;) {
       const CellValue found = cell_value(cell);
       if (found.state == CellState::kFree || found.state == CellState::kReleasing) break;
       const Body body = read_body(cell);
       const auto place = referring(cell, found.life, body.hash);
-      if (!place || place->value.state != SlotState::kNamed || (body.expires != 0 && body.expires <= now)) break;
+      if (!place || place->value.state != SlotState::kNamed || (body.expires != 0 && body.expires <= moment)) break;
       auto entry = entry_of({*place, body});
       if (SlotValue::of(slot(place->index).value.load()) != place->value) continue;
       const bool shown = entry && (!is_mark(entry->key) || is_mark(prefix));
@@ -428,12 +473,12 @@ void Catalogue::each(std::string_view prefix, const std::function<void(Entry)>& 
 
 uint64_t Catalogue::size() {
   uint64_t names = 0;
-  const uint64_t now = os::boot_time();
+  const uint64_t moment = now();
   for (uint32_t cell = 0, used = cells_used(); cell < used; ++cell) {
     const CellValue found = cell_value(cell);
     if (found.state == CellState::kFree || found.state == CellState::kReleasing) continue;
     const Body body = read_body(cell);
-    if (body.expires != 0 && body.expires <= now) continue;
+    if (body.expires != 0 && body.expires <= moment) continue;
     // Marks are short: they lie in the cell itself.
     if (fits(body) && body.key_bytes > 0 && body.text[0] == 0) continue;
     if (found.state == CellState::kStanding || found.state == CellState::kBound) {

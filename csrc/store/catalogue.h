@@ -20,7 +20,9 @@
 #include "os/mapping.h"
 #include "os/memfd.h"
 #include "pool/member.h"
-#include "store/body.h"
+#include "store/backing.h"
+#include "store/entry.h"
+#include "store/index.h"
 #include "store/layout.h"
 
 namespace torchshm::store {
@@ -32,25 +34,6 @@ struct SaveOptions {
   uint64_t ttl = 0;                             // ns from now; 0: the store's default, none for a bound name
   bool bound = false;                           // the name goes when this process dies
   std::optional<Policy> policy = std::nullopt;  // default: the store's; a bound name stays in memory
-};
-
-// What a name stood for at one moment.
-struct Entry {
-  std::string key;
-  std::string text;  // the description, opaque here
-  struct Block {
-    uint32_t block;
-    uint64_t generation;
-  };
-  std::vector<Block> blocks;
-  uint64_t created = 0, expires = 0;  // CLOCK_REALTIME ns, CLOCK_BOOTTIME ns
-  uint64_t owner = 0;                 // a bound name's; else 0
-  uint32_t pid = 0;                   // of the saver
-  Policy policy = Policy::kKeep;
-  bool spilled = false;  // then there are no blocks, and of the text the first byte alone
-  uint64_t bytes = 0;    // of the blocks, wherever they are
-  // Which slot, cell and life it was found in.
-  uint32_t slot = 0, cell = 0, life = 0;
 };
 
 struct Settings {
@@ -78,6 +61,20 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   int directory_fd() const;  // -1: this process has none
   void leave_directory();    // at the end of the program: the last one removes it
   void set_directory(const std::string& path);
+
+  // The same in a persistent store's file, which it keeps.
+  static Result<std::unique_ptr<Catalogue>> create_in(pool::Member& member, std::shared_ptr<Backing> backing,
+                                                      const std::string& name, const Settings& settings);
+  static Result<std::unique_ptr<Catalogue>> attach_in(pool::Member& member, std::shared_ptr<Backing> backing);
+  std::string name() const;
+  // After Backing::finish() or begin_boot().
+  void follow_clock() { clock_ = backing_->clock(); }
+  // As pool::Arena::reserve_all().
+  Status reserve_all();
+  // Of a store whose file nobody else has.
+  void rename(const std::string& name, uint64_t place);
+  // The file of a persistent store; null for one in memory.
+  Backing* backing() const { return backing_.get(); }
 
   // Whose it is and how old, if the file is a catalogue of that name.
   struct Stamp {
@@ -129,6 +126,9 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   bool wait(std::string_view key, uint32_t bell, uint64_t ns);
   void ring(std::string_view key);
 
+  // What a name's expiry is compared with: CLOCK_BOOTTIME, and in a persistent store what goes on from it over boots. ns.
+  uint64_t now() const;
+
   // The hash by which names share slots, bells and locks: the same in every process.
   static uint64_t hash(std::string_view name);
 
@@ -169,16 +169,17 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   friend class Eviction;
   friend class Spill;
   Catalogue(pool::Member& member, os::Fd fd, os::FileId id, os::Mapping file);
-  // A slot, and what was in it.
-  struct Place {
-    uint32_t index = 0;
-    SlotValue value;
-  };
-  struct Found {
-    Place place;
-    Body body;
-  };
-
+  static Result<std::unique_ptr<Catalogue>> over(pool::Member& member, os::Fd fd, uint64_t at);
+  void write_header(const std::string& name, const Settings& settings);
+  Status validate() const;
+  // Before anything at or above the marks is touched: gives it a place in the file. Nothing to do for memory files.
+  Status reserve(uint64_t from, uint64_t to);
+  Status reserve_cells(uint32_t end);
+  Status reserve_level(uint32_t level);
+  // Before a change.
+  void touch() {
+    if (backing_) backing_->touch();
+  }
   Body read_body(uint32_t cell) const;
   void write_body(uint32_t cell, const Body& body);
   CellValue cell_value(uint32_t cell) const { return CellValue::of(word(cell).value.load()); }
@@ -186,7 +187,7 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   bool change_slot(Place& place, SlotState state, uint32_t cell, uint32_t life);
 
   // A free cell, now in the making; with its word.
-  std::optional<std::pair<uint32_t, CellValue>> claim_cell();
+  std::optional<std::pair<uint32_t, CellValue>> claim_cell(Status& full);
   // What a value that moves between memory and disk takes along.
   struct Origin {
     uint64_t created = 0, expires = 0, file = 0, bytes = 0;
@@ -196,7 +197,7 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   Status fill(uint32_t cell, const Key& key, std::string_view text, const std::vector<uint32_t>& blocks,
               const SaveOptions& options, const Origin* origin);
   Status publish(uint32_t cell, uint32_t life, const Key& key, bool overwrite);
-  std::optional<Place> claim_slot(uint32_t cell, uint32_t life, const Key& key);
+  std::optional<Place> claim_slot(uint32_t cell, uint32_t life, const Key& key, Status& full);
   void release_cell(uint32_t cell);
   // Puts another cell in the place of what was found, if that is still there. kStale when it is not.
   Status succeed(const Found& found, std::string_view text, const std::vector<uint32_t>& blocks, const Origin& origin);
@@ -231,11 +232,15 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   std::optional<Place> referring(uint32_t cell, uint32_t life, uint64_t hash) const;
   void finish(uint32_t cell, CellValue found);
   std::optional<Entry> entry_of(const Found& found);
+  std::optional<Entry> entry_apart(const Body& body);
 
   pool::Member& member_;
   os::Fd fd_;
   os::FileId id_;
   os::Mapping file_;
+  std::shared_ptr<Backing> backing_;
+  int64_t clock_ = 0;  // added to CLOCK_BOOTTIME
+  std::atomic<uint32_t> cells_reserved_{0};
   std::atomic<uint32_t> cursor_{0};
   std::unique_ptr<Spill> spill_;
   std::unique_ptr<Eviction> eviction_;

@@ -89,12 +89,12 @@ struct Named {
 
 class Look {
  public:
-  Look(int fd, const std::byte* file, const pool::Arena& arena, const os::Mapping& data, bool at_rest)
-      : fd_(fd), file_(file), arena_(arena), data_(data), at_rest_(at_rest) {}
+  Look(int fd, uint64_t at, const std::byte* file, const pool::Arena& arena, const os::Mapping& data, bool at_rest)
+      : fd_(fd), at_(at), file_(file), arena_(arena), data_(data), at_rest_(at_rest) {}
 
   // Tickets last: one that became a name's later is not looked for, and one that is in no cell then was in none before.
   CatalogueReport look() {
-    memory_ = pool::Memory(fd_, offsets::kTotal);
+    memory_ = pool::Memory(fd_, offsets::kTotal, at_);
     const std::vector<uint32_t> tickets = named_tickets();
     header();
     bells();
@@ -152,6 +152,7 @@ class Look {
   bool referred(uint32_t cell, uint32_t life, uint64_t hash) const;
 
   const int fd_;
+  const uint64_t at_;
   const std::byte* const file_;
   const pool::Arena& arena_;
   const os::Mapping& data_;
@@ -484,26 +485,28 @@ std::string CatalogueReport::first() const {
   return "invariant " + std::to_string(violations[0].invariant) + ": " + violations[0].what;
 }
 
-Result<CatalogueName> catalogue_name(int catalogue) {
+Result<CatalogueName> catalogue_name(int catalogue, uint64_t at) {
   auto size = os::file_size(catalogue);
   if (!size) return std::move(size.status());
-  if (*size != offsets::kTotal) return Status(Code::kInvalid, "not a torchshm catalogue, or one of another version");
-  auto file = os::Mapping::map(os::Mapping::Kind::kReadOnly, catalogue, sizeof(Header));
+  if (at == 0 ? *size != offsets::kTotal : *size < at + offsets::kTotal)
+    return Status(Code::kInvalid, "not a torchshm catalogue, or one of another version");
+  auto file = os::Mapping::map(os::Mapping::Kind::kReadOnly, catalogue, sizeof(Header), at);
   if (!file) return std::move(file.status());
   const Header& header = *reinterpret_cast<const Header*>(file->data());
   if (header.magic != kMagic) return Status(Code::kInvalid, "not a torchshm catalogue");
   return CatalogueName{header.pool_id, std::string(header.name, ::strnlen(header.name, sizeof header.name))};
 }
 
-Result<CatalogueReport> check_catalogue(int catalogue, const pool::Arena& arena, bool at_rest) {
-  auto named = catalogue_name(catalogue);
+Result<CatalogueReport> check_catalogue(int catalogue, const pool::Arena& arena, bool at_rest, uint64_t at) {
+  auto named = catalogue_name(catalogue, at);
   if (!named) return std::move(named.status());
   if (named->pool_id != arena.header().pool_id) return Status(Code::kForeign, "the catalogue belongs to another pool");
-  auto file = os::Mapping::map(os::Mapping::Kind::kReadOnly, catalogue, offsets::kTotal);
+  auto file = os::Mapping::map(os::Mapping::Kind::kReadOnly, catalogue, offsets::kTotal, at);
   if (!file) return std::move(file.status());
-  auto data = os::Mapping::map(os::Mapping::Kind::kReadOnly, arena.data_fd(), uint64_t{arena.chunks()} * pool::kChunk);
+  auto data = os::Mapping::map(os::Mapping::Kind::kReadOnly, arena.data_fd(), uint64_t{arena.chunks()} * pool::kChunk,
+                               arena.data_at());
   if (!data) return std::move(data.status());
-  return pool::insist<CatalogueReport>([&] { return Look(catalogue, file->data(), arena, *data, at_rest).look(); },
+  return pool::insist<CatalogueReport>([&] { return Look(catalogue, at, file->data(), arena, *data, at_rest).look(); },
                                        at_rest);
 }
 

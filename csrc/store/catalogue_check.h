@@ -38,13 +38,14 @@ struct CatalogueReport {
 
 // catalogue: the descriptor of a store's catalogue, or of a plain file that it was copied to; it stays the caller's. kInvalid when it is
 // none, kForeign when it is another pool's.
-Result<CatalogueReport> check_catalogue(int catalogue, const pool::Arena& arena, bool at_rest = false);
+// at: where in the file it begins, for a persistent store's.
+Result<CatalogueReport> check_catalogue(int catalogue, const pool::Arena& arena, bool at_rest = false, uint64_t at = 0);
 
 // What a file says of itself, when it is a catalogue: also of a copy.
 struct CatalogueName {
   uint64_t pool_id;
   std::string name;
 };
-Result<CatalogueName> catalogue_name(int catalogue);
+Result<CatalogueName> catalogue_name(int catalogue, uint64_t at = 0);
 
 }  // namespace torchshm::store

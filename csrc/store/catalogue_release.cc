@@ -18,6 +18,7 @@ bool Catalogue::replace(const Found& found, const SlotValue* successor) {
   Place place = found.place;
   const uint32_t cell = place.value.cell, life = place.value.life;
   const uint64_t me = member_.identity();
+  touch();
   for (;;) {
     CellValue marked = cell_value(cell);
     do {
@@ -133,13 +134,13 @@ void Catalogue::finish(uint32_t cell, CellValue found) {
 
 uint32_t Catalogue::sweep() {
   uint32_t finished = 0;
-  const uint64_t now = os::boot_time();
+  const uint64_t moment = now();
   for (uint32_t cell = 0, used = cells_used(); cell < used; ++cell) {
     const CellValue found = cell_value(cell);
     if (found.state == CellState::kFree) continue;
     if (found.state == CellState::kStanding || found.state == CellState::kBound) {
       const Body body = read_body(cell);
-      const bool expired = body.expires != 0 && body.expires <= now;
+      const bool expired = body.expires != 0 && body.expires <= moment;
       const auto place = expired ? referring(cell, found.life, body.hash) : std::nullopt;
       if (place && place->value.state == SlotState::kNamed && replace({*place, body}, nullptr)) {
         header().expired.fetch_add(1, std::memory_order_relaxed);

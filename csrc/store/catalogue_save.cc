@@ -19,6 +19,7 @@ using pool::Pair;
 
 constexpr uint32_t kBatch = 64;  // cells looked at before the table grows; arbitrary
 constexpr uint64_t kMost = uint64_t{1} << 60;
+constexpr const char* kNoRoom = "the catalogue has no room for a further name";
 
 Part part_of(const Handle& handle) { return {handle.block, handle.ticket, handle.generation, handle.nonce}; }
 
@@ -30,7 +31,8 @@ void pause(int attempt) {
 
 }  // namespace
 
-std::optional<std::pair<uint32_t, CellValue>> Catalogue::claim_cell() {
+std::optional<std::pair<uint32_t, CellValue>> Catalogue::claim_cell(Status& full) {
+  touch();
   const uint64_t me = member_.identity();
   const auto take = [&](uint32_t cell) -> std::optional<std::pair<uint32_t, CellValue>> {
     CellValue found = cell_value(cell);
@@ -59,7 +61,7 @@ std::optional<std::pair<uint32_t, CellValue>> Catalogue::claim_cell() {
   }
   for (;;) {
     const uint32_t used = cells_used();
-    if (used == kCells) break;
+    if (used == kCells || !(full = reserve_cells(std::min(used + kBatch, kCells)))) break;
     pool::raise(header().cells_used, std::min(used + kBatch, kCells));
     TORCHSHM_POINT("save.cells_raised");
     for (uint32_t cell = used; cell < std::min(used + kBatch, kCells); ++cell) {
@@ -69,7 +71,7 @@ std::optional<std::pair<uint32_t, CellValue>> Catalogue::claim_cell() {
       }
     }
   }
-  for (uint32_t cell = 0; cell < kCells; ++cell) {
+  for (uint32_t cell = 0, used = cells_used(); cell < used; ++cell) {
     if (auto taken = take(cell)) return taken;
   }
   return std::nullopt;
@@ -91,7 +93,7 @@ Status Catalogue::fill(uint32_t cell, const Key& key, std::string_view text, con
   // A bound name lives as long as its owner, not as long as the store's data.
   const uint64_t standard = options.bound ? 0 : header().default_ttl.load(std::memory_order_relaxed);
   const uint64_t ttl = options.ttl != 0 ? options.ttl : standard;
-  if (ttl != 0) body.expires = os::boot_time() + std::min(ttl, kMost);
+  if (ttl != 0) body.expires = now() + std::min(ttl, kMost);
   body.owner = options.bound ? member_.identity() : 0;
   body.pid = member_.pid();
   uint64_t bytes = 0;
@@ -174,7 +176,8 @@ Status Catalogue::fill(uint32_t cell, const Key& key, std::string_view text, con
   return failed;
 }
 
-std::optional<Catalogue::Place> Catalogue::claim_slot(uint32_t cell, uint32_t life, const Key& key) {
+std::optional<Place> Catalogue::claim_slot(uint32_t cell, uint32_t life, const Key& key, Status& full) {
+  bool grows = true;
   for (;;) {
     const uint32_t used = levels();
     for (uint32_t level = used; level-- > 0;) {
@@ -189,9 +192,13 @@ std::optional<Catalogue::Place> Catalogue::claim_slot(uint32_t cell, uint32_t li
         place.value = next;
         return place;
       }
-      if (level + 1 == used && used < kLevels) break;  // the next level is empty; better than the crowded ones below
+      if (grows && level + 1 == used && used < kLevels)
+        break;  // the next level is empty; better than the crowded ones below
     }
-    if (used == kLevels) return std::nullopt;
+    if (used == kLevels || !grows) return std::nullopt;
+    full = reserve_level(used);
+    grows = full.ok();
+    if (!grows) continue;  // what is there may do
     pool::raise(header().levels, used + 1);
     TORCHSHM_POINT("save.level_raised");
   }
@@ -208,8 +215,9 @@ Status Catalogue::publish(uint32_t cell, uint32_t life, const Key& key, bool ove
       continue;
     }
     TORCHSHM_POINT("save.looked");
-    auto place = claim_slot(cell, life, key);
-    if (!place) return Status(Code::kFull, "the catalogue has no room for a further name");
+    Status full;
+    auto place = claim_slot(cell, life, key, full);
+    if (!place) return full ? Status(Code::kFull, kNoRoom) : std::move(full);
     TORCHSHM_POINT("save.claimed");
     while (auto rival = search(key, SlotState::kClaimed, place->index)) {
       (void)change_slot(rival->place, SlotState::kGone, 0, 0);
@@ -234,9 +242,10 @@ Status Catalogue::save(std::string_view name, std::string_view text, const std::
   const Key key(name);
   // Before the work: most that fail, fail here.
   if (!options.overwrite && look(key)) return Status(Code::kExists, "the name is taken");
-  auto claimed = claim_cell();
-  if (!claimed && sweep() > 0) claimed = claim_cell();
-  if (!claimed) return Status(Code::kFull, "the catalogue has no room for a further name");
+  Status full(Code::kFull, kNoRoom);
+  auto claimed = claim_cell(full);
+  if (!claimed && sweep() > 0) claimed = claim_cell(full);
+  if (!claimed) return full ? Status(Code::kFull, kNoRoom) : std::move(full);
   auto [cell, mine] = *claimed;
   TORCHSHM_POINT("save.cell");
   Status status = fill(cell, key, text, blocks, options, nullptr);
@@ -261,8 +270,9 @@ Status Catalogue::succeed(const Found& found, std::string_view text, const std::
   const auto name = key_of(found.body);
   if (!name) return Status(Code::kStale, "the name has gone");
   const Key key(*name);
-  auto claimed = claim_cell();
-  if (!claimed) return Status(Code::kFull, "the catalogue has no cell left");
+  Status full(Code::kFull, kNoRoom);
+  auto claimed = claim_cell(full);
+  if (!claimed) return full ? Status(Code::kFull, kNoRoom) : std::move(full);
   auto [cell, mine] = *claimed;
   TORCHSHM_POINT("succeed.cell");
   SaveOptions options;

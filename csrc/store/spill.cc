@@ -98,7 +98,7 @@ class Spill::Claim {
 };
 
 struct Spill::Standing {
-  Catalogue::Found found;
+  Found found;
   Entry entry;
   uint64_t file;
 };
@@ -225,8 +225,8 @@ Status Spill::back(const Entry& entry, bool alone) {
                                           "given: connect to the store again");
   const Claim claim(catalogue_, entry.cell);
   if (!claim && alone) return Status(Code::kBusy, "somebody else is at it");
-  const auto still = [&]() -> std::optional<Catalogue::Found> {
-    Catalogue::Found found;
+  const auto still = [&]() -> std::optional<Found> {
+    Found found;
     found.place.index = entry.slot;
     found.place.value = SlotValue::of(catalogue_.slot(entry.slot).value.load());
     if (found.place.value.state != SlotState::kNamed || found.place.value.cell != entry.cell ||

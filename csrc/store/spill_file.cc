@@ -129,7 +129,7 @@ Result<bool> still_there(int directory, const std::string& name, int fd) {
 }
 
 // Locks the file, and says whether the name still is that file: false when somebody else has it locked, or swept it away.
-Result<bool> lock_named(int directory, const std::string& name, int fd, bool shared, os::Wait wait) {
+Result<bool> lock_named(int directory, const std::string& name, int fd, bool shared, os::Patience wait) {
   auto locked = os::lock_file(fd, shared, wait);
   if (!locked || !*locked) return locked;
   return still_there(directory, name, fd);
@@ -158,7 +158,7 @@ bool sweep_one(int place, const std::string& name) {
     // A process died when it had made the directory, or when it had swept it. One that still makes it starts again.
     return is_missing(alive.status()) && os::remove_directory_at(place, name).ok();
   }
-  auto dead = os::lock_file(alive->get(), false, os::Wait::kNo);
+  auto dead = os::lock_file(alive->get(), false, os::Patience::kNone);
   if (!dead || !*dead) return false;
   TORCHSHM_POINT("spill.sweeping");
   auto kept = os::info_at(directory->get(), kPersistent);
@@ -208,7 +208,7 @@ Result<std::unique_ptr<SpillDirectory>> SpillDirectory::make(const std::string& 
     given = os::set_access(alive->get(), group >= 0 ? 0660 : 0600, group);
     if (!given.ok()) return given;
     TORCHSHM_POINT("spill.alive_made");
-    auto locked = lock_named(directory->get(), kAlive, alive->get(), true, os::Wait::kYes);
+    auto locked = lock_named(directory->get(), kAlive, alive->get(), true, os::Patience::kAny);
     if (!locked) return std::move(locked.status());
     if (!*locked) continue;
     TORCHSHM_POINT("spill.joined");
@@ -227,7 +227,7 @@ Result<std::unique_ptr<SpillDirectory>> SpillDirectory::join(os::Fd directory, u
     if (!is_missing(alive.status())) return std::move(alive.status());
     return Status(Code::kMissing, os::path_of(directory.get()) + " is no directory of a living store");
   }
-  auto locked = lock_named(directory.get(), kAlive, alive->get(), true, os::Wait::kNo);
+  auto locked = lock_named(directory.get(), kAlive, alive->get(), true, os::Patience::kNone);
   if (!locked) return std::move(locked.status());
   if (!*locked) return Status(Code::kMissing, os::path_of(directory.get()) + " is being removed: its store is dead");
   return joined(std::move(directory), alive.take(), pool_id);
@@ -265,7 +265,7 @@ Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {
       return std::move(file.status());
     }
     TORCHSHM_POINT("spill.part_made");
-    auto locked = lock_named(fd(), name, (*file)->fd(), false, os::Wait::kNo);
+    auto locked = lock_named(fd(), name, (*file)->fd(), false, os::Patience::kNone);
     if (!locked) {
       (void)os::remove_file_at(fd(), name);
       return std::move(locked.status());
@@ -371,7 +371,7 @@ uint32_t SpillDirectory::sweep_parts() {
     if (!parsed || !parsed->part) continue;
     auto part = os::open_lock_file(fd(), name, false);
     if (!part) continue;
-    auto locked = lock_named(fd(), name, part->get(), false, os::Wait::kNo);
+    auto locked = lock_named(fd(), name, part->get(), false, os::Patience::kNone);
     if (!locked || !*locked) continue;  // the name may be another writer's by now
     TORCHSHM_POINT("spill.part_sweeping");
     removed += os::remove_file_at(fd(), name).ok() ? 1 : 0;

@@ -268,7 +268,8 @@ struct StartOptions {
   std::string spill;              ///< directory, on a disk, for values that do not fit into memory; empty: none
   Policy policy = Policy::kKeep;  ///< of values that are saved without one
   std::optional<Nanoseconds>
-      timeout;  ///< that savers and loaders wait for room; default: 10 s where room can be made, else none
+      timeout;       ///< that savers and loaders wait for room; default: 10 s where room can be made, else none
+  std::string file;  ///< path of a persistent store; empty: in memory
 };
 
 struct SaveOptions {

@@ -63,6 +63,7 @@ class SmallPool {
   Word<uint64_t>& ledger(uint32_t slot, uint64_t) const { return leases_[slot].bits; }
   uint32_t pages() const { return 64; }  // one word of ledger bits
   uint32_t slots_used() const { return pool::marked(header_.slots_used, kLeaseSlots); }
+  bool reserve_tickets(uint32_t) { return true; }
   uint32_t tickets_used() const { return pool::marked(header_.tickets_used, kTicketSlots); }
   struct Extent {
     uint64_t offset, length;

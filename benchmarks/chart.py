@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
@@ -19,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.report import describe_point
 from benchmarks.result import Result
-from benchmarks.units import format_bytes, format_seconds
+from benchmarks.units import format_bytes, format_quantity, format_seconds
 
 OURS, LIMIT = "#d1495b", "#222222"
 THEIRS = ("#30638e", "#00798c", "#edae49", "#8a817c", "#6a4c93", "#9bc53d", "#c9ada7")
@@ -31,7 +32,7 @@ def draw(result: Result, folder: Path) -> Path | None:
     if not result.rows:
         return None
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    if "bytes" in result.rows[0].at:
+    if "bytes" in (first := set(result.rows[0].at)) and first <= {"bytes", "read"}:
         draw_lines(axes, result)
     else:
         draw_bars(axes, result)
@@ -97,7 +98,8 @@ def draw_bars(axes: Axes, result: Result) -> None:
     bars = axes.barh(
         places, medians, xerr=errors, color=[colours[row.arm] for row in result.rows], ecolor="#555555"
     )
-    text = format_seconds if result.unit == "s" else "{:,.0f}".format
+    plain = result.unit != "s" and "/" not in result.unit  # a count, or a unit that the title has
+    text = "{:,.0f}".format if plain else partial(format_quantity, unit=result.unit)
     axes.bar_label(bars, [text(median) for median in medians], padding=4, fontsize=9)
     names = [
         ", ".join(filter(None, (result.arms[row.arm].label, describe_point(row)))) for row in result.rows

@@ -13,15 +13,15 @@ def rollup(pid: int | str = "self") -> dict[str, int]:
     return _sizes(Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
 
 
-def pss_of_files(pid: int, name: str) -> int:
-    """Bytes of Pss in the mappings of files whose path has `name` in it."""
+def pss_of_files(pid: int | str, name: str, what: str = "Pss") -> int:
+    """Bytes of Pss, or of another size that the kernel names, in the mappings of files whose path has `name` in it."""
     total, inside = 0, False
     with open(f"/proc/{pid}/smaps") as lines:
         for line in lines:
             mapping = _MAPPING.match(line)
             if mapping:
                 inside = name in mapping[1]
-            elif inside and line.startswith("Pss:"):
+            elif inside and line.startswith(f"{what}:"):
                 total += int(line.split()[1]) << 10
     return total
 

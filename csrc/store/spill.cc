@@ -247,8 +247,11 @@ Status Spill::back(const Entry& entry, bool alone) {
                      : std::move(reader.status()));
   }
   const SpillHead& head = reader->head();
-  if (head.key != entry.key)
+  if (head.key != entry.key) {
+    // The cell may have had its next value when it was asked for the file.
+    if (!still()) return Status(Code::kStale, "the name has been replaced");
     return fail("reading back", entry.key, Status(Code::kCorrupt, "its file has another value"));
+  }
   Member& member = catalogue_.member();
   uint64_t bytes = 0;
   Making making(member);

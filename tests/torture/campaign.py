@@ -155,6 +155,30 @@ CAMPAIGNS = [
         needs=("dev",),
     ),
     Campaign(
+        "spill_soak",
+        "a store with four times as much data as memory: every byte verified, nobody stands still, memory below its limit and 2 %",
+        [*script("tests/torture/spill_soak.py"), "--seconds", "10"],
+        [*script("tests/torture/spill_soak.py"), "--full"],
+        budget=True,
+        needs=("dev",),
+    ),
+    Campaign(
+        "spill_soak_disk_full",
+        "the same with a disk that is full in the middle: only what needs it fails, and everything goes on afterwards",
+        [*script("tests/torture/spill_soak.py"), "--disk-full", "--seconds", "20"],
+        [*script("tests/torture/spill_soak.py"), "--disk-full", "--full"],
+        budget=True,
+        needs=("dev",),
+    ),
+    Campaign(
+        "spill_soak_kill",
+        "the same with clients and the service killed at random, and everybody in the end: all is there, no file is left over",
+        [*script("tests/torture/spill_soak.py"), "--kill", "--seconds", "10"],
+        [*script("tests/torture/spill_soak.py"), "--kill", "--full"],
+        budget=True,
+        needs=("dev",),
+    ),
+    Campaign(
         "loader_deaths",
         "a DataLoader whose worker is killed ends as PyTorch's own does, and all memory comes back",
         [
@@ -416,7 +440,9 @@ def main(
     only: Annotated[
         list[str] | None, typer.Option(help="these campaigns; may be given several times, or with commas")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="for each of: soak, soak_python, store_soak, fuzz")] = 60.0,
+    minutes: Annotated[
+        float, typer.Option(help="for each of: soak, soak_python, store_soak, spill_soak (three forms), fuzz")
+    ] = 60.0,
     seed: Annotated[int, typer.Option(help="the first one")] = 1,
     run: Annotated[
         bool, typer.Option("--run/--no-run", help="--no-run: write the page from the results that are there")

@@ -27,6 +27,7 @@ import tempfile
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -241,7 +242,7 @@ def serve(name: str) -> None:
     _store_commands.serve(name, no_fork=True, limit=LIMIT, ttl=None, mode="0600", group=None, as_json=True)
 
 
-def nursery(orders: Connection, folder: str) -> None:
+def nursery(orders: Connection, folder: str, roles: Mapping[str, Callable[..., None]]) -> None:
     """Forks who is asked for. It is no client itself, so neither are they."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -257,13 +258,15 @@ def nursery(orders: Connection, folder: str) -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         with reporting(folder):
-            if role == "worker":
-                Worker(*arguments).run()
-            elif role == "producers":
-                produce(*arguments)
-            else:
-                serve(*arguments)
+            roles[role](*arguments)
         os._exit(0)
+
+
+def work(*arguments: Any) -> None:
+    Worker(*arguments).run()
+
+
+ROLES = {"worker": work, "producers": produce, "service": serve}
 
 
 def kill(pid: int) -> None:
@@ -292,7 +295,7 @@ class Conductor:
         self.notes = Notes(self.folder)
         context = multiprocessing.get_context("fork")
         self.orders, other = context.Pipe()
-        self.nursery = context.Process(target=nursery, args=(other, self.folder))
+        self.nursery = context.Process(target=nursery, args=(other, self.folder, ROLES))
         self.nursery.start()
         other.close()
         self.service = 0

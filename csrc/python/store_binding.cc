@@ -38,6 +38,7 @@ constexpr uint64_t kCopyUnderGil = uint64_t{1} << 20;
 constexpr std::chrono::microseconds kShortRest{200}, kLongRest{20'000};
 constexpr uint64_t kBusyMost = 10'000'000'000;  // ns for another process to write a value out or bring it back
 constexpr uint64_t kStopped = 2'000'000'000;    // ns after which the value is brought back here as well
+constexpr uint64_t kBusyLook = 5'000'000;       // ns
 constexpr uint64_t kForEver = uint64_t{1} << 62;
 constexpr int kAttempts = 1000;  // a name that changes more often while it is looked for is an error
 
@@ -337,8 +338,14 @@ class Store {
     const uint64_t begun = os::boot_time();
     Status back = patiently(-1, [&]() -> Status {
       const WithoutGil release;
-      // Whoever is at it may be stopped.
-      return catalogue_->restore(key, os::boot_time() - begun < kStopped);
+      for (;;) {
+        const uint32_t seen = catalogue_->bell(key);
+        // Whoever is at it may be stopped.
+        Status done = catalogue_->restore(key, os::boot_time() - begun < kStopped);
+        // It is rung when the value is there; a look in between costs little.
+        if (done.code() != Code::kBusy || !catalogue_->wait(key, seen, kBusyLook) || os::boot_time() - begun > kSlice)
+          return done;
+      }
     });
     if (!back) fail_in_store(back);
   }

@@ -344,10 +344,16 @@ Status Server::prepare_spill() {
 
 void Server::write_ahead() {
   uint64_t swept = 0;
+  uint32_t gone = 0;
+  catalogue_->header().service.store(member_.identity(), std::memory_order_relaxed);
   while (!ending_.load() && stop_asked_.load(std::memory_order_acquire) == 0) {
     std::atomic<uint32_t>& wanted = catalogue_->header().room_wanted;
     const uint32_t seen = wanted.load(std::memory_order_relaxed);
     const uint64_t written = catalogue_->write_ahead();
+    if (const uint32_t discarded = catalogue_->header().discarded.load(std::memory_order_relaxed); discarded != gone) {
+      (void)catalogue_->sweep_discarded();
+      gone = discarded;
+    }
     const uint64_t now = os::boot_time();
     if (now - swept > kSweepFiles && deaths_.exchange(false)) {
       (void)catalogue_->sweep_files();
@@ -357,6 +363,9 @@ void Server::write_ahead() {
     const bool failing = catalogue_->header().spill_failed.load(std::memory_order_relaxed) != 0;
     (void)os::wait(wanted, failing ? wanted.load() : seen, failing ? kRetry : kLookAhead);
   }
+  uint64_t me = member_.identity();
+  (void)catalogue_->header().service.compare_exchange_strong(me, 0, std::memory_order_relaxed);
+  (void)catalogue_->sweep_discarded();
 }
 
 bool Server::wait(int milliseconds) {

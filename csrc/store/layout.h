@@ -196,6 +196,8 @@ struct alignas(64) Header {
       std::atomic<uint64_t> clock;  // moves when a value comes into memory; what it was is when a value was last used
   std::atomic<uint64_t> moves;      // of files from one cell to another
   std::atomic<uint64_t> policies;   // moves when a name gets another policy than the store's
+  std::atomic<uint64_t> service;    // who gives the room of discarded files back, as in CellValue; 0: nobody
+  std::atomic<uint32_t> discarded;  // moves when there is such a file
 };
 
 static_assert(sizeof(Header) <= pool::kPage);

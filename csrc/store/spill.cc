@@ -118,7 +118,13 @@ std::string Spill::trouble() const {
 }
 
 void Spill::remove(uint64_t file) {
-  if (directory_) (void)directory_->remove(file);
+  if (!directory_) return;
+  const uint64_t service = catalogue_.header().service.load(std::memory_order_relaxed);
+  if (service == 0 || catalogue_.member().gone(service)) {
+    (void)directory_->remove(file);
+  } else if (directory_->discard(file)) {
+    catalogue_.header().discarded.fetch_add(1, std::memory_order_relaxed);
+  }
 }
 
 // Whether the name alone keeps its blocks.
@@ -155,6 +161,8 @@ Status Spill::write(const Standing& what) {
   }
   TORCHSHM_POINT("spill.held");
   if (status) status = directory_->write(head, places);
+  // What was discarded still has its room.
+  if (status.error() == ENOSPC && directory_->sweep_parts() > 0) status = directory_->write(head, places);
   TORCHSHM_POINT("spill.written");
   for (const uint32_t block : held) member.release(block, Mode::kReadWrite);
   if (!status) return status;
@@ -276,6 +284,8 @@ Status Spill::back(const Entry& entry, bool alone) {
 
 // A file is written by who has claimed the cell that it is named after, and found in a cell ever after. Files that change hands during the scan
 // could be missed twice.
+uint32_t Spill::sweep_discarded() { return directory_ ? directory_->sweep_parts() : 0; }
+
 uint32_t Spill::sweep() {
   if (!directory_) return 0;
   const auto files = directory_->list();

@@ -44,6 +44,7 @@ class Spill {
   void remove(uint64_t file);
   // Removes the files of the dead that no cell has.
   uint32_t sweep();
+  uint32_t sweep_discarded();
   // What keeps values from going to disk, as far as this process or the service have met it.
   std::string trouble() const;
 

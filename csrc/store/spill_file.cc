@@ -1,5 +1,6 @@
 #include "store/spill_file.h"
 
+#include <atomic>
 #include <cctype>
 #include <cerrno>
 #include <optional>
@@ -7,6 +8,8 @@
 
 #include "base/failpoint.h"
 #include "os/directory.h"
+#include "os/futex.h"
+#include "os/memory.h"
 #include "os/process.h"
 #include "store/spill_transfer.h"
 
@@ -18,11 +21,28 @@ constexpr const char* kPersistent = "persistent";
 constexpr const char* kSpill = ".spill";
 constexpr const char* kPart = ".part";
 constexpr size_t kDigits = 16;
+constexpr int kDiscarded = 1'000'000;  // in the name of a part: more than any writer comes to
 constexpr uint32_t kSticky = 01000, kSetgid = 02000, kGroupWrites = 0020, kOthersWrite = 0002;
 // How often something may be swept away under make() before it gives up: arbitrary, twice does not happen by itself.
 constexpr int kTries = 100;
+constexpr uint64_t kLookAgain = 500'000'000;  // ns between looks at how much memory the machine has left
+constexpr uint64_t kSpare = 4;  // of what there may be at all, a part: with more than that left the page cache is used
 // Files of so many bytes are read by one call, and copied: a call costs some 30 us, the copy 5.
 constexpr uint64_t kAllAtOnce = uint64_t{128} << 10;
+
+// Whether what is read may stay in the page cache, where it is had again without the disk: memory that the system takes back whenever
+// somebody wants it.
+bool memory_to_spare() {
+  static std::atomic<uint64_t> looked{0};  // when, and in the last bit what was found
+  const uint64_t now = os::boot_time();
+  uint64_t last = looked.load(std::memory_order_relaxed);
+  if (now - last > kLookAgain) {
+    const bool spare = os::memory_headroom() >= os::memory_allowed() / kSpare;
+    last = (now & ~uint64_t{1}) | (spare ? 1 : 0);
+    looked.store(last, std::memory_order_relaxed);
+  }
+  return (last & 1) != 0;
+}
 
 std::string hex(uint64_t value) {
   static const char* digits = "0123456789abcdef";
@@ -311,7 +331,7 @@ Status SpillDirectory::write(const SpillHead& head, const std::vector<const std:
 }
 
 Result<SpillReader> SpillDirectory::open(uint64_t id) {
-  auto opened = os::File::open(fd(), spill_name(id), true);
+  auto opened = os::File::open(fd(), spill_name(id), !memory_to_spare());
   if (!opened) {
     if (!is_missing(opened.status())) return std::move(opened.status());
     return Status(Code::kMissing, path() + "/" + spill_name(id) + " is not there", ENOENT);
@@ -347,6 +367,12 @@ bool SpillDirectory::remove(uint64_t id) {
   const bool removed = os::remove_file_at(fd(), spill_name(id)).ok();
   TORCHSHM_POINT("spill.removed");
   return removed;
+}
+
+bool SpillDirectory::discard(uint64_t id) {
+  const bool renamed = os::rename_at(fd(), spill_name(id), part_name(id, kDiscarded)).ok();
+  TORCHSHM_POINT("spill.discarded");
+  return renamed;
 }
 
 std::vector<SpillDirectory::File> SpillDirectory::list() {

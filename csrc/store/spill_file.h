@@ -64,6 +64,8 @@ class SpillDirectory {
   Result<SpillReader> open(uint64_t id);
   // True when there was one. Who reads it goes on to the end.
   bool remove(uint64_t id);
+  // The same at once and for little: where it lay is given back by the next sweep_parts(), which may take ten milliseconds a file.
+  bool discard(uint64_t id);
 
   struct File {
     uint64_t id = 0;

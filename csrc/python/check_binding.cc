@@ -70,6 +70,7 @@ py::dict check_catalogue(int catalogue, int data, int control, bool at_rest) {
   py::dict out;
   out["names"] = report->names;
   out["marks"] = report->marks;
+  out["on_disk"] = report->on_disk;
   out["cells"] = report->cells;
   out["violations"] = as_list(report->violations);
   return out;

@@ -295,16 +295,19 @@ uint32_t Spill::sweep() {
   if (!directory_) return 0;
   const auto files = directory_->list();
   if (files.empty()) return 0;
+  // Of a free cell, or an earlier life: left by one who died as it told of the file.
+  const auto file_at = [&](uint32_t cell) {
+    const StandingValue has = catalogue_.standing(cell);
+    const CellValue value = catalogue_.cell_value(cell);
+    return value.state != CellState::kFree && has.life == value.life ? has.file : 0;
+  };
   for (int attempt = 0; attempt < kQuietScans; ++attempt) {
     const uint64_t moves = catalogue_.header().moves.load(std::memory_order_seq_cst);
     std::unordered_set<uint64_t> known;
     for (uint32_t cell = 0, used = catalogue_.cells_used(); cell < used; ++cell) {
       const uint64_t claim = catalogue_.use_of(cell).claim.load(std::memory_order_seq_cst);
       if (claim != 0 && !catalogue_.member().gone(claim)) known.insert(file_of(cell, catalogue_.cell_value(cell).life));
-      const StandingValue has = catalogue_.standing(cell);
-      const CellValue value = catalogue_.cell_value(cell);
-      // Of a free cell, or an earlier life: left by one who died as it told of the file.
-      if (has.file != 0 && value.state != CellState::kFree && has.life == value.life) known.insert(has.file);
+      if (const uint64_t file = file_at(cell); file != 0) known.insert(file);
     }
     if (catalogue_.header().moves.load(std::memory_order_seq_cst) != moves) continue;
     TORCHSHM_POINT("spill.scanned");
@@ -314,8 +317,7 @@ uint32_t Spill::sweep() {
       const auto cell = static_cast<uint32_t>(file.id >> 32);
       if (cell < kCells) {
         const Claim claim(catalogue_, cell);
-        if (!claim || catalogue_.standing(cell).file == file.id ||
-            catalogue_.header().moves.load(std::memory_order_seq_cst) != moves)
+        if (!claim || file_at(cell) == file.id || catalogue_.header().moves.load(std::memory_order_seq_cst) != moves)
           continue;
         removed += directory_->remove(file.id) ? 1 : 0;
       } else {

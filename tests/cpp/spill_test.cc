@@ -369,6 +369,7 @@ TEST(Spill, AWriterOfAnEarlierLifeChangesNothing) {
     EXPECT_EQ(loaded(store, next), 50);
     EXPECT_TRUE(folder.files().empty());
     EXPECT_EQ(store->hold_for_writing(entry).code(), Code::kStale);
+    EXPECT_EQ(tests::standing(store, entry.cell).flags, 0);
     EXPECT_EQ(unsound(store), "");
     EXPECT_GT(*out(store, next), 0U);
     EXPECT_EQ(back(store, next), 50);

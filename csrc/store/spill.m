@@ -165,7 +165,7 @@ ruleset p: P do
   end;
   rule "out: a copy is enough" pc[p] = OUT ==> begin rest(p); end;
   ruleset c: C do
-    rule "out: exchange" pc[p] = OUT & cell[c].st = NOTHING & !cell[c].told ==>
+    rule "out: exchange" pc[p] = OUT & cell[c].st = NOTHING ==>
     begin
       if named(p) then move(c, DISK, 0); cell[c].told := true; cell[c].file := copy[p]; pc[p] := FORGET; else rest(p); endif;
     end;
@@ -184,7 +184,7 @@ ruleset p: P do
     else copy[p] := cell[at[p]].file; pc[p] := BACK; endif;
   end;
   ruleset c: C do
-    rule "back: exchange" pc[p] = BACK & cell[c].st = NOTHING & !cell[c].told ==>
+    rule "back: exchange" pc[p] = BACK & cell[c].st = NOTHING ==>
     begin
       if named(p) then move(c, MEMORY, file[copy[p]].value); cell[c].told := true; cell[c].file := copy[p]; pc[p] := FORGET; else rest(p); endif;
     end;
@@ -218,7 +218,7 @@ ruleset p: P do
   rule "over: mark" SAVES & pc[p] = IDLE & !cell[here].marked ==>
   begin at[p] := here; fresh[p] := true; cell[here].marked := true; pc[p] := OVER; end;
   ruleset c: C do ruleset v: V do
-    rule "over: exchange" pc[p] = OVER & cell[c].st = NOTHING & !cell[c].told ==>
+    rule "over: exchange" pc[p] = OVER & cell[c].st = NOTHING ==>
     begin
       if named(p) then
         move(c, MEMORY, v); latest := v; pc[p] := FORGET;

@@ -74,6 +74,11 @@ CONFIGURATIONS = [
     Configuration("store: 3 processes, 2 values, 1 death", {**NAME, "NP": 3, "DEATHS": 1}, model=CATALOGUE),
     Configuration("spill: 2 processes, nobody saves", {**MOVED, "SAVES": False}, short=True, model=SPILL),
     Configuration("spill: 2 processes", MOVED, model=SPILL),
+    Configuration(
+        "spill: 3 processes, nobody saves, 1 death",
+        {**MOVED, "NP": 3, "DEATHS": 1, "SAVES": False},
+        model=SPILL,
+    ),
     Configuration("room: 2 processes, 2 values", FULL, short=True, model=ROOM),
     Configuration("room: 3 processes, 3 values", {"NP": 3, "NV": 3, "UNITS": 3}, short=True, model=ROOM),
 ]

@@ -23,10 +23,21 @@ class Catalogue:
     names: int
     marks: int
     cells: int
+    on_disk: int  # of the names
+
+    def describe(self) -> str:
+        """Give one line for people."""
+        return f"{self.store}: {self.names} names" + (f", {self.on_disk} on disk" if self.on_disk else "")
 
     def as_json(self) -> dict[str, Any]:
         """Give plain types for :mod:`json`."""
-        return {"store": self.store, "names": self.names, "marks": self.marks, "cells": self.cells}
+        return {
+            "store": self.store,
+            "names": self.names,
+            "marks": self.marks,
+            "cells": self.cells,
+            "on_disk": self.on_disk,
+        }
 
 
 @dataclass
@@ -79,7 +90,8 @@ def check_descriptors(
         if catalogue is not None:
             of_store = _C.check_catalogue(catalogue, data, control, at_rest)
             store = _C.catalogue_name(catalogue)[0]
-            checked.catalogue = Catalogue(store, of_store["names"], of_store["marks"], of_store["cells"])
+            counts = (of_store[count] for count in ("names", "marks", "cells", "on_disk"))
+            checked.catalogue = Catalogue(store, *counts)
             checked.violations += of_store["violations"]
     except (TorchshmError, ValueError) as error:
         checked.error = str(error)
@@ -212,7 +224,7 @@ def table(pools: list[Checked]) -> Table:
             escape("\n".join(members)),
             str(pool.blocks),
             str(pool.messages),
-            "" if pool.catalogue is None else escape(f"{pool.catalogue.store}: {pool.catalogue.names} names"),
+            "" if pool.catalogue is None else escape(pool.catalogue.describe()),
             result,
         )
     return lines

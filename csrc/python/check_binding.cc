@@ -67,6 +67,7 @@ py::dict report_of(const store::CatalogueReport& report) {
   py::dict out;
   out["names"] = report.names;
   out["marks"] = report.marks;
+  out["on_disk"] = report.on_disk;
   out["cells"] = report.cells;
   out["violations"] = as_list(report.violations);
   return out;

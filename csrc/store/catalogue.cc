@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <unordered_map>
 
 #include "base/failpoint.h"
 #include "os/futex.h"
@@ -272,8 +273,9 @@ std::optional<Entry> Catalogue::entry_of(const Found& found) {
   entry->cell = found.place.value.cell;
   entry->life = found.place.value.life;
   const StandingValue known = standing(entry->cell);
+  if (known.life != entry->life) return std::nullopt;  // another value's by now
   entry->policy = known.policy;
-  entry->spilled = known.life == entry->life && (known.flags & kSpilled) != 0;
+  entry->spilled = (known.flags & kSpilled) != 0;
   entry->bytes = use_of(entry->cell).bytes.load(std::memory_order_relaxed);
   return entry;
 }
@@ -315,9 +317,13 @@ std::optional<std::string> Catalogue::key_of(const Body& body) {
 bool Catalogue::set_policy(std::string_view name, Policy policy) {
   const Key key(name);
   while (const auto found = look(key)) {
-    if (!change_standing(found->place.value.cell, found->place.value.life,
-                         [&](StandingValue& value) { value.policy = policy; }))
+    const Place& place = found->place;
+    if (!change_standing(place.value.cell, place.value.life, [&](StandingValue& value) { value.policy = policy; }))
       continue;  // replaced, or brought back
+    TORCHSHM_POINT("policy.changed");
+    // Its successor may have been made before that. While it still stands, it looks itself: see succeed().
+    const SlotValue now = SlotValue::of(slot(place.index).value.load());
+    if (now.state != SlotState::kNamed || now.cell != place.value.cell || now.life != place.value.life) continue;
     header().policies.fetch_add(1, std::memory_order_relaxed);
     return true;
   }
@@ -369,6 +375,15 @@ Result<Catalogue::Writing> Catalogue::hold_for_writing(const Entry& entry, bool 
   const SlotValue& now = found.place.value;
   if (now.state != SlotState::kNamed || now.cell != entry.cell || now.life != entry.life)
     return Status(Code::kStale, "the name has been replaced");
+  // Its file is known to be old by the flag; of another name that has the same blocks this process knows nothing. Who holds them besides
+  // may be one.
+  std::unordered_map<uint32_t, uint32_t> own;  // tickets
+  for (const Entry::Block& block : entry.blocks) ++own[block.block];
+  if (std::any_of(own.begin(), own.end(), [&](const auto& block) {
+        const auto value = pool::BlockValue::of(member_.arena().block(block.first).value.load());
+        return value.count > block.second + 1;
+      }))
+    header().shared_writes.fetch_add(1, std::memory_order_seq_cst);
   if (!busy) return writing;
   // In another cell the same blocks are in use: what the stopped one prepared for this cell fails.
   found.body = read_body(entry.cell);

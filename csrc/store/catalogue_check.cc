@@ -126,6 +126,12 @@ class Look {
   uint32_t levels() const { return std::max(pool::marked(head().levels, kLevels), 1U); }
   uint32_t slots_used() const { return level_start(levels() - 1) + level_size(levels() - 1); }
 
+  StandingValue standing(uint32_t cell) const {
+    return memory_.has(offsets::kUsesAt + uint64_t{cell} * sizeof(Use))
+               ? StandingValue::of(reinterpret_cast<const Use*>(file_ + offsets::kUsesAt)[cell].standing.load())
+               : StandingValue{};
+  }
+
   bool enough() const { return suspects_.enough(); }
   void suspect(int invariant, std::string what) { suspects_.add(invariant, std::move(what)); }
   template <class F>
@@ -143,6 +149,7 @@ class Look {
   void twice();
   void cells();
   void cell(uint32_t index, Pair word);
+  void beside(uint32_t index, const Body& seen, const CellValue& v, std::vector<std::string>* wrong);
   void orphans(const std::vector<uint32_t>& tickets);
   std::string part(const Part& part) const;
   std::string owner(uint64_t owner) const;
@@ -160,6 +167,7 @@ class Look {
   pool::Memory memory_;
   std::vector<Named> named_;
   std::unordered_map<uint64_t, uint32_t> kept_;  // ticket and nonce -> cell that lists it
+  std::unordered_map<uint64_t, Named> files_;    // file -> the first name that has it
   CatalogueReport report_;
   pool::Suspects suspects_{report_.violations};
 };
@@ -292,8 +300,20 @@ void Look::named(uint32_t index, Pair word, const Body& seen, Pair cell) {
   if (c.state == CellState::kStanding && seen.owner != 0) is(11, "bound to " + owner_of(seen.owner) + ", and standing");
   if (c.state == CellState::kBound && seen.owner != c.owner)
     is(11, "bound to " + owner_of(seen.owner) + ", and its cell to " + owner_of(c.owner));
+  std::vector<std::string> wrong_beside;
+  beside(v.cell, seen, c, &wrong_beside);
+  for (std::string& what : wrong_beside) is(14, std::move(what));
+  const StandingValue known = standing(v.cell);
   // What was read is of one moment, if the slot still is the same.
   if (slot_word(index) != word) return;
+  if (known.file != 0) {
+    const auto [at, fresh] = files_.try_emplace(known.file, Named{index, v.cell, seen.hash, word});
+    const Named& other = at->second;
+    if (!fresh && slot_word(other.slot) == other.word && standing(other.cell).file == known.file &&
+        standing(v.cell).file == known.file && slot_word(index) == word)
+      is(14, "has the file " + pool::hex(known.file) + " of " + the_slot(other.slot, other.word));
+  }
+  if ((known.flags & kSpilled) != 0) ++report_.on_disk;
   for (const auto& [invariant, what] : wrong)
     suspect(invariant,
             the_slot(index, word) + (key ? the_key(*key) : "") + ", " + the_cell(v.cell, cell) + ": " + what);
@@ -303,6 +323,41 @@ void Look::named(uint32_t index, Pair word, const Body& seen, Pair cell) {
     ++report_.names;
   }
   named_.push_back({index, v.cell, seen.hash, word});
+}
+
+// What is known of a value beside its cell: of this life from before a slot names it, and of no other until none does.
+void Look::beside(uint32_t index, const Body& seen, const CellValue& v, std::vector<std::string>* wrong) {
+  const auto is = [&](std::string what) { wrong->push_back(std::move(what)); };
+  if (!memory_.has(offsets::kUsesAt + uint64_t{index} * sizeof(Use))) return is("nothing is known beside it");
+  const Use& use = reinterpret_cast<const Use*>(file_ + offsets::kUsesAt)[index];
+  const Pair word = use.standing.load();
+  const StandingValue known = StandingValue::of(word);
+  const uint64_t claim = use.claim.load(std::memory_order_seq_cst);
+  const uint64_t bytes = use.bytes.load(std::memory_order_relaxed);
+  if (known.life != v.life) return is("what is known beside it is of life " + number(known.life));
+  if ((word.lo >> 8 & 0xff) > static_cast<uint64_t>(Policy::kPin) ||
+      (word.lo & 0xff & ~uint64_t{kSpilled | kWritten}) != 0 || (word.lo >> 16 & 0xffff) != 0)
+    is("no policy and flags are " + pool::hex(word.lo & 0xffffffff));
+  if (known.file != 0 &&
+      (known.file >> 32 >= kCells || static_cast<uint32_t>(known.file) == 0 ||
+       static_cast<uint32_t>(known.file) > CellValue::of(cell_if_any(static_cast<uint32_t>(known.file >> 32))).life))
+    is("no cell ever wrote its file " + pool::hex(known.file));
+  if (claim != 0) {
+    if (const std::string out = owner(claim); !out.empty()) is("claimed, and " + out);
+  }
+  if ((known.flags & kSpilled) != 0) {
+    if (known.file == 0) is("on disk, and no file has it");
+    if (seen.parts != 0) is("on disk, and " + number(seen.parts) + " blocks in memory");
+    if (seen.owner != 0) is("on disk, and bound");
+    return;
+  }
+  uint64_t sum = 0;
+  for (const Part& p : parts_of(seen)) {
+    const auto extent = p.block < arena_.pages() ? arena_.extent(p.block) : std::nullopt;
+    sum += extent ? extent->length : 0;
+  }
+  // One that came back may have longer blocks: whole pages.
+  if (bytes > sum) is("of " + number(bytes) + " bytes, and its blocks have " + number(sum));
 }
 
 // Two slots that both still are what they were have been so at one moment.

@@ -11,6 +11,9 @@
 //       slot's. A standing or bound cell has its slot.
 //   12  What a name keeps alive it keeps by tickets that are out, its own, and of blocks that live with that generation; key, description
 //       and list of blocks lie inside. Every ticket of a name is in a cell, and in one.
+//   14  What is known beside a named cell is of its life, with a policy and flags that there are. One that is on disk has a file, and no
+//       blocks; a file is one name's, and its number is a cell's that has lived. A claim is a lease's that was. A value in memory says no
+//       more bytes than its blocks have.
 // At rest, also:
 //   13  Nobody's work is half done: no claim, no cell between two states, no bound name of the dead.
 //
@@ -32,6 +35,7 @@ struct CatalogueReport {
   std::vector<pool::Violation> violations;
   uint64_t names = 0, marks = 0;  // named; marks are the names that begin with a zero byte
   uint64_t cells = 0;             // not free
+  uint64_t on_disk = 0;           // of the names
   bool ok() const { return violations.empty(); }
   std::string first() const;  // "invariant 11: slot 512 ..."; empty when all is well
 };

@@ -75,17 +75,24 @@ void Catalogue::release_cell(uint32_t cell) {
 }
 
 // The file goes with the value's last cell. One that has been handed on is named by the slot now, since it goes from cell to cell with one
-// exchange of it.
+// exchange of it: what is said of a slot's cell counts only while the slot stays as it is.
 void Catalogue::forget_file(uint32_t cell, uint32_t life, uint64_t hash) {
   uint64_t file = 0;
   (void)change_standing(cell, life, [&](StandingValue& value) { file = std::exchange(value.file, 0); });
   if (file == 0) return;
   for (uint32_t level = levels(); level-- > 0;) {
     for (uint32_t i = 0; i < kWindow; ++i) {
-      const SlotValue value = SlotValue::of(slot(slot_index(hash, level, i)).value.load());
+      const Slot& at = slot(slot_index(hash, level, i));
+      SlotValue value = SlotValue::of(at.value.load());
+      for (bool same = false; !same;) {
+        if (value.state != SlotState::kNamed || value.cell >= kCells || value.cell == cell) break;
+        TORCHSHM_POINT("release.slot_seen");
+        if (standing(value.cell).file == file) return;
+        const SlotValue now = SlotValue::of(at.value.load());
+        same = now == value;
+        value = now;
+      }
       if (value.state == SlotState::kEmpty) break;
-      if (value.state != SlotState::kNamed || value.cell >= kCells || value.cell == cell) continue;
-      if (standing(value.cell).file == file) return;
     }
   }
   spill_->remove(file);

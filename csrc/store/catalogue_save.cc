@@ -115,6 +115,7 @@ Status Catalogue::fill(uint32_t cell, const Key& key, std::string_view text, con
   if (options.bound || is_mark(key.text)) known.policy = Policy::kPin;
   Use& use = use_of(cell);
   use.bytes.store(bytes, std::memory_order_relaxed);
+  use.shared_writes.store(header().shared_writes.load(std::memory_order_seq_cst), std::memory_order_seq_cst);
   use.used.store(header().clock.fetch_add(1, std::memory_order_relaxed), std::memory_order_relaxed);
   begin_standing(cell, known);
   body.key_bytes = static_cast<uint32_t>(key.text.size());
@@ -295,6 +296,12 @@ Status Catalogue::succeed(const Found& found, std::string_view text, const std::
     if (change_cell(cell, mine, CellState::kReleasing, mine.owner)) release_cell(cell);
     return status;
   }
+  // Changed since it was read.
+  const StandingValue late = standing(found.place.value.cell);
+  if (late.life == found.place.value.life && late.policy != *options.policy)
+    (void)change_standing(cell, mine.life, [&](StandingValue& value) {
+      if (value.policy == *options.policy) value.policy = late.policy;
+    });
   (void)change_cell(cell, mine, CellState::kStanding, 0);
   TORCHSHM_POINT("succeed.standing");
   return {};

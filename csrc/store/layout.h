@@ -151,7 +151,8 @@ struct alignas(64) Use {
   std::atomic<uint64_t> claim;  // who writes the value out or brings it back, as in CellValue; 0: nobody. Of no life
   std::atomic<uint64_t> bytes;  // of the value's blocks, wherever they are
   std::atomic<uint64_t> check;  // of the value's bytes; 0: not known
-  std::atomic<uint64_t> reserved[2];
+  std::atomic<uint64_t> shared_writes;  // Header::shared_writes before its file was written
+  std::atomic<uint64_t> reserved;
 };
 constexpr uint8_t kSpilled = 1;  // flag: the value is in the file, and the cell has no blocks
 constexpr uint8_t kWritten = 2;  // flag: somebody may have written to it in this life, so no file has it
@@ -198,6 +199,8 @@ struct alignas(64) Header {
   std::atomic<uint64_t> policies;   // moves when a name gets another policy than the store's
   std::atomic<uint64_t> service;    // who gives the room of discarded files back, as in CellValue; 0: nobody
   std::atomic<uint32_t> discarded;  // moves when there is such a file
+  std::atomic<uint64_t>
+      shared_writes;  // moves when somebody is about to write to blocks that may be another name's as well
 };
 
 static_assert(sizeof(Header) <= pool::kPage);

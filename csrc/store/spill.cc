@@ -183,12 +183,17 @@ Result<uint64_t> Spill::out(uint32_t cell, uint32_t life, How how) {
   const Body body = catalogue_.read_body(cell);
   const auto place = catalogue_.referring(cell, life, body.hash);
   if (!place || place->value.state != SlotState::kNamed) return uint64_t{0};
-  Standing what{{*place, body}, {}, catalogue_.standing(cell).file};
+  const StandingValue known = catalogue_.standing(cell);
+  if (known.life != life) return uint64_t{0};
+  Standing what{{*place, body}, {}, known.file};
   auto entry = catalogue_.entry_of(what.found);
   if (!entry || entry->spilled || entry->policy == Policy::kPin || entry->blocks.empty()) return uint64_t{0};
   what.entry = std::move(*entry);
   // After the claim: see hold_for_writing().
   if (!unused(what.entry)) return uint64_t{0};
+  // After that: who has written by another name of these blocks has gone, and has told before.
+  const uint64_t shared_writes = catalogue_.header().shared_writes.load(std::memory_order_seq_cst);
+  std::atomic<uint64_t>& told_at = catalogue_.use_of(cell).shared_writes;
   const uint64_t bytes = what.entry.bytes;
   if (what.entry.policy == Policy::kDrop) {
     if (how == How::kCopy || !catalogue_.replace(what.found, nullptr)) return uint64_t{0};
@@ -196,23 +201,32 @@ Result<uint64_t> Spill::out(uint32_t cell, uint32_t life, How how) {
     return bytes;
   }
   const bool written = (catalogue_.standing(cell).flags & kWritten) != 0;
-  if (what.file == 0 || written) {
+  if (what.file == 0 || written || told_at.load(std::memory_order_seq_cst) != shared_writes) {
     if (how == How::kFree || !directory_ || (how == How::kCopy && written)) return uint64_t{0};
     if (Status done = write(what); !done) {
       if (done.code() == Code::kStale) return uint64_t{0};
       return fail("writing", what.entry.key, std::move(done));
     }
     const uint64_t before = std::exchange(what.file, file_of(cell, life));
+    told_at.store(shared_writes, std::memory_order_seq_cst);
     const bool stands = catalogue_.change_standing(cell, life, [&](StandingValue& now) { now.file = what.file; }) &&
                         catalogue_.cell_value(cell).life == life &&
                         catalogue_.cell_value(cell).state == CellState::kStanding;
     TORCHSHM_POINT("spill.file_told");
     if (before != 0 && before != what.file) remove(before);
     if (!stands) {
-      // Removed or replaced meanwhile, and its files with it, as far as they were known.
+      // Removed or replaced meanwhile, and its files with it, as far as they were known. Or just marked for that, by one who may die before
+      // it happens: the name that stands again must not have a file that is not there.
+      (void)catalogue_.change_standing(cell, life, [&](StandingValue& now) {
+        if (now.file == what.file) now.file = 0;
+      });
+      TORCHSHM_POINT("spill.file_taken_back");
       remove(what.file);
       return uint64_t{0};
     }
+    // Somebody has come while it was written: nothing would be given up, and by another name it may have been written to.
+    if (how != How::kCopy && (!unused(what.entry) || catalogue_.header().shared_writes.load() != shared_writes))
+      return uint64_t{0};
   }
   if (how == How::kCopy) return bytes;
   // For what does not fit into a cell with its key.
@@ -245,7 +259,9 @@ Status Spill::back(const Entry& entry, bool alone) {
   };
   auto found = still();
   if (!found) return Status(Code::kStale, "the name has been replaced");
-  const uint64_t file = catalogue_.standing(entry.cell).file;
+  const StandingValue known = catalogue_.standing(entry.cell);
+  if (known.life != entry.life) return Status(Code::kStale, "the name has been replaced");
+  const uint64_t file = known.file;
   auto reader = directory_->open(file);
   if (!reader) {
     if (!still()) return Status(Code::kStale, "the name has been replaced");
@@ -282,29 +298,44 @@ Status Spill::back(const Entry& entry, bool alone) {
   return {};
 }
 
-// A file is written by who has claimed the cell that it is named after, and found in a cell ever after. Files that change hands during the scan
-// could be missed twice.
 uint32_t Spill::sweep_discarded() { return directory_ ? directory_->sweep_parts() : 0; }
 
+// A file is written by who has claimed the cell that it is named after, and found in a cell from before that claim ends until it is removed.
+// Files that change hands during the scan could be missed twice. The claim is read before the cell: the other way round, both could have
+// passed by. A file that is found to be nobody's could be written anew, by who spills the same value again: it goes under the claim that
+// this takes.
 uint32_t Spill::sweep() {
   if (!directory_) return 0;
   const auto files = directory_->list();
   if (files.empty()) return 0;
+  // Of a free cell, or an earlier life: left by one who died as it told of the file.
+  const auto file_at = [&](uint32_t cell) {
+    const StandingValue has = catalogue_.standing(cell);
+    const CellValue value = catalogue_.cell_value(cell);
+    return value.state != CellState::kFree && has.life == value.life ? has.file : 0;
+  };
   for (int attempt = 0; attempt < kQuietScans; ++attempt) {
     const uint64_t moves = catalogue_.header().moves.load(std::memory_order_seq_cst);
     std::unordered_set<uint64_t> known;
     for (uint32_t cell = 0, used = catalogue_.cells_used(); cell < used; ++cell) {
-      const CellValue value = catalogue_.cell_value(cell);
-      const uint64_t file = catalogue_.standing(cell).file;
-      if (file != 0) known.insert(file);
       const uint64_t claim = catalogue_.use_of(cell).claim.load(std::memory_order_seq_cst);
-      if (claim != 0 && !catalogue_.member().gone(claim)) known.insert(file_of(cell, value.life));
+      if (claim != 0 && !catalogue_.member().gone(claim)) known.insert(file_of(cell, catalogue_.cell_value(cell).life));
+      if (const uint64_t file = file_at(cell); file != 0) known.insert(file);
     }
     if (catalogue_.header().moves.load(std::memory_order_seq_cst) != moves) continue;
+    TORCHSHM_POINT("spill.scanned");
     uint32_t removed = directory_->sweep_parts();
     for (const SpillDirectory::File& file : files) {
       if (file.part || known.count(file.id) != 0) continue;
-      removed += directory_->remove(file.id) ? 1 : 0;
+      const auto cell = static_cast<uint32_t>(file.id >> 32);
+      if (cell < kCells) {
+        const Claim claim(catalogue_, cell);
+        if (!claim || file_at(cell) == file.id || catalogue_.header().moves.load(std::memory_order_seq_cst) != moves)
+          continue;
+        removed += directory_->remove(file.id) ? 1 : 0;
+      } else {
+        removed += directory_->remove(file.id) ? 1 : 0;
+      }
       TORCHSHM_POINT("spill.swept");
     }
     return removed;

@@ -32,6 +32,7 @@ using store::CellState;
 using store::CellValue;
 using store::SlotState;
 using store::SlotValue;
+using store::StandingValue;
 
 // ---- damage
 
@@ -88,6 +89,12 @@ struct Scene {
     change(body);
     store::store_body(data.data(), index, body);
     return index;
+  }
+  void change_standing(const std::string& key, const std::function<void(StandingValue&)>& change) const {
+    pool::AtomicPair& word = store->use_of(cell(key)).standing;
+    StandingValue value = StandingValue::of(word.load());
+    change(value);
+    set(word, value.pair());
   }
   Body body(const std::string& key) const { return store::load_body(data.data(), cell(key)); }
   uint32_t change_ticket(uint32_t index, const std::function<void(TicketValue&)>& change) const {
@@ -253,6 +260,57 @@ const Damage kDamages[] = {
        s.change_cell(s.cell("small"), [&](CellValue& v) { v.state = CellState::kMaking, v.owner = me; });
        const uint32_t slot = s.change_slot(s.slot("small"), [](SlotValue& v) { v.state = SlotState::kClaimed; });
        return Texts{the("slot", slot), "claim at rest"};
+     }},
+    // Beside the cells.
+    {"KnownOfAnotherLife", 14, false,
+     [](Scene& s) {
+       s.change_standing("small", [](StandingValue& v) { ++v.life; });
+       return Texts{the("cell", s.cell("small")), "is of life 2"};
+     }},
+    {"NoPolicy", 14, false,
+     [](Scene& s) {
+       s.change_standing("small", [](StandingValue& v) { v.policy = static_cast<store::Policy>(9); });
+       return Texts{the("cell", s.cell("small")), "policy and flags"};
+     }},
+    {"NoFlags", 14, false,
+     [](Scene& s) {
+       s.change_standing("small", [](StandingValue& v) { v.flags = 64; });
+       return Texts{the("cell", s.cell("small")), "policy and flags"};
+     }},
+    {"OnDiskWithoutAFile", 14, false,
+     [](Scene& s) {
+       s.change_standing("small", [](StandingValue& v) { v.flags = store::kSpilled; });
+       return Texts{the("cell", s.cell("small")), "on disk, and no file"};
+     }},
+    {"OnDiskWithBlocks", 14, false,
+     [](Scene& s) {
+       const uint32_t cell = s.cell("small");
+       s.change_standing("small",
+                         [&](StandingValue& v) { v.flags = store::kSpilled, v.file = uint64_t{cell} << 32 | 1; });
+       return Texts{the("cell", cell), "on disk, and 1 blocks in memory"};
+     }},
+    {"AFileThatNobodyWrote", 14, false,
+     [](Scene& s) {
+       const uint32_t cell = s.cell("small");
+       s.change_standing("small", [&](StandingValue& v) { v.file = uint64_t{cell} << 32 | 9; });
+       return Texts{the("cell", cell), "no cell ever wrote"};
+     }},
+    {"AFileOfTwoNames", 14, false,
+     [](Scene& s) {
+       const uint32_t cell = s.cell("small");
+       for (const char* key : {"small", "second"})
+         s.change_standing(key, [&](StandingValue& v) { v.file = uint64_t{cell} << 32 | 1; });
+       return Texts{"has the file", "of slot "};
+     }},
+    {"ClaimedByNobody", 14, false,
+     [](Scene& s) {
+       s.store->use_of(s.cell("small")).claim = uint64_t{900} << 12 | 3;
+       return Texts{the("cell", s.cell("small")), "claimed, and no lease was ever"};
+     }},
+    {"MoreBytesThanItHas", 14, false,
+     [](Scene& s) {
+       s.store->use_of(s.cell("many")).bytes = 3 * 4096 + 1;
+       return Texts{the("cell", s.cell("many")), "of 12289 bytes, and its blocks have 12288"};
      }},
     // Cells.
     {"CellState", 10, false,

@@ -9,10 +9,19 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from apart import run_apart
 from peer import Peer
 from scripts import WORK
 
 import torchshm
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "apart: the module's tests run in a process of their own")
+
+
+def pytest_runtest_protocol(item, nextitem):
+    return run_apart(item) or None
 
 
 def pytest_collection_finish():

@@ -26,9 +26,10 @@ from torchshm._exchange._place import written_beside
 
 ZARR_3 = int(zarr.__version__.split(".")[0]) >= 3
 FORMATS = ["safetensors", "npz", "zarr", "zarr.zip"]
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::zarr.errors.UnstableSpecificationWarning" if ZARR_3 else "default"
-)
+pytestmark = [
+    pytest.mark.apart,
+    pytest.mark.filterwarnings("ignore::zarr.errors.UnstableSpecificationWarning" if ZARR_3 else "default"),
+]
 
 many = settings(
     max_examples=40,

@@ -5,6 +5,8 @@ import pytest
 
 import torchshm
 
+pytestmark = pytest.mark.apart
+
 N = 12
 COUNT = 1 << 19  # of float64 in an array: 4 MiB
 

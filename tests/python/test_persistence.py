@@ -28,6 +28,8 @@ from torchshm.errors import (
     TorchshmError,
 )
 
+pytestmark = pytest.mark.apart
+
 CHUNK = 2 << 20
 # Offsets in the superblock (csrc/store/file_layout.h).
 VERSION, READY, STATE, BOOT = 8, 28, 96, 104

@@ -18,6 +18,8 @@ from scripts import PATIENCE
 import torchshm
 from torchshm import _snapshot
 
+pytestmark = pytest.mark.apart
+
 
 def in_file(path, function, *arguments):
     """What a function of what is in that file returns."""

@@ -16,6 +16,8 @@ from scripts import PATIENCE, passes, run_script
 
 import torchshm
 
+pytestmark = pytest.mark.apart
+
 MIB = 1 << 20
 LIMIT = 64 * MIB
 

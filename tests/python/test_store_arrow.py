@@ -14,6 +14,8 @@ from scripts import passes
 
 import torchshm
 
+pytestmark = pytest.mark.apart
+
 N = 200_000
 TEXTS = pa.array([f"text {i}" for i in range(N)])
 

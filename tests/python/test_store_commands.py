@@ -220,7 +220,13 @@ def test_check_knows_the_catalogue(served, tmp_path):
     store["a"], store["b"] = np.ones(100_000), {"x": [np.ones(3), "y"]}
     for arguments in (("--store", "shell"), ("--pid", str(served)), ("--store", "shell", "--at-rest")):
         (found,) = asked("check", *arguments)["pools"]
-        assert found["sound"] and found["catalogue"] == {"store": "shell", "names": 2, "marks": 0, "cells": 2}
+        assert found["sound"] and found["catalogue"] == {
+            "store": "shell",
+            "names": 2,
+            "marks": 0,
+            "cells": 2,
+            "on_disk": 0,
+        }
     assert "shell: 2 names" in command("check", "--store", "shell")
     # A copy, in which a slot names another life of its cell.
     copies = []

@@ -303,7 +303,7 @@ def forged(store, tree):
     core = store._core
     blank = core.blank(4096)
     blank[:] = 0
-    core.save("forged", b"J" + json.dumps(tree).encode(), [blank.base], True, 0, False)
+    core.save("forged", b"J" + json.dumps(tree).encode(), [blank.base], True, 0, False, -1)
 
 
 ARRAY = {"k": "array", "dtype": "<f8", "shape": [4], "strides": [8], "r": 0, "o": 0}
@@ -389,7 +389,7 @@ def test_sparse_indices_that_lead_out_are_an_error(store):
     blank[:] = 0
     blank.view(np.int64)[:4] = [0, 1, 2, 1 << 40]
     text = json.dumps({"regions": [[0, 0, 4096]], "leaves": [*parts, whole], "value": {"x": 2}}).encode()
-    core.save("forged", b"J" + text, [blank.base], True, 0, False)
+    core.save("forged", b"J" + text, [blank.base], True, 0, False, -1)
     with pytest.raises(torchshm.TorchshmError, match="damaged"):
         store["forged"]
 
@@ -411,7 +411,7 @@ def test_a_large_pickle_lies_in_the_store_beside_its_text(store):
     texts, array, blob = store.load("big", allow_pickle=True)
     assert texts == value[0] and (array == value[1]).all() and blob == value[2]
     text, refs = _values.describe(store._core, value)
-    store._core.save("bad", text.replace(b'"pickle":', b'"pickle":9'), refs, True, 0, False)
+    store._core.save("bad", text.replace(b'"pickle":', b'"pickle":9'), refs, True, 0, False, -1)
     with pytest.raises(torchshm.TorchshmError, match="damaged"):
         store.load("bad", allow_pickle=True)
 

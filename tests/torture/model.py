@@ -1,6 +1,7 @@
 """Checks the protocols as state machines, in several configurations, and that it sees when a protocol is broken.
 
-``csrc/pool/ledger.m`` is the pool's, ``csrc/store/catalogue.m`` the store's. Each configuration and each breakage is a model with some of
+``csrc/pool/ledger.m`` is the pool's, ``csrc/store/catalogue.m`` the store's; ``csrc/store/spill.m`` is how its values go to disk and come
+back, ``csrc/store/room.m`` how processes wait for room. Each configuration and each breakage is a model with some of
 its constants set otherwise. rumur translates it to C, gcc compiles that, and the program goes through all reachable states. A violated
 invariant or liveness property, a configuration that does not end within its time, and a breakage that nobody notices are errors.
 """
@@ -23,6 +24,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "csrc/pool/ledger.m"
 CATALOGUE = ROOT / "csrc/store/catalogue.m"
+SPILL = ROOT / "csrc/store/spill.m"
+ROOM = ROOT / "csrc/store/room.m"
 
 Constants = dict[str, int | bool]
 
@@ -56,6 +59,10 @@ REAPERS: Constants = {"NP": 3, "NC": 1, "NM": 1, "MAXG": 1, "MESSAGES": False, "
 # One name: the slots in which it may be, and the values that are made for it.
 NAME: Constants = {"NP": 2, "NS": 2, "NC": 2}
 
+# A value, the cells that it moves between, and its files.
+MOVED: Constants = {"NP": 2, "NC": 2, "NF": 3}
+FULL: Constants = {"NP": 2, "NV": 2, "UNITS": 2}
+
 CONFIGURATIONS = [
     Configuration("2 processes, 1 message, fork", PAIR, short=True),
     Configuration("2 processes, 2 messages, fork", {**PAIR, "NC": 2, "NM": 2}),
@@ -65,6 +72,15 @@ CONFIGURATIONS = [
     Configuration("store: 2 processes, 2 values", NAME, short=True, model=CATALOGUE),
     Configuration("store: 2 processes, 3 values", {**NAME, "NC": 3}, model=CATALOGUE),
     Configuration("store: 3 processes, 2 values, 1 death", {**NAME, "NP": 3, "DEATHS": 1}, model=CATALOGUE),
+    Configuration("spill: 2 processes, nobody saves", {**MOVED, "SAVES": False}, short=True, model=SPILL),
+    Configuration("spill: 2 processes", MOVED, model=SPILL),
+    Configuration(
+        "spill: 3 processes, nobody saves, 1 death",
+        {**MOVED, "NP": 3, "DEATHS": 1, "SAVES": False},
+        model=SPILL,
+    ),
+    Configuration("room: 2 processes, 2 values", FULL, short=True, model=ROOM),
+    Configuration("room: 3 processes, 3 values", {"NP": 3, "NV": 3, "UNITS": 3}, short=True, model=ROOM),
 ]
 
 BREAKAGES = [
@@ -91,6 +107,25 @@ BREAKAGES = [
         model=CATALOGUE,
     ),
     Breakage("store: a cell let go in its next life", "SAME_LIFE", NAME, model=CATALOGUE),
+    Breakage("spill: holds not counted after the claim", "COUNT", MOVED, model=SPILL),
+    Breakage("spill: a writer that does not look at the claim", "CLAIMED", MOVED, short=True, model=SPILL),
+    Breakage("spill: a writer that leaves no flag", "FLAG", MOVED, short=True, model=SPILL),
+    Breakage("spill: a file told of in the cell's next life", "LIFE", MOVED, model=SPILL),
+    Breakage("spill: a file that goes with the cell it was in", "KEEP", MOVED, model=SPILL),
+    Breakage("spill: a file told of for a name that went, and removed", "TAKE_BACK", MOVED, model=SPILL),
+    Breakage("spill: files swept without a claim", "CLAIM_TO_SWEEP", MOVED, short=True, model=SPILL),
+    Breakage("spill: no second look before a file is swept", "LOOK_AGAIN", MOVED, model=SPILL),
+    Breakage(
+        "room: parts kept while waiting for more",
+        "GIVE_UP",
+        {**FULL, "DEATHS": False},
+        short=True,
+        model=ROOM,
+    ),
+    Breakage(
+        "room: writing out needs room itself", "BEYOND", {**FULL, "DEATHS": False}, short=True, model=ROOM
+    ),
+    Breakage("room: a claim of the dead stays", "TAKE_OVER", FULL, short=True, model=ROOM),
 ]
 
 
@@ -105,7 +140,7 @@ def written(model: Path, constants: Constants) -> str:
 
 
 def without(breakage: Breakage) -> Constants:
-    rules: Constants = {"STRICT": False} if breakage.model == LEDGER else {}
+    rules: Constants = {"STRICT": False} if breakage.model in (LEDGER, ROOM) else {}
     return {breakage.switch: False, **rules}
 
 

@@ -17,7 +17,7 @@ Expected* expected = nullptr;
 
 namespace {
 
-int catalogue_fd = -1;
+int catalogue_fd = -1, spill_fd = -1;
 std::string name, directory;
 
 struct Kept {
@@ -29,6 +29,18 @@ const Kept kKept[] = {{"kept/one", kOne}, {"kept/many", kMany3}, {"kept/big", kB
 
 bool one_of(uint64_t seed, const uint64_t (&seeds)[kSeeds]) {
   return std::find(std::begin(seeds), std::end(seeds), seed) != std::end(seeds);
+}
+
+// Of values, and parts of them.
+uint64_t spill_files() {
+  uint64_t count = 0;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(spill_place(), error)) {
+    const auto extension = entry.path().extension();
+    if (entry.path().string().find("/other/") == std::string::npos)
+      count += extension == ".spill" || extension == ".part" ? 1 : 0;
+  }
+  return count;
 }
 
 // ---- the stages of a trial
@@ -129,8 +141,16 @@ std::string left_by(Scene& d, const Operation& operation) {
       return std::string(expected->key) + " stands for the value of seed " + std::to_string(found) + " in phase " +
              std::to_string(expected->phase);
   }
-  uint64_t listed = 0;
+  (void)names(d).sweep_files();
+  uint64_t listed = 0, with_file = 0;
   std::string wrong;
+  for (uint32_t cell = 0, used = names(d).cells_used(); cell < used; ++cell) {
+    const auto standing = store::StandingValue::of(names(d).use_of(cell).standing.load());
+    const auto value = store::CellValue::of(names(d).word(cell).value.load());
+    with_file += value.state != store::CellState::kFree && standing.life == value.life && standing.file != 0 ? 1 : 0;
+  }
+  if (spill_files() != with_file)
+    return std::to_string(spill_files()) + " files are left, of " + std::to_string(with_file) + " names";
   names(d).each("", [&](const store::Entry& entry) {
     ++listed;
     if (entry.owner != 0 && d.member->gone(entry.owner)) wrong = "a bound name of the dead is left: " + entry.key;
@@ -157,6 +177,7 @@ std::string verify(Scene& d, const Operation& operation) {
   auto report = store::check_catalogue(catalogue_fd, d.member->arena(), true);
   if (wrong.empty() && report && (!report->ok() || report->cells != 0))
     wrong = "all names were removed: " + std::to_string(report->cells) + " cells are left; " + report->first();
+  if (wrong.empty() && spill_files() != 0) wrong = "all names were removed, and files are left";
   if (wrong.empty() && here.board->wrong[0] != 0) wrong = here.board->wrong;
   return wrong;
 }
@@ -178,6 +199,11 @@ void open_store(Scene& driver) {
   auto made = store::Catalogue::create(*driver.member, name, {.place = service::place()});
   if (!made) return driver.wrong("no catalogue: %s", made.status().what().c_str());
   driver.names = std::shared_ptr<store::Catalogue>(made.take());
+  auto files = store::SpillDirectory::make(spill_place(), name, driver.member->pool_id(), false, -1);
+  if (!files) return driver.wrong("no spill directory: %s", files.status().what().c_str());
+  spill_fd = (*files)->fd();
+  driver.names->use(files.take());
+  driver.names->set_directory(spill_place());
   catalogue_fd = driver.names->fd();
 }
 
@@ -189,8 +215,23 @@ store::Catalogue& names(Scene& s) {
       ::_exit(1);
     }
     s.names = std::shared_ptr<store::Catalogue>(attached.take());
+    s.names->use(join_directory(s));
   }
   return *s.names;
+}
+
+const std::string& spill_place() {
+  static std::string place;
+  return place = directory + "/spill";
+}
+
+std::unique_ptr<store::SpillDirectory> join_directory(Scene& s) {
+  auto joined = store::SpillDirectory::join(os::duplicate(spill_fd).take(), s.member->pool_id());
+  if (!joined) {
+    s.wrong("no spill directory: %s", joined.status().what().c_str());
+    ::_exit(1);
+  }
+  return joined.take();
 }
 
 Status put(Scene& s, const std::string& key, uint64_t seed, const Shape& shape, const store::SaveOptions& options) {
@@ -220,6 +261,12 @@ uint64_t get(Scene& s, const std::string& key) {
     if (!entry && entry.code() == Code::kMissing) return kMissing;
     if (!entry) {
       s.wrong("%s: %s", key.c_str(), entry.status().what().c_str());
+      return kBroken;
+    }
+    if (entry->spilled) {
+      const Status restored = names(s).restore(key, false);
+      if (restored) continue;
+      s.wrong("%s: %s", key.c_str(), restored.what().c_str());
       return kBroken;
     }
     uint64_t seed = 0, bytes = 0;
@@ -267,6 +314,7 @@ const std::vector<Operation>& operations() {
   static const auto* all = [] {
     auto* made = new std::vector<Operation>;
     add_names(*made);
+    add_spill(*made);
     add_service(*made);
     return made;
   }();

@@ -11,6 +11,7 @@
 
 #include "points_scene.h"
 #include "store/catalogue.h"
+#include "store/spill_file.h"
 
 namespace torchshm::torture {
 
@@ -28,6 +29,8 @@ constexpr Shape kOne{}, kMany3{4096, 3, 300}, kBig{kLargeBytes, 1, 0}, kText{0, 
 void open_store(Scene& driver);
 const std::string& store_name();
 store::Catalogue& names(Scene& s);
+const std::string& spill_place();
+std::unique_ptr<store::SpillDirectory> join_directory(Scene& s);
 
 Status put(Scene& s, const std::string& key, uint64_t seed, const Shape& shape, const store::SaveOptions& options = {});
 // The seed of the value, kMissing, or kBroken after saying why to Scene::wrong().
@@ -51,6 +54,7 @@ void expect(const std::string& key, std::initializer_list<uint64_t> before, std:
 bool may_be(uint64_t seed);
 
 void add_names(std::vector<Operation>& all);
+void add_spill(std::vector<Operation>& all);
 void add_service(std::vector<Operation>& all);
 // Empty, or why no service can be started for that name, or does not answer.
 std::string startable(Scene& driver, const std::string& name);

@@ -142,7 +142,9 @@ def check_file(path: str | Path, *, at_rest: bool = False) -> Checked:
     checked.members = found["members"]
     checked.blocks, checked.tickets = found["blocks"], found["tickets"]
     checked.messages = found["tickets"] - found["named_tickets"]
-    checked.catalogue = Catalogue(store, of_store["names"], of_store["marks"], of_store["cells"])
+    checked.catalogue = Catalogue(
+        store, of_store["names"], of_store["marks"], of_store["cells"], of_store["on_disk"]
+    )
     checked.violations += found["violations"] + of_store["violations"]
     return checked
 

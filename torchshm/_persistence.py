@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,7 @@ def _digest(core: _C.Store | _C.StoreFile, key: str) -> str:
         digest.update(repr((raw.dtype.descr, raw.shape, raw.strides)).encode())
         digest.update(_bytes(raw))
         return digest.hexdigest()
-    text, blocks = raw
+    text, blocks = raw[:2]
     digest.update(text)
     for block, generation in blocks:
         digest.update(core.open(block, generation, _values.MODES["r"]).data)
@@ -106,11 +107,18 @@ def _read_record(path: str, pool_id: int) -> dict[str, str]:
     try:
         with open(_record_path(path), encoding="ascii") as file:
             record = json.load(file)
+        if record["version"] != _VERSION or record["pool_id"] != pool_id:
+            return {}
+        return dict(record["names"])
     except FileNotFoundError:
         return {}
-    if record["version"] != _VERSION or record["pool_id"] != pool_id:
+    except (ValueError, KeyError, TypeError) as error:
+        warnings.warn(
+            f"{_record_path(path)} is damaged ({error}): which names are as store.sync() found them is not known",
+            RuntimeWarning,
+            stacklevel=3,
+        )
         return {}
-    return dict(record["names"])
 
 
 def _copy(old: _C.StoreFile, new: _C.Store, key: str) -> None:
@@ -119,7 +127,7 @@ def _copy(old: _C.StoreFile, new: _C.Store, key: str) -> None:
     raw = old.load(key, _values.MODES["r"])
     if isinstance(raw, np.ndarray) and new.save_array(key, raw, False, ttl, False, -1, 0):
         return
-    text, blocks = raw
+    text, blocks = raw[:2]
     refs: list[Any] = []
     for block, generation in blocks:
         data = old.open(block, generation, _values.MODES["r"])

@@ -6,19 +6,33 @@ import contextlib
 import os
 import queue
 import threading
+from collections.abc import Iterable
 
 from torchshm import _C
 
-_work: queue.SimpleQueue[tuple[_C.Store, str]] = queue.SimpleQueue()
+_SHARE = 4  # of the limit, a part: more at once would push out what is in use, or what was brought back first
+_work: queue.SimpleQueue[tuple[_C.Store, list[str]]] = queue.SimpleQueue()
 _thread: tuple[int, threading.Thread] | None = None  # in which process
 _starting = threading.Lock()
 
 
+def _bring_back(core: _C.Store, keys: Iterable[str]) -> None:
+    room = core.limit // _SHARE
+    for key in keys:
+        found = core.find(key)
+        if found["where"] == "memory":
+            continue
+        room -= found["bytes"]
+        if room < 0:
+            return
+        core.restore(key)
+
+
 def _run() -> None:
     while True:
-        core, key = _work.get()
+        core, keys = _work.get()
         with contextlib.suppress(Exception):  # load() meets it again, and says it
-            core.restore(key)
+            _bring_back(core, keys)
         del core
 
 
@@ -34,5 +48,4 @@ def begin(core: _C.Store, keys: list[str]) -> None:
                 made = threading.Thread(target=_run, name="torchshm-prefetch", daemon=True)
                 _thread = os.getpid(), made
                 made.start()
-    for key in keys:
-        _work.put((core, key))
+    _work.put((core, keys))

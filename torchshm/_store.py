@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import itertools
 import math
+import multiprocessing.util
 import os
 import time
 import traceback
@@ -68,14 +68,23 @@ def _checked(key: Any) -> str:
     return key
 
 
+def _place(core: _C.Store, key: str, value: Any, ttl: int, overwrite: bool, policy: int) -> None:
+    # In a frame of its own: what it holds is given up when it fails.
+    text, refs = _values.describe(core, value)
+    core.save(key, text, refs, overwrite, ttl, False, policy)
+
+
 # At the end of the program whoever had a store last removes its files.
 _cores: weakref.WeakSet[_C.Store] = weakref.WeakSet()
 
 
-@atexit.register
 def _leave_all() -> None:
     for core in list(_cores):
         core.leave()
+
+
+# When the children that multiprocessing ends have ended: they have the store too.
+multiprocessing.util.Finalize(None, _leave_all, exitpriority=-100)
 
 
 class Store(MutableMapping[str, Any]):
@@ -201,8 +210,7 @@ class Store(MutableMapping[str, Any]):
                 f"{key} is a name in this store already; save it under another one, or with overwrite=True"
             )
         try:
-            text, refs = _values.describe(core, value)
-            core.save(key, text, refs, overwrite, ttl, False, policy)
+            _place(core, key, value, ttl, overwrite, policy)
             return
         except PoolFullError as error:
             wanting = error
@@ -239,8 +247,7 @@ class Store(MutableMapping[str, Any]):
                     continue
                 tried = time.monotonic()
                 try:
-                    text, refs = _values.describe(core, value)
-                    core.save(key, text, refs, overwrite, ttl, False, policy)
+                    _place(core, key, value, ttl, overwrite, policy)
                     return
                 except PoolFullError as error:
                     wanting = error
@@ -721,9 +728,10 @@ class Store(MutableMapping[str, Any]):
             raise KeyError(key)
 
     def prefetch(self, keys: str | Iterable[str]) -> None:
-        """Begin to bring values back from disk, and return at once; they are loaded sooner then, if there is room for them.
+        """Begin to bring values back from disk, in this order, and return at once; they are loaded sooner then.
 
-        Names that are not there, or in memory already, and errors, are left to :meth:`load`.
+        As many as fit into a quarter of the limit: more would push out what is in use. The rest, and all errors, are left to
+        :meth:`load`.
         """
         wanted = [_checked(key) for key in ([keys] if isinstance(keys, str) else keys)]
         _prefetch.begin(self._core, wanted)

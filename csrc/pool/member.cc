@@ -217,6 +217,21 @@ void Member::add_room_maker(std::weak_ptr<RoomMaker> maker) {
   room_makers_.push_back(std::move(maker));
 }
 
+bool Member::idle(size_t room_makers) {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  if (stranded_) return false;
+  const auto living =
+      std::count_if(room_makers_.begin(), room_makers_.end(), [](const auto& known) { return !known.expired(); });
+  if (static_cast<size_t>(living) > room_makers) return false;
+  const uint64_t end = std::min<uint64_t>(arena_.lease(membership_.slot()).ledger_end.load(std::memory_order_relaxed),
+                                          arena_.pages() / 64);
+  for (uint64_t word = 0; word < end; ++word) {
+    if (arena_.ledger(membership_.slot(), word).load(std::memory_order_relaxed) != 0) return false;
+  }
+  return true;
+}
+
 std::shared_ptr<RoomMaker> Member::room_maker() {
   const std::lock_guard lock(mutex_);
   for (const auto& known : room_makers_) {
@@ -260,9 +275,10 @@ Result<Member::View> Member::allocate_here(uint64_t bytes, bool whole_pages, boo
   if (!block) {
     if (block.code() != Code::kFull) return std::move(block.status());
     return Status(Code::kFull, "no room for " + std::to_string(bytes) + " bytes: " + block.status().what() + " (" +
-                                   summary(collect(arena_)) +
-                                   "). Drop arrays that are no longer needed, or raise the limit "
-                                   "(torchshm.register(limit=...) or TORCHSHM_LIMIT)");
+                                   summary(collect(arena_)) + "). Drop arrays that are no longer needed, or " +
+                                   (room_makers_.empty() ? "raise the limit (torchshm.register(limit=...) or "
+                                                           "TORCHSHM_LIMIT)"
+                                                         : "start the store with a larger limit=, or with spill="));
   }
   Lease& lease = arena_.lease(membership_.slot());
   // Relaxed store: statistics with a single writer.

@@ -51,6 +51,8 @@ class Member final : public FreedSink {
   // A full pool asks its room makers, with nothing held for it meanwhile.
   Result<View> allocate(uint64_t bytes, bool whole_pages, bool in_the_making = false);
   void add_room_maker(std::weak_ptr<RoomMaker> maker);
+  // Whether this process holds no block, and has at most so many room makers.
+  bool idle(size_t room_makers);
   // In this thread a full pool is full, while one lives: for what must not wait for files, and for room makers themselves, who may go
   // beyond the limit by a little to give up much.
   class Restraint {

@@ -36,9 +36,10 @@ constexpr char kArray = 'A';              // the text of one array: this, and it
 constexpr uint64_t kSlice = 100'000'000;  // ns slept at a time: a signal may come just before the sleep
 constexpr uint64_t kCopyUnderGil = uint64_t{1} << 20;
 constexpr std::chrono::microseconds kShortRest{200}, kLongRest{20'000};
-constexpr uint64_t kBusyMost = 10'000'000'000;  // ns for another process to write a value out or bring it back
-constexpr uint64_t kStopped = 2'000'000'000;    // ns after which the value is brought back here as well
-constexpr uint64_t kBusyLook = 5'000'000;       // ns
+constexpr uint64_t kBusyMost = 10'000'000'000;     // ns for another process to write a value out or bring it back
+constexpr uint64_t kStopped = 2'000'000'000;       // ns after which the value is brought back here as well
+constexpr uint64_t kBusyLook = 5'000'000;          // ns
+constexpr uint64_t kSlowDisk = uint64_t{8} << 20;  // bytes a second
 constexpr uint64_t kForEver = uint64_t{1} << 62;
 constexpr int kAttempts = 1000;  // a name that changes more often while it is looked for is an error
 
@@ -156,45 +157,38 @@ class Store {
     if (!PyArray_CheckExact(object.ptr())) return false;
     // Before the copy.
     if (!overwrite && catalogue_->contains(key)) fail_save(Status(Code::kExists, ""), key);
-    ArrayWire wire;
     Status status;
     auto* array = reinterpret_cast<PyArrayObject*>(object.ptr());
     Put put = Put::kFailed;
-    const auto try_put = [&]() -> Status {
+    const store::SaveOptions how{overwrite, ttl, bound, policy_of(policy)};
+    // Placed and named, or nothing is held.
+    const auto try_save = [&]() -> Status {
+      ArrayWire wire;
       put = put_array(array, member_, wire, status = Status());
-      return put == Put::kFailed ? std::move(status) : Status();
+      if (put == Put::kFailed) return std::move(status);
+      if (put != Put::kDone) return {};
+      char text[1 + pool::kWireMost] = {kArray};
+      const size_t length = 1 + pool::encode(wire, text + 1, member_->arena().header().secret);
+      // The name takes its own ticket from a hold.
+      auto view = member_->redeem(wire.handle, Mode::kReadWrite);
+      if (!view) return std::move(view.status());
+      Status named = catalogue_->save(key, {text, length}, {view->block}, how);
+      member_->release(view->block, Mode::kReadWrite);
+      return named;
+    };
+    const auto try_without_files = [&]() -> Status {
+      const pool::Member::Restraint no_files;  // with the GIL
+      return try_save();
     };
     status = patiently(patience, [&]() -> Status {
-      {
-        const pool::Member::Restraint no_files;  // with the GIL
-        Status done = try_put();
-        if (done.code() != Code::kFull) return done;
-      }
-      const auto bytes = static_cast<uint64_t>(PyArray_NBYTES(array));
-      for (uint64_t enough = bytes; make_room(enough); enough *= 2) {
-        const pool::Member::Restraint no_files;
-        Status done = try_put();
-        if (done.code() != Code::kFull) return done;
-      }
-      return try_put();
+      Status done = try_without_files();
+      const auto bytes = static_cast<uint64_t>(PyArray_NBYTES(array)) + key.size();
+      for (uint64_t enough = bytes; done.code() == Code::kFull && make_room(enough); enough *= 2)
+        done = try_without_files();
+      return done.code() == Code::kFull ? try_save() : std::move(done);
     });
-    switch (put) {
-      case Put::kNot:
-        return false;
-      case Put::kRaised:
-        throw py::error_already_set();
-      case Put::kFailed:
-        fail_in_store(status);
-      case Put::kDone:
-        break;
-    }
-    char text[1 + pool::kWireMost] = {kArray};
-    const size_t length = 1 + pool::encode(wire, text + 1, member_->arena().header().secret);
-    // The name takes its own ticket from a hold.
-    auto view = member_->redeem(wire.handle, Mode::kReadWrite);
-    if (!view) fail_in_store(view.status());
-    status = catalogue_->save(key, {text, length}, {view->block}, {overwrite, ttl, bound, policy_of(policy)});
-    member_->release(view->block, Mode::kReadWrite);
+    if (put == Put::kNot) return false;
+    if (put == Put::kRaised) throw py::error_already_set();
     if (!status) fail_save(status, key);
     return true;
   }
@@ -256,8 +250,17 @@ class Store {
       if (!block) throw py::type_error("a block of this store's pool is expected");
       blocks.push_back(*block);
     }
-    Status status = catalogue_->save(key, text, blocks, {overwrite, ttl, bound, policy_of(policy)});
-    if (!status) fail_save(status, key);
+    const store::SaveOptions how{overwrite, ttl, bound, policy_of(policy)};
+    Status status;
+    {
+      const pool::Member::Restraint no_files;  // with the GIL
+      status = catalogue_->save(key, text, blocks, how);
+    }
+    if (status.code() == Code::kFull) {
+      const WithoutGil release;
+      status = catalogue_->save(key, text, blocks, how);
+    }
+    if (!status) fail_save(explained(std::move(status)), key);
   }
 
   // The block of this store that a range of memory lies in: (reference, block, offset). None when it has to be copied.
@@ -336,12 +339,14 @@ class Store {
   // Brings a spilled value back, if it is one.
   void restore(std::string_view key) {
     const uint64_t begun = os::boot_time();
+    // Whoever is at it may be stopped; or its disk is slow.
+    auto found = catalogue_->find(key);
+    const uint64_t stopped = kStopped + (found ? found->bytes / kSlowDisk * 1'000'000'000 : 0);
     Status back = patiently(-1, [&]() -> Status {
       const WithoutGil release;
       for (;;) {
         const uint32_t seen = catalogue_->bell(key);
-        // Whoever is at it may be stopped.
-        Status done = catalogue_->restore(key, os::boot_time() - begun < kStopped);
+        Status done = catalogue_->restore(key, os::boot_time() - begun < stopped);
         // It is rung when the value is there; a look in between costs little.
         if (done.code() != Code::kBusy || !catalogue_->wait(key, seen, kBusyLook) || os::boot_time() - begun > kSlice)
           return done;
@@ -357,6 +362,7 @@ class Store {
   double patience() const {
     return static_cast<double>(catalogue_->header().patience.load(std::memory_order_relaxed)) * 1e-9;
   }
+  uint64_t limit() const { return member_->arena().header().limit.load(std::memory_order_relaxed); }
   // Sleeps a moment in which others may make room. Raises what a signal's handler raises.
   void wait_for_room(int attempt) {
     if (attempt == 0) catalogue_->count_wait();
@@ -374,7 +380,11 @@ class Store {
   }
 
   bool contains(std::string_view key) { return catalogue_->contains(key); }
-  bool remove(std::string_view key) { return catalogue_->remove(key); }
+  bool remove(std::string_view key) {
+    if (catalogue_->directory_fd() < 0) return catalogue_->remove(key);
+    const WithoutGil release;  // its file may go with it
+    return catalogue_->remove(key);
+  }
 
   py::list keys(std::string_view prefix) {
     std::vector<std::string> found;
@@ -571,8 +581,10 @@ class Store {
         catalogue_->count_wait();
         const uint64_t set = catalogue_->header().patience.load(std::memory_order_relaxed);
         const uint64_t most = patience < 0 ? set : static_cast<uint64_t>(patience);
-        until = now + std::min(status.code() == Code::kBusy ? std::max(most, kBusyMost) : most, kForEver);
+        until = now + std::min(most, kForEver);
       }
+      // Not for want of room: as long as it takes, since who is at it is alive, and is not waited for when it stands still.
+      if (status.code() == Code::kBusy) until = std::max(until, now + kBusyMost);
       if (now >= until) return explained(std::move(status));
       rest(attempts);
     }
@@ -584,6 +596,7 @@ class Store {
     const uint64_t begun = os::boot_time();
     Status status = patiently(-1, [&]() -> Status {
       // Whoever writes it out may be stopped.
+      const WithoutGil release;
       auto held = catalogue_->hold_for_writing(entry, os::boot_time() - begun < kStopped);
       if (!held) return std::move(held.status());
       writing.emplace(held.take());
@@ -695,6 +708,7 @@ void add_store(py::module_& m) {
       .def("sweep_files", &Store::sweep_files)
       .def("leave", &Store::leave)
       .def_property_readonly("patience", &Store::patience)
+      .def_property_readonly("limit", &Store::limit)
       .def("contains", &Store::contains)
       .def("remove", &Store::remove)
       .def("keys", &Store::keys)

@@ -190,6 +190,10 @@ Result<Server::Opened> Server::open_file(const ServerOptions& options, pool::Ado
     (void)opened.catalogue->sweep();
   }
   pool::Header& header = opened.member->arena().header();
+  if (options.limits.limit > header.data_size)
+    return Status(Code::kInvalid,
+                  options.file + " was made for a limit of " + std::to_string(header.data_size / 2) +
+                      " bytes, and twice that is all that it can have: torchshm snapshot copies it into a new file");
   if (options.limits.limit != 0) header.limit.store(options.limits.limit, std::memory_order_relaxed);
   if (options.ttl != 0) opened.catalogue->header().default_ttl.store(options.ttl, std::memory_order_relaxed);
   return opened;
@@ -201,7 +205,9 @@ void Server::close_file() {
   if (backing == nullptr) return;
   const int fd = member_.arena().control_fd();
   const uint32_t me = member_.membership().slot();
-  const bool alone = !os::any_locked(fd, 0, me) && !os::any_locked(fd, me + 1, pool::kMaxLeases - me - 1);
+  // Nor is there another client here, or an array that something may still be written to.
+  const bool alone =
+      member_.idle(1) && !os::any_locked(fd, 0, me) && !os::any_locked(fd, me + 1, pool::kMaxLeases - me - 1);
   if (alone) (void)backing->sync(store::kClean);
   TORCHSHM_POINT("serve.written");
   backing->unlock();

@@ -15,7 +15,8 @@ using pool::BlockValue;
 using How = Spill::How;
 
 constexpr uint32_t kFewCells = 4096;
-constexpr uint64_t kListed = 32;  // of the limit, as much as is taken by one list
+constexpr uint64_t kListed = 32;                 // of the limit, as much as is taken by one list
+constexpr uint64_t kLookAnyway = 2'000'000'000;  // ns
 constexpr int kBusyTries = 20;
 constexpr std::chrono::milliseconds kBusyRest{1};
 // Of the limit: from where on files are written ahead, and how much of what goes next should have one.
@@ -128,6 +129,9 @@ uint64_t Eviction::make_room(uint64_t bytes) {
 uint64_t Eviction::write_ahead() {
   const pool::Member::Usage usage = catalogue_.member().usage();
   if (!spill_.ready() || usage.committed - usage.idle < usage.limit / kFilling * (kFilling - 1)) return 0;
+  // What has not come since cannot need a file, but for what somebody has let go of.
+  const uint64_t clock = catalogue_.header().clock.load(std::memory_order_relaxed), now = os::boot_time();
+  if (clock == nothing_at_ && now - nothing_since_ < kLookAnyway) return 0;
   const pool::Member::Restraint restraint;
   uint64_t ready = 0, written = 0;
   for (const Unit& unit : gather()) {
@@ -140,6 +144,10 @@ uint64_t Eviction::write_ahead() {
       if (copied) written += *copied;
       if (!copied && copied.code() != Code::kBusy) return written;
     }
+  }
+  if (written == 0) {
+    nothing_at_ = clock;
+    nothing_since_ = now;
   }
   return written;
 }

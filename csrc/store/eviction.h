@@ -44,6 +44,8 @@ class Eviction {
 
   Catalogue& catalogue_;
   Spill& spill_;
+  // When there was nothing to write: the clock, and the time. Of the one thread that writes ahead.
+  uint64_t nothing_at_ = 0, nothing_since_ = 0;
   std::mutex mutex_;
   List list_;
 };

@@ -176,7 +176,11 @@ bool sweep_one(int place, const std::string& name) {
   auto alive = os::open_lock_file(directory->get(), kAlive, false);
   if (!alive) {
     // A process died when it had made the directory, or when it had swept it. One that still makes it starts again.
-    return is_missing(alive.status()) && os::remove_directory_at(place, name).ok();
+    if (!is_missing(alive.status())) return false;
+    if (os::remove_directory_at(place, name).ok()) return true;
+    // Or a thread wrote when its process had left already.
+    alive = os::open_lock_file(directory->get(), kAlive, true);
+    if (!alive) return false;
   }
   auto dead = os::lock_file(alive->get(), false, os::Patience::kNone);
   if (!dead || !*dead) return false;
@@ -262,7 +266,7 @@ Result<std::unique_ptr<SpillDirectory>> SpillDirectory::joined(os::Fd directory,
 
 // A forked child may have the same description: only a description of its own tells.
 void SpillDirectory::leave() {
-  if (!alive_.valid()) return;
+  if (left_.exchange(true)) return;
   alive_.reset();
   const std::string path = this->path();
   const size_t slash = path.rfind('/');
@@ -319,6 +323,7 @@ Status SpillDirectory::fill(const SpillHead& head, const std::vector<const std::
 Status SpillDirectory::write(const SpillHead& head, const std::vector<const std::byte*>& blocks) {
   if (blocks.size() != head.lengths.size() || head.pool_id != pool_id_)
     return Status(Code::kInvalid, "a spilled value has one length for each block, and is one of its pool");
+  if (left_.load()) return Status(Code::kUnsupported, "this process has left the store's spill directory");
   auto part = make_part(head.id);
   if (!part) return std::move(part.status());
   auto status = fill(head, blocks, *part);

@@ -8,6 +8,7 @@
 // Thread safety: any thread, several at once.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -92,6 +93,7 @@ class SpillDirectory {
 
   const os::Fd directory_;
   os::Fd alive_;
+  std::atomic<bool> left_{false};
   const uint64_t pool_id_;
   const uint32_t file_mode_;
 };

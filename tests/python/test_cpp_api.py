@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from peer import Peer
 from scripts import PATIENCE
 
 import torchshm
@@ -678,15 +679,19 @@ def test_wrong_usage_of_the_daemon_says_what_is_right(prefix, runtime, arguments
     assert done.returncode == 2, done.stderr
 
 
+def _info(name):
+    return torchshm.connect(name).info()
+
+
 def test_the_daemon_takes_a_share_and_the_pages_it_is_told(daemon):
     served = daemon(
         "--name", "paged", "--limit", "0.2%", "--hugepages", "never", "--prefault", "--numa", "local"
     )
     served.said()
-    with torchshm.connect("paged") as store:
-        info = store.info()
-        assert info["limit_bytes"] == int(torchshm._C.memory_allowed() * 0.002) and info["pages"] == "4KiB"
-        assert info["warm_bytes"] == info["limit_bytes"] >> 21 << 21
+    with Peer() as peer:  # one pool less here
+        info = peer.call(_info, "paged")
+    assert info["limit_bytes"] == int(torchshm._C.memory_allowed() * 0.002) and info["pages"] == "4KiB"
+    assert info["warm_bytes"] == info["limit_bytes"] >> 21 << 21
     assert served.end(signal.SIGTERM) == (0, "")
     for option, value, why in (
         ("--hugepages", "1GiB", "chunks of 2 MiB"),

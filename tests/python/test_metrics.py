@@ -16,6 +16,7 @@ from scripts import PATIENCE
 
 import torchshm
 
+pytestmark = pytest.mark.apart
 pytest.importorskip("typer")
 parser = pytest.importorskip("prometheus_client.parser")
 

@@ -644,3 +644,25 @@ def test_hugetlbfs_is_refused(tmp_path):
         assert child(work) == 0
     finally:
         subprocess.run(["umount", "-l", mount], check=True)
+
+
+def test_a_file_that_a_client_here_goes_on_with_is_not_at_rest(path):
+    def work():
+        store = torchshm.start("p", "64MiB", file=path)
+        client = torchshm.connect("p")
+        store["a"] = np.full(100_000, 7)
+        store.close()
+        with pytest.raises(StoreUnavailableError):
+            torchshm.open(path)
+        client["a"] = np.full(100_000, 8)
+        client.close()
+        held = torchshm.start("p", file=path)
+        array = held.load("a", mode="r+")
+        held.close()
+        with pytest.raises(StoreUnavailableError):
+            torchshm.open(path)
+        array[:] = 9
+
+    assert child(work) == 0
+    with torchshm.open(path) as file:
+        assert (file["a"] == 9).all()

@@ -604,3 +604,66 @@ def test_messages_make_room_as_saves_do(tmp_path):
         store.close()
     """
     assert passes(script, tmp_path) == "True\nTrue True\n"
+
+
+def test_who_waits_for_the_last_of_its_room_gives_up_the_first_of_it(tmp_path):
+    """All parts have been placed, and the list of them finds no room."""
+    script = """
+    import threading
+    import numpy as np
+    import torchshm
+    store = torchshm.start("tight", limit="16MiB")
+    refused = []
+    def wait():
+        try:
+            store.save("parts", {"a": np.zeros(1 << 20), "b": np.zeros(1 << 20)}, timeout=20)
+        except torchshm.errors.PoolFullError:
+            refused.append(True)
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    while store.info()["room_waits"] == 0:
+        pass
+    store.save("small", np.zeros(1 << 17), timeout=15)
+    print(store["small"].nbytes, refused)
+    """
+    assert passes(script, tmp_path) == "1048576 []\n"
+
+
+def test_a_name_that_finds_no_room_waits_for_it_as_its_value_does(tmp_path):
+    script = """
+    import threading
+    import numpy as np
+    import torchshm
+    store = torchshm.start("names", limit="16MiB")
+    store.save("all", np.zeros(2 << 20))
+    held = [store["all"]]
+    def free():
+        store.remove("all")
+        held.clear()
+    while store.info()["room_waits"] == 0:
+        if not threading.active_count() > 1:
+            saving = threading.Thread(target=store.save, args=("k" * 300, np.zeros(0)), kwargs={"timeout": 60})
+            saving.start()
+    free()
+    saving.join()
+    print(len(store), store["k" * 300].size)
+    """
+    assert passes(script, tmp_path) == "1 0\n"
+
+
+def test_a_program_whose_workers_are_ended_at_its_end_leaves_nothing(tmp_path):
+    folder = tmp_path / "spill"
+    script = f"""
+    import multiprocessing
+    import time
+    import numpy as np
+    import torchshm
+    store = torchshm.start("parent", limit="32MiB", spill={str(folder)!r})
+    for i in range(16):
+        store[f"k{{i}}"] = np.full(1 << 20, i, np.int64)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,), daemon=True)
+    child.start()
+    print((store["k0"] == 0).all())
+    """
+    assert passes(script, tmp_path) == "True\n"
+    assert list(folder.iterdir()) == []

@@ -21,6 +21,7 @@ from scripts import PATIENCE
 from torchshm import _pools
 from torchshm._figures import Sample, StoreSample, Watcher, hit_rate, rates
 
+pytestmark = pytest.mark.apart
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 

@@ -32,6 +32,11 @@ _ATTEMPTS = 100  # at a name that changes while it is copied
 _SLACK = 16 << 20  # bytes; what little there may be for what is saved meanwhile
 _SAID_EVERY = 0.05  # s
 
+
+class _SourceFullError(PoolFullError):
+    """A value on disk could not be brought back: a larger snapshot would not help."""
+
+
 Tell = Callable[[str, int, int, int], None]
 """As torchshm._exchange.Tell."""
 
@@ -52,6 +57,10 @@ def snapshot(
             try:
                 keys = _copy_apart(store.name, made, limit, tell)
                 break
+            except _SourceFullError as error:
+                raise PoolFullError(
+                    f"a value could not be brought back from disk to be copied: {error}"
+                ) from None
             except PoolFullError:
                 made.unlink(missing_ok=True)
                 disk = os.statvfs(made.parent)
@@ -109,7 +118,7 @@ def _copy_apart(name: str, made: Path, limit: int, tell: Tell | None) -> list[st
 
 _KINDS: dict[str, type[Exception]] = {
     kind.__name__: kind
-    for kind in (PoolFullError, StoreUnavailableError, TorchshmError, OSError, MemoryError)
+    for kind in (PoolFullError, _SourceFullError, StoreUnavailableError, TorchshmError, OSError, MemoryError)
 }
 
 
@@ -176,13 +185,14 @@ def _copy_name(
         if left is not None and left <= 0:
             raise KeyError(key)
         ttl = 0 if left is None else max(1, int(left * 1e9))
-        policy: list[Any] = [found["policy"]] if "policy" in found else []
-        patience: list[Any] = [0] if policy else []  # nobody makes room in the new store
         try:
-            raw = source.load(key, _values.MODES["r"])
+            try:
+                raw = source.load(key, _values.MODES["r"])
+            except PoolFullError as error:
+                raise _SourceFullError(*error.args) from None
             if isinstance(raw, np.ndarray):
                 # Its text says where it lies: that is made anew.
-                if not target.save_array(key, raw, False, ttl, False, *policy, *patience):
+                if not target.save_array(key, raw, False, ttl, False, found["policy"], 0):
                     raise TorchshmError(f"the entry of {key!r} is damaged")
                 return
             text, blocks = raw[:2]
@@ -191,7 +201,7 @@ def _copy_name(
             if attempt + 1 == _ATTEMPTS:
                 raise
             continue
-        target.save(key, text, refs, False, ttl, False, *policy)
+        target.save(key, text, refs, False, ttl, False, found["policy"])
         return
 
 

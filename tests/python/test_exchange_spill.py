@@ -49,3 +49,17 @@ def test_a_snapshot_has_what_is_on_disk_and_keeps_policies(small, tmp_path):
             assert (file[f"k{i:02}"] == array(i)).all()
     with torchshm.start("exchanged", file=tmp_path / "s") as again:
         assert [again.info(key)["policy"] for key in policies] == policies
+
+
+def test_a_value_that_can_not_be_brought_back_is_no_reason_for_a_larger_file(tmp_path):
+    with torchshm.start("crowded", limit="24MiB", spill=tmp_path / "spill", timeout=0.2) as store:
+        for i in range(6):
+            store[f"k{i}"] = np.full(1 << 20, i, np.int64)
+        held = [store[key] for key in ("k0", "k1", "k2")]
+        assert [store.info(f"k{i}")["where"] for i in (3, 4, 5)] == ["disk"] * 3
+        with pytest.raises(torchshm.errors.PoolFullError, match="could not be brought back"):
+            store.snapshot(tmp_path / "copy")
+        del held
+        store.snapshot(tmp_path / "copy")
+    with torchshm.open(tmp_path / "copy") as copy:
+        assert all((copy[f"k{i}"] == i).all() for i in range(6))

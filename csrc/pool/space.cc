@@ -13,9 +13,10 @@ namespace {
 
 constexpr size_t kRecent = 32;  // arbitrary: more than the batches that a DataLoader worker has under way
 constexpr int kAttempts = 64;   // others took the run that was found; after so many the pool is as good as full
-constexpr uint64_t kReserve = uint64_t{32} << 20;    // left of a cgroup's headroom, for everything that is not ours
-constexpr uint64_t kFreeTables = uint64_t{4} << 20;  // of the control file; arbitrary
-constexpr uint64_t kBeyond = 64;                     // of the limit, a part
+constexpr uint64_t kReserve = uint64_t{32} << 20;       // left of a cgroup's headroom, for everything that is not ours
+constexpr uint64_t kCountTables = uint64_t{128} << 20;  // a limit from which on the control file counts; arbitrary
+constexpr uint64_t kMostTables = 32;                    // of the limit, the part that it may take away
+constexpr uint64_t kBeyond = 64;                        // of the limit, a part
 
 Status full(const std::string& why) { return Status(Code::kFull, why); }
 
@@ -132,9 +133,10 @@ Status Space::within_limit() {
   const uint64_t set = arena_.header().limit.load(std::memory_order_relaxed);
   uint64_t limit = beyond_ ? set + std::max(set / kBeyond, kChunk) : set;
   uint64_t sum = committed();
-  // The tables grow with the part of the file that was ever in use; beyond a little they are at the data's expense.
-  const uint64_t tables = arena_.control_memory(), free = std::max(set / kBeyond, kFreeTables);
-  limit -= std::min(limit, tables > free ? tables - free : 0);
+  // The tables grow with the part of the file that was ever in use; beyond a little they are at the data's expense, up to a part: a look at
+  // tables that were never in use gives them pages too. In small pools they are small.
+  const uint64_t tables = set < kCountTables ? 0 : arena_.control_memory(), free = set / kBeyond;
+  limit -= std::min(set / kMostTables, tables > free ? tables - free : 0);
   if (sum <= limit) return {};
   const uint64_t warm = idle();
   const uint64_t excess = sum - limit;

@@ -632,6 +632,7 @@ class Store {
         held.append(py::reinterpret_steal<py::object>(ref));
       }
     }
+    if (!hold) return py::make_tuple(py::bytes(entry.text), blocks);
     return py::make_tuple(py::bytes(entry.text), blocks, held);
   }
 

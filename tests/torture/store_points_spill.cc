@@ -170,6 +170,20 @@ void add_spill(std::vector<Operation>& all) {
         });
   }
   add(
+      "remove_what_is_on_disk_where_a_service_is", 0,
+      [away](Scene& s) {
+        away(s);
+        expect("there", {kOld}, {kMissing});
+      },
+      [](Scene& s) {
+        // Of the driver, who lives.
+        const uint64_t lease = s.member->arena().lease(0).word.load();
+        names(s).header().service.store(lease >> 8 << 12);
+        (void)names(s).remove("there");
+        names(s).header().service.store(0);
+        return Status();
+      });
+  add(
       "expire_what_is_on_disk", 0,
       [](Scene& s) {
         expect("there", {kMissing}, {kMissing});

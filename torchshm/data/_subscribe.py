@@ -65,7 +65,7 @@ class Subscription:
         while True:
             bell = self._core.bell(mark)
             with contextlib.suppress(KeyError, StaleHandleError):
-                text, ((block, generation),) = self._core.load(mark, 0)
+                text, ((block, generation),) = self._core.load(mark, 0)[:2]
                 if _channel.alive(self._core, mark):
                     greeting = Greeting.of(text)
                     self._counters = _channel.counters(self._core.open(block, generation, 0))

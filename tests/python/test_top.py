@@ -78,7 +78,9 @@ class Screen:
 
     def __init__(self):
         self.name = f"torchshm-{uuid.uuid4().hex[:8]}"
-        self.tmux("-f", os.devnull, "new-session", "-d", "-x", "110", "-y", "60", "sh")
+        # What readline or a test before has put there would go before the terminal's own size.
+        shell = ("env", "-u", "COLUMNS", "-u", "LINES", "sh")
+        self.tmux("-f", os.devnull, "new-session", "-d", "-x", "110", "-y", "60", *shell)
 
     def tmux(self, *arguments):
         done = subprocess.run(
@@ -159,7 +161,7 @@ def test_all_pools_of_the_user_are_shown(screen, serve):
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as client:
         client.stdout.readline()
-        screen.tmux("resize-window", "-x", "110", "-y", "400")
+        screen.tmux("resize-window", "-x", "110", "-y", "2000")  # whatever else of this user is running
         screen.type(f"{' '.join(command('top'))}")
         screen.shows("store all-of-them", f"served by {pid}", "pool ", str(client.pid))
         client.stdin.close()

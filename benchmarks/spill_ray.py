@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,20 @@ TIMEOUT = 30.0
 """Seconds that a client of torchshm waits for room."""
 
 
-class Client:
+class Client(ABC):
     """One process, whatever the store: `load` and `save` are what differs."""
 
     def __init__(self, index: int, work: WorkingSet) -> None:
         self._index, self._work, self._values = index, work, Values()
         self._accesses = work.accesses(index)
 
+    @abstractmethod
     def load(self, name: int) -> Any:
-        raise NotImplementedError
+        """The array of a name."""
 
+    @abstractmethod
     def save(self, name: int, value: Any) -> None:
-        raise NotImplementedError
+        """Saves it, also over what is there."""
 
     def fill(self) -> None:
         """Saves this process's part of the names."""

@@ -779,8 +779,7 @@ class Store(MutableMapping[str, Any]):
             return {**figures, "policy": POLICIES[figures["policy"]]}
         found = self._core.find(_checked(key))
         found["policy"] = POLICIES[found["policy"]]
-        text = found.pop("text")
-        kind = {b"A": "array", b"J": "values", b"P": "object"}.get(text[:1], "unknown")
+        kind = _values.kind_of(found.pop("text"))
         del found["bound"], found["abandoned"]
         return {"kind": kind, **found}
 

@@ -114,8 +114,7 @@ class StoreFile(Mapping[str, Any]):
         if key is None:
             return self._core.info()
         found = self._core.find(_checked(key))
-        kind = {b"A": "array", b"J": "values", b"P": "object"}.get(found.pop("text")[:1], "unknown")
-        return {"kind": kind, **found}
+        return {"kind": _values.kind_of(found.pop("text")), **found}
 
     def __getitem__(self, key: str) -> Any:
         return self.load(key)

@@ -40,6 +40,11 @@ _FACES: dict[str, type] = {"matrix": np.matrix, "recarray": np.recarray}
 _ARRAYS = {np.ndarray: None, np.memmap: None, np.matrix: "matrix", np.recarray: "recarray"}
 
 
+def kind_of(text: bytes) -> str:
+    """Name what a text describes, for people."""
+    return {b"A": "array", b"J": "values", b"P": "object"}.get(text[:1], "unknown")
+
+
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 

@@ -91,14 +91,6 @@ bool is_at(const std::string& path, int fd) {
          mine.st_dev == there.st_dev;
 }
 
-Result<bool> try_lock_whole(int fd, bool shared) {
-  int error = TORCHSHM_INJECT("os.flock");
-  if (error == 0 && ::flock(fd, (shared ? LOCK_SH : LOCK_EX) | LOCK_NB) != 0) error = errno;
-  if (error == EWOULDBLOCK) return false;
-  if (error != 0) return Status::system("flock", on(fd), error);
-  return true;
-}
-
 bool any_locked(int fd, uint64_t from, uint64_t count) {
   if (count == 0) return false;
   struct flock range {};

@@ -41,8 +41,6 @@ Result<Fd> open_to_read(const std::string& path);
 // Whether the path still leads to that file.
 bool is_at(const std::string& path, int fd);
 
-// A lock of the whole file by this description (flock), which has nothing to do with the locks of bytes. False when others have it.
-Result<bool> try_lock_whole(int fd, bool shared);
 // Whether another description holds any byte of [from, from + count) (os/lock.h). Also for a description that may only read.
 bool any_locked(int fd, uint64_t from, uint64_t count);
 

@@ -368,7 +368,6 @@ class Store {
     if (attempt == 0) catalogue_->count_wait();
     rest(attempt);
   }
-  std::string trouble() const { return catalogue_->trouble(); }
   void leave() {
     const WithoutGil release;
     server_.reset();
@@ -705,7 +704,6 @@ void add_store(py::module_& m) {
       .def("restore", &Store::restore)
       .def("set_policy", &Store::set_policy)
       .def("wait_for_room", &Store::wait_for_room)
-      .def("trouble", &Store::trouble)
       .def("sweep_files", &Store::sweep_files)
       .def("leave", &Store::leave)
       .def_property_readonly("patience", &Store::patience)

@@ -87,7 +87,7 @@ Result<std::unique_ptr<Backing>> Backing::open(const std::string& path) {
     auto facts = os::file_facts(lock->get());
     if (!facts) return std::move(facts.status());
     if (Status fits = usable(*facts, path); !fits) return fits;
-    auto locked = os::try_lock_whole(lock->get(), false);
+    auto locked = os::lock_file(lock->get(), false, os::Patience::kNone);
     if (!locked) return std::move(locked.status());
     if (!*locked)
       return Status(Code::kExists,

@@ -150,9 +150,8 @@ struct alignas(64) Use {
   std::atomic<uint64_t> used;   // Header::clock when it was last loaded
   std::atomic<uint64_t> claim;  // who writes the value out or brings it back, as in CellValue; 0: nobody. Of no life
   std::atomic<uint64_t> bytes;  // of the value's blocks, wherever they are
-  std::atomic<uint64_t> check;  // of the value's bytes; 0: not known
   std::atomic<uint64_t> shared_writes;  // Header::shared_writes before its file was written
-  std::atomic<uint64_t> reserved;
+  std::atomic<uint64_t> reserved[2];
 };
 constexpr uint8_t kSpilled = 1;  // flag: the value is in the file, and the cell has no blocks
 constexpr uint8_t kWritten = 2;  // flag: somebody may have written to it in this life, so no file has it

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "base/failpoint.h"
+#include "os/directory.h"
 #include "os/futex.h"
 #include "os/mapped_file.h"
 #include "os/memfd.h"
@@ -19,7 +20,7 @@ Result<std::unique_ptr<StoreFile>> StoreFile::open(const std::string& path, bool
   auto facts = os::file_facts(fd->get());
   if (!facts) return std::move(facts.status());
   if (!facts->regular) return Status(Code::kInvalid, path + " is no ordinary file");
-  auto locked = os::try_lock_whole(fd->get(), true);
+  auto locked = os::lock_file(fd->get(), true, os::Patience::kNone);
   if (!locked) return std::move(locked.status());
   if (!*locked)
     return Status(Code::kMissing, path +

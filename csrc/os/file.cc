@@ -1,9 +1,11 @@
 #include "os/file.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -28,7 +30,7 @@ size_t ask_for(uint64_t bytes) {
 
 }  // namespace
 
-Result<std::unique_ptr<File>> File::create(int directory, const std::string& name, uint32_t mode) {
+Result<std::unique_ptr<File>> File::create(int directory, const std::string& name, uint32_t mode, bool direct) {
   int error = TORCHSHM_INJECT("os.create_file");
   int raw = -1;
   if (error == 0) {
@@ -38,7 +40,7 @@ Result<std::unique_ptr<File>> File::create(int directory, const std::string& nam
   std::string path = path_of(directory) + "/" + name;
   if (raw < 0) return Status::system("open", path, error);
   std::unique_ptr<File> file(new File(Fd(raw), std::move(path)));
-  file->go_direct();
+  if (direct) file->go_direct();
   return file;
 }
 
@@ -74,11 +76,15 @@ bool File::refused(int error, bool was_direct) {
   return true;
 }
 
-Status File::preallocate(uint64_t bytes) {
-  // Past the limit the kernel would send SIGXFSZ.
+Status File::may_have(uint64_t bytes) const {
   rlimit limit{};
   if (::getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && limit.rlim_cur < bytes)
     return Status::system("fallocate (ulimit -f)", path_, EFBIG);
+  return {};
+}
+
+Status File::preallocate(uint64_t bytes) {
+  if (Status may = may_have(bytes); !may) return may;
   int error = 0;
   do {
     error = TORCHSHM_INJECT("os.file_allocate");
@@ -157,6 +163,23 @@ Status File::flush() {
   } while (error == EINTR);
   if (error != 0) return Status::system("fdatasync", path_, error);
   return {};
+}
+
+bool keeps_room_for_cache(int fd) {
+  struct statfs facts {};
+  if (TORCHSHM_INJECT("os.fstatfs") != 0 || ::fstatfs(fd, &facts) != 0) return false;
+  switch (static_cast<uint64_t>(facts.f_type) & 0xffffffff) {
+    case EXT4_SUPER_MAGIC:  // delayed allocation, which reserves; ext2 and ext3 have the same number, and allocate at once
+    case BTRFS_SUPER_MAGIC:
+    case TMPFS_MAGIC:
+    case F2FS_SUPER_MAGIC:
+    case OVERLAYFS_SUPER_MAGIC:  // a container's; over one of these in practice
+    case 0x58465342:             // xfs
+    case 0x2fc12fc1:             // zfs
+      return true;
+    default:
+      return false;
+  }
 }
 
 }  // namespace torchshm::os

@@ -1,4 +1,4 @@
-// A file on a disk, read and written at places: past the page cache (O_DIRECT) where the file system can.
+// A file on a disk, read and written at places: past the page cache (O_DIRECT) where that is asked for and the file system can.
 //
 // What is written directly is with the device when the call returns, errors included; what goes through the page cache needs flush().
 // Where the system refuses a direct transfer (EINVAL: a disk with larger sectors, or the rest of a transfer that stopped in the middle of one)
@@ -23,8 +23,8 @@ inline constexpr uint64_t kDirectAlignment = 4096;
 
 class File {
  public:
-  // A new one, for reading and writing. Error EEXIST when the name is taken.
-  static Result<std::unique_ptr<File>> create(int directory, const std::string& name, uint32_t mode);
+  // A new one, for reading and writing, through the page cache unless direct. Error EEXIST when the name is taken.
+  static Result<std::unique_ptr<File>> create(int directory, const std::string& name, uint32_t mode, bool direct);
   // A regular file, and no link; for reading, through the page cache unless direct.
   static Result<std::unique_ptr<File>> open(int directory, const std::string& name, bool direct);
 
@@ -32,7 +32,9 @@ class File {
   const std::string& path() const { return path_; }  // when it was opened; for messages
   bool direct() const { return direct_.load(std::memory_order_relaxed); }
 
-  // Its size, and room for all of it where the file system can promise that; else a write may still find the disk full.
+  // Whether the process may write so much to a file (ulimit -f): past that the kernel would send SIGXFSZ.
+  Status may_have(uint64_t bytes) const;
+  // That, its size, and room for all of it where the file system can promise that; else a write may still find the disk full.
   Status preallocate(uint64_t bytes);
   // REQUIRES where direct(): everything is a multiple of kDirectAlignment.
   Status write_at(const std::byte* from, uint64_t bytes, uint64_t offset);
@@ -57,5 +59,9 @@ class File {
   // Relaxed: the kernel has the mode, this says how to align and whether to flush; who flushes has joined the threads that wrote.
   std::atomic<bool> direct_{false};
 };
+
+// Whether the file system there has kept a place on the disk for what its page cache takes: then a write tells of a full disk, and nothing
+// is lost for want of room later. Only what is known to.
+bool keeps_room_for_cache(int fd);
 
 }  // namespace torchshm::os

@@ -62,7 +62,8 @@ bool Space::unsettled() const {
   return false;
 }
 
-// Own idle chunks first (warm in this process's page tables too), then anyone's, then whatever is not in use.
+// Own idle chunks that were in use as such a run first (warm in this process's page tables too), then of all runs of idle ones the shortest
+// that is long enough, so that long ones stay; then whatever is not in use.
 std::optional<uint32_t> Space::find_run(uint32_t n) const {
   const uint32_t used = arena_.chunks_used();
   for (auto head = recent_.rbegin(); head != recent_.rend(); ++head) {
@@ -73,19 +74,30 @@ std::optional<uint32_t> Space::find_run(uint32_t n) const {
     }
     if (i == n) return *head;
   }
-  std::optional<uint32_t> idle, any;
+  struct Run {
+    uint32_t end, length;
+    bool own;  // its first n
+  };
+  std::optional<Run> best;
+  std::optional<uint32_t> any;
   uint32_t own_length = 0, idle_length = 0, any_length = 0;
+  bool own = false;
+  const auto end_run = [&](uint32_t end) {
+    if (idle_length >= n && (!best || idle_length < best->length || (idle_length == best->length && own && !best->own)))
+      best = Run{end, idle_length, own};
+  };
   for (uint32_t i = 0; i < used; ++i) {
     const ChunkValue v = value(i);
     const bool is_idle = v.state == ChunkState::kIdle;
+    if (!is_idle) end_run(i);
     own_length = is_idle && v.owner == slot_ ? own_length + 1 : 0;
     idle_length = is_idle ? idle_length + 1 : 0;
+    if (idle_length == n) own = own_length >= n;
     any_length = is_idle || v.state == ChunkState::kHole ? any_length + 1 : 0;
-    if (own_length == n) return i + 1 - n;
-    if (!idle && idle_length == n) idle = i + 1 - n;
     if (!any && any_length == n) any = i + 1 - n;
   }
-  if (idle) return idle;
+  end_run(used);
+  if (best) return best->end - best->length;
   if (any) return any;
   const uint32_t start = used - any_length;
   if (uint64_t{start} + n <= arena_.chunks()) return start;
@@ -129,21 +141,52 @@ void Space::put_back(uint32_t chunk, const Taken& taken) {
   if (taken.had != 0) arena_.header().idle_estimate.fetch_add(taken.had * kPage, std::memory_order_relaxed);
 }
 
-Status Space::within_limit() {
+uint64_t Space::limit() const {
   const uint64_t set = arena_.header().limit.load(std::memory_order_relaxed);
-  uint64_t limit = beyond_ ? set + std::max(set / kBeyond, kChunk) : set;
-  uint64_t sum = committed();
+  const uint64_t limit = beyond_ ? set + std::max(set / kBeyond, kChunk) : set;
   // The tables grow with the part of the file that was ever in use; beyond a little they are at the data's expense, up to a part: a look at
   // tables that were never in use gives them pages too. In small pools they are small.
   const uint64_t tables = set < kCountTables ? 0 : arena_.control_memory(), free = set / kBeyond;
-  limit -= std::min(set / kMostTables, tables > free ? tables - free : 0);
-  if (sum <= limit) return {};
-  const uint64_t warm = idle();
-  const uint64_t excess = sum - limit;
-  (void)trim(warm > excess ? warm - excess : 0);
-  sum = committed();
-  if (sum <= limit) return {};
+  return limit - std::min(set / kMostTables, tables > free ? tables - free : 0);
+}
+
+// What trim() can get: what is idle, and what the system would not take back from the dead before.
+uint64_t Space::to_give_back() const {
+  uint64_t pages = 0;
+  for (uint32_t i = 0, used = arena_.chunks_used(); i < used; ++i) {
+    const ChunkValue v = value(i);
+    if (v.state == ChunkState::kIdle || (v.state == ChunkState::kTrimming && v.owner == kNobody)) pages += v.committed;
+  }
+  return pages * kPage;
+}
+
+Status Space::reached(uint64_t limit) {
   return full("the pool's limit of " + std::to_string(limit) + " bytes is reached");
+}
+
+// Warm pages are given back only where that is enough: in vain, others would have lost them.
+Status Space::within_limit() {
+  const uint64_t limit = this->limit(), sum = committed();
+  if (sum <= limit) return {};
+  const uint64_t excess = sum - limit;
+  if (to_give_back() < excess) return reached(limit);
+  const uint64_t warm = idle();
+  (void)trim(warm > excess ? warm - excess : 0);
+  return committed() <= limit ? Status() : reached(limit);
+}
+
+// Whether within_limit() can be had for that run, before it is taken: who announces pages that it can't have makes others believe that
+// there is no room.
+Status Space::may_grow(uint32_t first, const std::vector<uint32_t>& need) const {
+  uint64_t growth = 0, own = 0;
+  for (size_t i = 0; i < need.size(); ++i) {
+    const ChunkValue v = value(first + static_cast<uint32_t>(i));
+    if (v.state == ChunkState::kIdle) own += v.committed * kPage;
+    growth += need[i] > v.committed ? (need[i] - v.committed) * kPage : 0;
+  }
+  if (growth == 0) return {};
+  const uint64_t limit = this->limit(), warm = to_give_back();
+  return committed() + growth <= limit + (warm > own ? warm - own : 0) ? Status() : reached(limit);
 }
 
 Status Space::check_headroom(uint64_t bytes) {
@@ -260,6 +303,7 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
       before_growth_();
       continue;
     }
+    if (Status possible = may_grow(*head, need); !possible) return possible;
     if (Status reserved = arena_.reserve_chunks(*head + n); !reserved) return reserved;
     const auto [held, generation] = take_run(*head, need, taken);
     Status backed = held == n ? within_limit() : Status();

@@ -76,7 +76,11 @@ class Space {
   bool take(uint32_t chunk, ChunkValue wanted, Taken* taken);
   void put_back(uint32_t chunk, const Taken& taken);
   void give_to_system(uint32_t chunk, ChunkValue found);
+  uint64_t limit() const;
+  uint64_t to_give_back() const;
+  static Status reached(uint64_t limit);
   Status within_limit();
+  Status may_grow(uint32_t first, const std::vector<uint32_t>& need) const;
   os::Backing backing() const;
   Status back_with_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need);
   Status check_headroom(uint64_t bytes);

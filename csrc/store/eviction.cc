@@ -16,11 +16,14 @@ using How = Spill::How;
 
 constexpr uint32_t kFewCells = 4096;
 constexpr uint64_t kListed = 32;                 // of the limit, as much as is taken by one list
+constexpr uint64_t kFit = 4;                     // of the limit, as much as is looked at for neighbours; arbitrary
 constexpr uint64_t kLookAnyway = 2'000'000'000;  // ns
 constexpr int kBusyTries = 20;
 constexpr std::chrono::milliseconds kBusyRest{1};
 // Of the limit: from where on files are written ahead, and how much of what goes next should have one.
 constexpr uint64_t kFilling = 4, kAhead = 4;
+
+uint32_t chunks_of(uint64_t bytes) { return static_cast<uint32_t>((bytes + pool::kChunk - 1) / pool::kChunk); }
 
 uint32_t rank_of(Policy policy) {
   switch (policy) {
@@ -57,9 +60,11 @@ std::vector<Eviction::Unit> Eviction::gather() const {
     if (!block.live || block.generation != body.first.generation || (body.parts == 1 && block.count != 1)) continue;
     size_t at = units.size();
     if (block.granules != 0) {
-      const auto [known, fresh] = chunks.try_emplace(body.first.block / pool::kPagesPerChunk, at);
+      const uint32_t chunk = body.first.block / pool::kPagesPerChunk;
+      const auto [known, fresh] = chunks.try_emplace(chunk, at);
       at = known->second;
-      if (fresh) units.emplace_back();
+      if (fresh) units.emplace_back().first = chunk;
+      units[at].chunks = 1;
     } else {
       units.emplace_back();
     }
@@ -67,6 +72,10 @@ std::vector<Eviction::Unit> Eviction::gather() const {
     unit.rank = std::max(unit.rank, rank_of(policy));
     unit.used += name.used;
     unit.bytes += name.bytes;
+    if (block.granules == 0 && body.parts == 1) {
+      unit.first = body.first.block / pool::kPagesPerChunk;
+      unit.chunks = chunks_of(name.bytes);
+    }
     unit.names.push_back(name);
   }
   for (Unit& unit : units) unit.used /= unit.names.size();
@@ -81,10 +90,47 @@ bool Eviction::stale(const List& list) const {
          list.policies != catalogue_.header().policies.load(std::memory_order_relaxed);
 }
 
+void Eviction::fit(List& list, uint64_t bytes) const {
+  const pool::Arena& arena = catalogue_.member().arena();
+  const uint32_t need = chunks_of(bytes), used = arena.chunks_used();
+  if (list.next == list.units.size() || need > used) return;
+  constexpr uint64_t kNever = ~uint64_t{0};
+  // Of each chunk: how much would have gone when it is free, in order.
+  std::vector<uint64_t> cost(used, kNever);
+  for (uint32_t i = 0; i < used; ++i) {
+    if (pool::ChunkValue::of(arena.chunk(i).value.load()).state == pool::ChunkState::kIdle) cost[i] = 0;
+  }
+  const auto begin = list.units.begin() + static_cast<std::ptrdiff_t>(list.next);
+  const uint64_t most = arena.header().limit.load(std::memory_order_relaxed) / kFit;
+  auto end = begin;
+  for (uint64_t before = 0; end != list.units.end() && end->rank == begin->rank && before < most; ++end) {
+    before += end->bytes;
+    for (uint32_t i = end->first; i < std::min(end->first + end->chunks, used); ++i) cost[i] = before;
+  }
+  uint64_t best = kNever;
+  uint32_t where = 0;
+  for (uint32_t i = 0; i + need <= used; ++i) {
+    uint64_t most_of_all = 0;
+    for (uint32_t k = need; k-- > 0 && most_of_all != kNever;) {
+      most_of_all = std::max(most_of_all, cost[i + k]);
+      if (most_of_all == kNever) i += k;  // no run goes over that one
+    }
+    if (most_of_all < best) {
+      best = most_of_all;
+      where = i;
+    }
+  }
+  if (best == kNever) return;
+  std::stable_partition(begin, end, [&](const Unit& unit) {
+    return unit.chunks != 0 && unit.first < where + need && unit.first + unit.chunks > where;
+  });
+}
+
 uint64_t Eviction::take(List& list, uint64_t bytes) {
   uint64_t freed = 0;
   bool may_write = true;
   if (stale(list)) list.next = list.units.size();
+  fit(list, bytes);
   for (int attempt = 0; attempt < kBusyTries; ++attempt) {
     bool busy = false;
     for (; list.next < list.units.size() && freed < bytes; ++list.next) {
@@ -112,6 +158,7 @@ uint64_t Eviction::take(List& list, uint64_t bytes) {
     list.good_for = catalogue_.member().usage().limit / kListed;
     list.units = gather();
     list.next = 0;
+    fit(list, bytes - freed);
   }
   return freed;
 }

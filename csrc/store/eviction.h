@@ -29,6 +29,7 @@ class Eviction {
   struct Unit {
     uint32_t rank = 0;
     uint64_t used = 0, bytes = 0;
+    uint32_t first = 0, chunks = 0;  // neighbouring ones, all of them this unit's; or none
     std::vector<Name> names;
   };
   struct List {
@@ -40,6 +41,9 @@ class Eviction {
   bool stale(const List& list) const;
   // Best ones first.
   std::vector<Unit> gather() const;
+  // Of those that are next soon, neighbours in whose place so many bytes fit come first: others would leave room that is scattered, which is
+  // given back to the system and asked for again elsewhere.
+  void fit(List& list, uint64_t bytes) const;
   uint64_t take(List& list, uint64_t bytes);
 
   Catalogue& catalogue_;

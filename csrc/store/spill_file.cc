@@ -30,8 +30,8 @@ constexpr uint64_t kSpare = 4;  // of what there may be at all, a part: with mor
 // Files of so many bytes are read by one call, and copied: a call costs some 30 us, the copy 5.
 constexpr uint64_t kAllAtOnce = uint64_t{128} << 10;
 
-// Whether what is read may stay in the page cache, where it is had again without the disk: memory that the system takes back whenever
-// somebody wants it.
+// Whether files may stay in the page cache, where they are had again without the disk: memory that the system takes back whenever somebody
+// wants it.
 bool memory_to_spare() {
   static std::atomic<uint64_t> looked{0};  // when, and in the last bit what was found
   const uint64_t now = os::boot_time();
@@ -280,10 +280,10 @@ void SpillDirectory::leave() {
 
 std::string SpillDirectory::path() const { return os::path_of(fd()); }
 
-Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {
+Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id, bool past_cache) {
   for (int attempt = 1;; ++attempt) {
     std::string name = part_name(id, attempt);
-    auto file = os::File::create(fd(), name, file_mode_);
+    auto file = os::File::create(fd(), name, file_mode_, past_cache);
     if (!file) {
       if (file.status().error() == EEXIST) continue;
       return std::move(file.status());
@@ -299,21 +299,23 @@ Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {
   }
 }
 
-Status SpillDirectory::fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part) {
+Status SpillDirectory::fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part,
+                            bool past_cache) {
   if (file_mode_ != 0600) {  // whatever the umask
     auto given = os::set_access(part.file->fd(), file_mode_, -1);
     if (!given.ok()) return given;
   }
   auto shape = spill::shape_of(head);
   if (!shape) return std::move(shape.status());
-  auto allocated = part.file->preallocate(shape->file_bytes);
+  // What goes through the page cache gets its place when it is written out, if it is not done with by then; room is kept for it.
+  auto allocated = past_cache ? part.file->preallocate(shape->file_bytes) : part.file->may_have(shape->file_bytes);
   if (!allocated.ok()) return allocated;
   TORCHSHM_POINT("spill.allocated");
   auto written = spill::write_value(*part.file, head, *shape, blocks);
   if (!written.ok()) return written;
   TORCHSHM_POINT("spill.head_written");
-  // What the page cache could not write it tells here alone.
-  if (!part.file->direct()) {
+  // Where memory is short, the page cache is no place to leave it in, and the file system refused to go past it.
+  if (past_cache && !part.file->direct()) {
     auto flushed = part.file->flush();
     if (!flushed.ok()) return flushed;
   }
@@ -324,9 +326,10 @@ Status SpillDirectory::write(const SpillHead& head, const std::vector<const std:
   if (blocks.size() != head.lengths.size() || head.pool_id != pool_id_)
     return Status(Code::kInvalid, "a spilled value has one length for each block, and is one of its pool");
   if (left_.load()) return Status(Code::kUnsupported, "this process has left the store's spill directory");
-  auto part = make_part(head.id);
+  const bool past_cache = bypass_.load() || !keeps_room_ || !memory_to_spare();
+  auto part = make_part(head.id, past_cache);
   if (!part) return std::move(part.status());
-  auto status = fill(head, blocks, *part);
+  auto status = fill(head, blocks, *part, past_cache);
   if (!status.ok()) {
     (void)os::remove_file_at(fd(), part->name);
     return status;
@@ -336,7 +339,7 @@ Status SpillDirectory::write(const SpillHead& head, const std::vector<const std:
 }
 
 Result<SpillReader> SpillDirectory::open(uint64_t id) {
-  auto opened = os::File::open(fd(), spill_name(id), !memory_to_spare());
+  auto opened = os::File::open(fd(), spill_name(id), bypass_.load() || !memory_to_spare());
   if (!opened) {
     if (!is_missing(opened.status())) return std::move(opened.status());
     return Status(Code::kMissing, path() + "/" + spill_name(id) + " is not there", ENOENT);

@@ -76,26 +76,35 @@ class SpillDirectory {
   std::vector<File> list();
   // Removes the parts that nobody writes any more. Returns how many.
   uint32_t sweep_parts();
+  // From here on files go past the page cache also where there is memory to spare; to measure it, and to test it.
+  void bypass_cache() { bypass_.store(true); }
   uint64_t free_bytes();  // 0 when the system does not tell
   // What was written so far survives also a loss of power.
   Status sync();
 
  private:
   SpillDirectory(os::Fd directory, os::Fd alive, uint64_t pool_id, uint32_t file_mode)
-      : directory_(std::move(directory)), alive_(std::move(alive)), pool_id_(pool_id), file_mode_(file_mode) {}
+      : directory_(std::move(directory)),
+        alive_(std::move(alive)),
+        pool_id_(pool_id),
+        file_mode_(file_mode),
+        keeps_room_(os::keeps_room_for_cache(directory_.get())) {}
   static Result<std::unique_ptr<SpillDirectory>> joined(os::Fd directory, os::Fd alive, uint64_t pool_id);
   struct Part {
     std::unique_ptr<os::File> file;
     std::string name;
   };
-  Result<Part> make_part(uint64_t id);
-  Status fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part);
+  Result<Part> make_part(uint64_t id, bool past_cache);
+  Status fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part,
+              bool past_cache);
 
   const os::Fd directory_;
   os::Fd alive_;
   std::atomic<bool> left_{false};
   const uint64_t pool_id_;
   const uint32_t file_mode_;
+  const bool keeps_room_;
+  std::atomic<bool> bypass_{false};
 };
 
 // Removes the directories in `dir` of this user's stores that nobody has any more, but those with a file named `persistent`. Returns how many.

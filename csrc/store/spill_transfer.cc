@@ -93,7 +93,8 @@ struct Joined {
 // Gives pieces to the threads until there are none left, or one has failed.
 class Work {
  public:
-  explicit Work(const Shape& shape) : shape_(shape) {}
+  // alone: in one thread, one after the other.
+  Work(const Shape& shape, bool alone) : shape_(shape), alone_(alone) {}
 
   // one(piece, begin, end, plan, buffer); from any of the threads.
   template <class One>
@@ -101,7 +102,7 @@ class Work {
     const auto all = [&] { all_pieces(blocks, one); };
     {
       Joined other;
-      if (shape_.file_bytes - shape_.head_bytes >= kTwoFrom) {
+      if (!alone_ && shape_.file_bytes - shape_.head_bytes >= kTwoFrom) {
         auto started = os::start_thread(all);
         if (started) other.thread = started.take();  // else this one does it alone
       }
@@ -138,6 +139,7 @@ class Work {
   }
 
   const Shape& shape_;
+  const bool alone_;
   std::atomic<uint64_t> next_{0};
   std::atomic<bool> failed_{false};
   std::mutex mutex_;  // failure_
@@ -287,7 +289,8 @@ Status write_value(os::File& file, const SpillHead& head, const Shape& shape,
 Status read_body(os::File& file, const Shape& shape, const std::vector<uint64_t>& lengths,
                  const std::vector<uint64_t>& checksums, const std::vector<std::byte*>& blocks) {
   const Blocks into(shape, lengths, blocks);
-  Work work(shape);
+  // Through the page cache the kernel reads ahead of one who goes through the file in order, and two are in each other's way.
+  Work work(shape, !file.direct());
   return work.run(into, [&](uint64_t piece, uint64_t begin, const Plan& plan, std::byte* buffer) -> Status {
     Checksum sum;
     for (const Run& run : plan.runs) {

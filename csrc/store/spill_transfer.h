@@ -1,6 +1,6 @@
 // The bytes of a value between its blocks and a spill file. Of large values the checksums come from a second thread: beside the one that
-// writes, since the two have nothing to wait for from each other; when reading, each of the two reads pieces and checks them, so that one
-// is checked while another is on its way from the disk.
+// writes, since the two have nothing to wait for from each other; when reading past the page cache, each of the two reads pieces and checks
+// them, so that one is checked while another is on its way from the disk. Through the page cache the kernel reads ahead instead.
 //
 // Whole pages of blocks that begin on a page go straight between their memory and the disk; everything else through a buffer.
 // Private: the buffers, one of kPiece bytes per thread. A process that dies leaves a part of the file written, or of the blocks.

@@ -22,6 +22,7 @@ using tests::head_of;
 using tests::kSpillId;
 using tests::kSpillPool;
 using tests::Lengths;
+using tests::spill_past_cache;
 using tests::spill_to;
 using tests::TemporaryDirectory;
 
@@ -68,15 +69,15 @@ void every_shape_comes_back(SpillDirectory& directory) {
 
 TEST(SpillFile, ValuesOfEveryShapeComeBack) {
   const TemporaryDirectory place;
-  const auto directory = spill_to(place.path());
-  every_shape_comes_back(*directory);
+  every_shape_comes_back(*spill_to(place.path()));
+  every_shape_comes_back(*spill_past_cache(place.path()));
 }
 
 TEST(SpillFile, ValuesComeBackWhereNoThreadIsToBeHad) {
   TORCHSHM_NEEDS_SECCOMP();
   const TemporaryDirectory place;
   EXPECT_TRUE(tests::succeeds([&] {
-    const auto directory = spill_to(place.path());
+    const auto directory = spill_past_cache(place.path());
     const Lengths lengths = {20 * kMiB};
     Blocks blocks(lengths);
     blocks.fill(1);
@@ -425,9 +426,9 @@ TEST(SpillDirectory, ManyThreadsUseItAtOnce) {
 
 #if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
 
-TEST(SpillFile, ValuesComeBackThroughThePageCache) {
+TEST(SpillFile, ValuesComeBackWhereNothingGoesPastThePageCache) {
   const TemporaryDirectory place;
-  const auto directory = spill_to(place.path());
+  const auto directory = spill_past_cache(place.path());
   failpoint::arm({failpoint::Action::kFail, 1, true, EINVAL, "os.direct"});
   every_shape_comes_back(*directory);
   failpoint::disarm();

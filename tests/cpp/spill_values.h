@@ -81,6 +81,15 @@ inline std::unique_ptr<store::SpillDirectory> spill_to(const std::string& dir, u
   return made ? made.take() : nullptr;
 }
 
+// Where there is memory to spare files go through the page cache, else past it.
+inline constexpr bool kBothWays[] = {false, true};
+
+inline std::unique_ptr<store::SpillDirectory> spill_past_cache(const std::string& dir, bool past = true) {
+  auto directory = spill_to(dir);
+  if (directory && past) directory->bypass_cache();
+  return directory;
+}
+
 // The code of opening and reading; kOk only when every byte is that of `expected`.
 inline Code read(store::SpillDirectory& from, const Blocks& expected, const Lengths& lengths, uint64_t id = kSpillId) {
   auto reader = from.open(id);

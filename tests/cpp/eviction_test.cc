@@ -82,6 +82,23 @@ TEST(Eviction, LeastRecentlyLoadedFirst) {
   }
 }
 
+// In order, it would be 0 and 2, with 1 between them.
+TEST(Eviction, NeighboursMakeRoomForALargerValue) {
+  constexpr uint64_t kChunk = pool::kChunk;
+  Folder folder;
+  auto store = fresh_spilling(folder, 32 * kChunk);
+  for (int i = 0; i < 6; ++i) ASSERT_TRUE(save_filled(store, std::to_string(i), static_cast<uint8_t>(i), kChunk));
+  ASSERT_TRUE(store->load("1").ok());
+  ASSERT_TRUE(save_filled(store, "last", 9, kChunk));  // the clock moves
+  ASSERT_EQ(store->make_room(2 * kChunk), 2 * kChunk);
+  for (int i = 0; i < 6; ++i) EXPECT_EQ(on_disk(store, std::to_string(i)), i == 2 || i == 3) << i;
+  const uint64_t committed = store.member->usage().committed;
+  auto view = store.member->allocate(2 * kChunk, true);
+  ASSERT_TRUE(view.ok());
+  EXPECT_EQ(store.member->usage().committed, committed);
+  store.member->release(view->block, Mode::kReadWrite);
+}
+
 TEST(Eviction, APolicySetLaterCounts) {
   Folder folder;
   auto store = fresh_spilling(folder);

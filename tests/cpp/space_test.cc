@@ -94,6 +94,27 @@ TEST_F(SpaceTest, OwnWarmChunksComeFirst) {
   EXPECT_EQ(a.run(3 * kMib), first);
 }
 
+TEST_F(SpaceTest, TheShortestRunThatIsLongEnoughIsTaken) {
+  const uint32_t longer = a.run(8 * kMib);
+  (void)a.run(kMib);
+  const uint32_t fitting = a.run(4 * kMib);
+  (void)a.run(kMib);
+  a.ledger.drop(longer);
+  a.ledger.drop(fitting);
+  EXPECT_EQ(b.run(4 * kMib), fitting);
+  EXPECT_EQ(b.run(4 * kMib), longer);
+}
+
+TEST_F(SpaceTest, WhoCanNotGrowLeavesOthersWhatIsWarm) {
+  (void)a.run(60 * kMib);
+  const uint32_t warm = b.run(3 * kMib);
+  b.ledger.drop(warm);
+  EXPECT_EQ(a.space.claim_run(8 * kMib).code(), Code::kFull);
+  EXPECT_EQ(a.space.idle(), 3 * kMib);
+  EXPECT_TRUE(a.space.claim_run(4 * kMib).ok());  // with the place of what is warm
+  EXPECT_LE(a.space.committed(), 64 * kMib);
+}
+
 TEST_F(SpaceTest, RunsOfManySizesAreRememberedOnlySoFar) {
   std::vector<uint32_t> blocks;
   for (int i = 0; i < 40; ++i) blocks.push_back(a.run(kMib));

@@ -95,8 +95,7 @@ class SpillDirectory {
     std::string name;
   };
   Result<Part> make_part(uint64_t id, bool past_cache);
-  Status fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part,
-              bool past_cache);
+  Status fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part, bool past_cache);
 
   const os::Fd directory_;
   os::Fd alive_;

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,14 @@ def forget(path: Path, wait: bool = True) -> None:
             os.close(fd)
 
 
+def settle(path: Path) -> None:
+    """Waits until what was removed below `path` is given back: on a file system with ``discard`` that keeps the disk busy for long."""
+    deadline = time.monotonic() + 60
+    while any(path.rglob("*.part")) and time.monotonic() < deadline:  # files that a store has discarded
+        time.sleep(0.01)
+    os.sync()
+
+
 @contextlib.contextmanager
 def forgetting(path: Path, every: float = 0.05) -> Iterator[None]:
     """As on a machine whose memory is full: nothing below `path` stays in the page cache for longer than `every` seconds."""
@@ -73,6 +82,7 @@ class Dd:
     def write(self, nbytes: int, count: int) -> float:
         """GB/s to a new file of `count` blocks."""
         self._file.unlink(missing_ok=True)
+        settle(self._file.parent)
         return self._run("if=/dev/zero", f"of={self._file}", "oflag=direct", nbytes, count)
 
     def read(self, nbytes: int, count: int) -> float:
@@ -100,6 +110,7 @@ class Fio:
     def write(self, nbytes: int, count: int) -> float:
         """GB/s to a new file, as much as `count` values of `nbytes`."""
         self._file.unlink(missing_ok=True)
+        settle(self._file.parent)
         return self._run("write", nbytes * count)
 
     def read(self, nbytes: int, count: int) -> float:

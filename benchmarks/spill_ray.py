@@ -5,7 +5,8 @@ Quantity: bytes loaded and saved a second, by four processes at once that ask fo
 Opponent: Ray with `object_store_memory` of the same size and its spilling to the same directory. Its clients are actors. Twice: each
 process has names of its own and holds their references itself, where Ray has nothing to find by name; and all processes share all
 names, whose references one actor holds. The second one once more with files that do not stay in the page cache, as on a machine whose
-memory is full: Ray keeps as much there as it is let, beside its limit, and torchshm, which goes past it, nothing.
+memory is full. Ray gives memory up when the kernel has its file, and keeps as much in the page cache as it is let, beside its limit;
+torchshm when the disk has it, and with ``spill_sync=False`` as Ray.
 Both fill first and take two turns before the clock starts.
 """
 
@@ -109,10 +110,12 @@ class TorchshmClient(Client):
 class TorchshmHost:
     """Serves the store."""
 
-    def __init__(self, limit: int, directory: str) -> None:
+    def __init__(self, limit: int, directory: str, sync: bool) -> None:
         import torchshm
 
-        self._store = torchshm.start(f"bench-{os.getpid()}", limit=limit, spill=directory, timeout=TIMEOUT)
+        self._store = torchshm.start(
+            f"bench-{os.getpid()}", limit=limit, spill=directory, spill_sync=sync, timeout=TIMEOUT
+        )
 
     def address(self) -> str:
         return self._store.name
@@ -128,11 +131,13 @@ class TorchshmHost:
 class TorchshmArm:
     """The service, and forked clients."""
 
+    SYNC = True
+
     def __init__(self, limit: int, work: WorkingSet, directory: str) -> None:
         import torchshm  # noqa: F401 - before the fork
 
         self._folder = Path(directory)
-        self._host = Remote(TorchshmHost, limit, directory)
+        self._host = Remote(TorchshmHost, limit, directory, self.SYNC)
         self._crew = Crew(work.processes, TorchshmClient, work, self._host.call("address"))
 
     def call(self, method: str) -> None:
@@ -149,6 +154,12 @@ class TorchshmArm:
     def close(self) -> None:
         self._crew.close()
         self._host.close()
+
+
+class UnsyncedArm(TorchshmArm):
+    """Files are left to the page cache, as Ray leaves its own."""
+
+    SYNC = False
 
 
 class Directory:
@@ -222,6 +233,7 @@ class RayArm:
 
 ARMS: dict[str, tuple[tuple[str, ...], type]] = {
     "torchshm": (("torchshm",), TorchshmArm),
+    "unsynced": (("torchshm",), UnsyncedArm),
     "ray": (("ray",), RayArm),
 }
 
@@ -237,6 +249,7 @@ def measure(quick: bool, meter: Meter) -> Result:
         "GB/s",
         {
             "torchshm": Arm("torchshm", "start(limit=, spill=); load and save by name"),
+            "unsynced": Arm("torchshm, spill_sync=False", "files are left to the page cache, as Ray's are"),
             "ray": Arm("Ray", "object_store_memory= and object_spilling_directory=; put and get in actors"),
         },
         quick=quick,
@@ -270,7 +283,7 @@ def _measure(
             page_cache = "" if cached else ", no page cache"
             for arm, rates in values.items():
                 result.add(arm, rates, names=f"{whose} names{page_cache}")
-            figures.append(judge(values, work.shared, cached))
+            figures += [judge(values, arm, work.shared, cached) for arm in ("torchshm", "unsynced")]
         for arm in arms:
             result.facts[f"{arm}, {whose} names, counted"] = str(arms.call(arm, "counted"))
         for arm in arms:
@@ -279,12 +292,14 @@ def _measure(
     return figures
 
 
-def judge(values: dict[str, list[float]], shared: bool, cached: bool) -> Figure:
+def judge(values: dict[str, list[float]], arm: str, shared: bool, cached: bool) -> Figure:
     """Its throughput by Ray's."""
-    measured = ratio(values["torchshm"], values["ray"]) if {"torchshm", "ray"} <= set(values) else None
+    measured = ratio(values[arm], values["ray"]) if {arm, "ray"} <= set(values) else None
     note = "names of all processes" if shared else "names of each process's own"
     if not cached:
         note += ", files dropped from the page cache"
+    if arm == "unsynced":
+        note += ", spill_sync=False"
     return at_least("torchshm / Ray, working set of four times the memory", OVER_RAY, "x", measured, note)
 
 

@@ -133,6 +133,7 @@ class Store:
         mode: int = 0o600,
         group: int = -1,
         spill: str = "",
+        spill_sync: bool = True,
         policy: int = 0,
         patience: int = -1,
         file: str = "",

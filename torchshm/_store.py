@@ -858,6 +858,7 @@ def start(
     mode: int = 0o600,
     group: int | str | None = None,
     spill: str | os.PathLike[str] | None = None,
+    spill_sync: bool = True,
     policy: str = "keep",
     timeout: float | None = None,
     file: str | os.PathLike[str] | None = None,
@@ -887,6 +888,9 @@ def start(
         Members of this group may use the store too; give it with a `mode` such as ``0o660``.
     spill : path, optional
         Directory, on a disk, for values that do not fit into memory; made if it is missing. Files of a store that is gone are removed.
+    spill_sync : bool
+        A value's memory is given up when the disk has its file. False: when the kernel has it, which writes it out in its own time while
+        memory is to spare. That is several times faster, and what a failing disk does not take then is lost: loading it is an error.
     policy : {"keep", "drop", "spill", "pin"}
         Of values that are saved without one, see :meth:`Store.save`. ``"drop"`` makes the store a cache.
     timeout : float, optional
@@ -938,6 +942,7 @@ def start(
         mode,
         -1 if group is None else group,
         directory,
+        spill_sync,
         _policy(policy),
         _patience(timeout),
         where,

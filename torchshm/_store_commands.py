@@ -204,6 +204,12 @@ def serve(
         str | None,
         typer.Option(metavar="DIR", help="On a disk: where values go that do not fit into memory."),
     ] = None,
+    spill_sync: Annotated[
+        bool,
+        typer.Option(
+            help="Give memory up when the disk has the file; with --no-spill-sync when the kernel has it, which is faster."
+        ),
+    ] = True,
     policy: Annotated[
         Policy,
         typer.Option(
@@ -259,6 +265,7 @@ def serve(
             mode=permissions,
             group=members,
             spill=directory,
+            spill_sync=spill_sync,
             policy=policy.value,
             timeout=patience,
             file=place,

@@ -21,7 +21,7 @@ namespace {
 
 constexpr char kUsage[] =
     "Usage: torchshmd --name NAME [--limit SIZE] [--ttl TIME] [--mode OCTAL] [--group GROUP]\n"
-    "                 [--spill DIR] [--policy POLICY] [--timeout TIME] [--file PATH]\n"
+    "                 [--spill DIR] [--no-spill-sync] [--policy POLICY] [--timeout TIME] [--file PATH]\n"
     "                 [--hugepages KIND] [--prefault] [--numa POLICY] [--json]\n"
     "\n"
     "Serve a store, in the foreground, until SIGTERM, Ctrl-C or `torchshm stop NAME`.\n"
@@ -32,6 +32,8 @@ constexpr char kUsage[] =
     "  --mode OCTAL   Permissions of the socket. Default: 0600.\n"
     "  --group GROUP  Its members, by name or number, may use the store; with --mode 0660.\n"
     "  --spill DIR    On a disk: where values go that do not fit into memory.\n"
+    "  --no-spill-sync\n"
+    "                 Give memory up when the kernel has the file, not the disk: faster.\n"
     "  --policy P     What may become of values when room is needed: keep (to disk), spill (to disk first), drop\n"
     "                 (removed), pin (nothing). Default: keep.\n"
     "  --timeout TIME How long savers and loaders wait for room. Default: 10s where it can be made.\n"
@@ -123,21 +125,15 @@ bool whole(std::string_view text, int base, T& to) {
 }
 
 Options parse(int count, char** arguments) {
-  static const option known[] = {{"name", required_argument, nullptr, 'n'},
-                                 {"limit", required_argument, nullptr, 'l'},
-                                 {"ttl", required_argument, nullptr, 't'},
-                                 {"mode", required_argument, nullptr, 'm'},
-                                 {"group", required_argument, nullptr, 'g'},
-                                 {"json", no_argument, nullptr, 'j'},
-                                 {"spill", required_argument, nullptr, 's'},
-                                 {"policy", required_argument, nullptr, 'p'},
-                                 {"timeout", required_argument, nullptr, 'w'},
-                                 {"help", no_argument, nullptr, 'h'},
-                                 {"hugepages", required_argument, nullptr, 'H'},
-                                 {"prefault", no_argument, nullptr, 'P'},
-                                 {"file", required_argument, nullptr, 'f'},
-                                 {"numa", required_argument, nullptr, 'u'},
-                                 {nullptr, 0, nullptr, 0}};
+  static const option known[] = {
+      {"name", required_argument, nullptr, 'n'},   {"limit", required_argument, nullptr, 'l'},
+      {"ttl", required_argument, nullptr, 't'},    {"mode", required_argument, nullptr, 'm'},
+      {"group", required_argument, nullptr, 'g'},  {"json", no_argument, nullptr, 'j'},
+      {"spill", required_argument, nullptr, 's'},  {"no-spill-sync", no_argument, nullptr, 'S'},
+      {"policy", required_argument, nullptr, 'p'}, {"timeout", required_argument, nullptr, 'w'},
+      {"help", no_argument, nullptr, 'h'},         {"hugepages", required_argument, nullptr, 'H'},
+      {"prefault", no_argument, nullptr, 'P'},     {"file", required_argument, nullptr, 'f'},
+      {"numa", required_argument, nullptr, 'u'},   {nullptr, 0, nullptr, 0}};
   Options options;
   bool named = false;
   opterr = 0;
@@ -177,6 +173,9 @@ Options parse(int count, char** arguments) {
         break;
       case 's':
         options.start.spill = given;
+        break;
+      case 'S':
+        options.start.spill_sync = false;
         break;
       case 'p': {
         constexpr std::string_view kPolicies[] = {"keep", "drop", "spill", "pin"};

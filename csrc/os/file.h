@@ -1,6 +1,6 @@
 // A file on a disk, read and written at places: past the page cache (O_DIRECT) where that is asked for and the file system can.
 //
-// What is written directly is with the device when the call returns, errors included; what goes through the page cache needs flush().
+// What is written directly is with the device when the call returns, errors included; what goes through the page cache is only after flush().
 // Where the system refuses a direct transfer (EINVAL: a disk with larger sectors, or the rest of a transfer that stopped in the middle of one)
 // the file goes on through the page cache. Private: the object. A process that dies leaves what was written so far.
 // Thread safety: any thread, also several at once.

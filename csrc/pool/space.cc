@@ -92,6 +92,7 @@ std::optional<uint32_t> Space::find_run(uint32_t n) const {
     if (!is_idle) end_run(i);
     own_length = is_idle && v.owner == slot_ ? own_length + 1 : 0;
     idle_length = is_idle ? idle_length + 1 : 0;
+    if (n == 1 && own_length == 1) return i;
     if (idle_length == n) own = own_length >= n;
     any_length = is_idle || v.state == ChunkState::kHole ? any_length + 1 : 0;
     if (!any && any_length == n) any = i + 1 - n;
@@ -403,6 +404,7 @@ Result<Space::SmallChunk> Space::claim_small() {
       continue;
     }
     std::vector<Taken> taken(1);
+    if (Status possible = may_grow(*chunk, need); !possible) return possible;
     if (Status reserved = arena_.reserve_chunks(*chunk + 1); !reserved) return reserved;
     if (!take(*chunk, wanted, &taken[0])) continue;
     TORCHSHM_POINT("claim_small.taken");

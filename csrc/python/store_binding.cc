@@ -108,9 +108,9 @@ class Store {
   Store& operator=(const Store&) = delete;
 
   static std::unique_ptr<Store> start(const std::string& name, uint64_t limit, uint64_t ttl, uint32_t mode,
-                                      int64_t group, const std::string& spill, int policy, int64_t patience,
-                                      const std::string& file, const std::string& hugepages, bool prefault,
-                                      const std::string& numa) {
+                                      int64_t group, const std::string& spill, bool spill_sync, int policy,
+                                      int64_t patience, const std::string& file, const std::string& hugepages,
+                                      bool prefault, const std::string& numa) {
     auto pages = pool::parse_pages(hugepages, prefault, numa);
     if (!pages) fail_in_store(pages.status());
     service::ServerOptions options;
@@ -122,6 +122,7 @@ class Store {
     options.mode = mode;
     options.group = group;
     options.spill = spill;
+    options.spill_sync = spill_sync;
     options.policy = policy_of(policy).value_or(store::Policy::kKeep);
     options.patience = patience;
     Result<std::unique_ptr<service::Server>> server = Status();
@@ -182,7 +183,8 @@ class Store {
     };
     status = patiently(patience, [&]() -> Status {
       Status done = try_without_files();
-      const auto bytes = static_cast<uint64_t>(PyArray_NBYTES(array)) + key.size();
+      // As much as its block takes: a little more would be another chunk. A long key has a block of its own, from what is left over.
+      const auto bytes = std::max<uint64_t>(static_cast<uint64_t>(PyArray_NBYTES(array)), key.size());
       for (uint64_t enough = bytes; done.code() == Code::kFull && make_room(enough); enough *= 2)
         done = try_without_files();
       return done.code() == Code::kFull ? try_save() : std::move(done);
@@ -690,8 +692,8 @@ void add_store(py::module_& m) {
   add_lock(m);
   py::class_<Store>(m, "Store")
       .def_static("start", &Store::start, py::arg("name"), py::arg("limit") = 0, py::arg("ttl") = 0,
-                  py::arg("mode") = 0600, py::arg("group") = -1, py::arg("spill") = "", py::arg("policy") = 0,
-                  py::arg("patience") = -1, py::arg("file") = "", py::arg("hugepages") = "",
+                  py::arg("mode") = 0600, py::arg("group") = -1, py::arg("spill") = "", py::arg("spill_sync") = true,
+                  py::arg("policy") = 0, py::arg("patience") = -1, py::arg("file") = "", py::arg("hugepages") = "",
                   py::arg("prefault") = false, py::arg("numa") = "")
       .def_static("connect", &Store::connect, py::arg("name"), py::arg("timeout"))
       .def("save_array", &Store::save_array)

@@ -30,6 +30,7 @@ struct ServerOptions {
   std::string
       spill;  // directory for what does not fit into memory; empty: none, or the one that a store taken over has
   store::Policy policy = store::Policy::kKeep;
+  bool spill_sync = true;  // with `spill`: memory is given up when the disk has the file, else when the kernel has it
   int64_t patience = -1;  // ns that saving and loading wait for room; -1: ten seconds where room can be made, else none
   std::string file;       // of a persistent store; empty: in memory
 };

@@ -158,7 +158,9 @@ Status Server::prepare_spill() {
   if (const std::string had = catalogue_->directory(); !had.empty() && had != path)
     return Status(Code::kInvalid, "this store has values in the spill directory " + had + ": start it with that one");
   (void)store::sweep_dead(path);
-  auto directory = store::SpillDirectory::make(path, options_.name, member_.pool_id(), false, options_.group);
+  auto directory =
+      store::SpillDirectory::make(path, options_.name, member_.pool_id(), false, options_.group,
+                                  options_.spill.empty() ? std::nullopt : std::optional<bool>(options_.spill_sync));
   if (!directory) return std::move(directory.status());
   catalogue_->use(directory.take());
   catalogue_->set_directory(path);

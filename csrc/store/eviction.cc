@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <deque>
 #include <thread>
 #include <unordered_map>
 
@@ -15,8 +16,9 @@ using pool::BlockValue;
 using How = Spill::How;
 
 constexpr uint32_t kFewCells = 4096;
-constexpr uint64_t kListed = 32;                 // of the limit, as much as is taken by one list
-constexpr uint64_t kFit = 4;                     // of the limit, as much as is looked at for neighbours; arbitrary
+constexpr uint64_t kListed = 32;  // of the limit, as much as is taken by one list
+constexpr uint64_t kFit = 4;      // of all that could go, as much as is looked at for neighbours; arbitrary
+constexpr uint32_t kInOrder = 4;  // how often the order alone counts; arbitrary
 constexpr uint64_t kLookAnyway = 2'000'000'000;  // ns
 constexpr int kBusyTries = 20;
 constexpr std::chrono::milliseconds kBusyRest{1};
@@ -60,11 +62,9 @@ std::vector<Eviction::Unit> Eviction::gather() const {
     if (!block.live || block.generation != body.first.generation || (body.parts == 1 && block.count != 1)) continue;
     size_t at = units.size();
     if (block.granules != 0) {
-      const uint32_t chunk = body.first.block / pool::kPagesPerChunk;
-      const auto [known, fresh] = chunks.try_emplace(chunk, at);
+      const auto [known, fresh] = chunks.try_emplace(body.first.block / pool::kPagesPerChunk, at);
       at = known->second;
-      if (fresh) units.emplace_back().first = chunk;
-      units[at].chunks = 1;
+      if (fresh) units.emplace_back();
     } else {
       units.emplace_back();
     }
@@ -73,8 +73,9 @@ std::vector<Eviction::Unit> Eviction::gather() const {
     unit.used += name.used;
     unit.bytes += name.bytes;
     if (block.granules == 0 && body.parts == 1) {
+      const auto extent = arena.extent(body.first.block);
       unit.first = body.first.block / pool::kPagesPerChunk;
-      unit.chunks = chunks_of(name.bytes);
+      unit.chunks = extent ? chunks_of(extent->length) : 0;  // more than the value: it may have a head
     }
     unit.names.push_back(name);
   }
@@ -90,10 +91,11 @@ bool Eviction::stale(const List& list) const {
          list.policies != catalogue_.header().policies.load(std::memory_order_relaxed);
 }
 
-void Eviction::fit(List& list, uint64_t bytes) const {
+size_t Eviction::fit(List& list, uint64_t bytes) {
   const pool::Arena& arena = catalogue_.member().arena();
   const uint32_t need = chunks_of(bytes), used = arena.chunks_used();
-  if (list.next == list.units.size() || need > used) return;
+  if (need <= 1 || need > used || list.next == list.units.size()) return 0;
+  if (turn_.fetch_add(1, std::memory_order_relaxed) % kInOrder == kInOrder - 1) return 0;
   constexpr uint64_t kNever = ~uint64_t{0};
   // Of each chunk: how much would have gone when it is free, in order.
   std::vector<uint64_t> cost(used, kNever);
@@ -101,39 +103,43 @@ void Eviction::fit(List& list, uint64_t bytes) const {
     if (pool::ChunkValue::of(arena.chunk(i).value.load()).state == pool::ChunkState::kIdle) cost[i] = 0;
   }
   const auto begin = list.units.begin() + static_cast<std::ptrdiff_t>(list.next);
-  const uint64_t most = arena.header().limit.load(std::memory_order_relaxed) / kFit;
+  uint64_t all = 0;
+  for (auto at = begin; at != list.units.end(); ++at) all += at->bytes;
+  const uint64_t most = std::max(all / kFit, 2 * bytes);
   auto end = begin;
   for (uint64_t before = 0; end != list.units.end() && end->rank == begin->rank && before < most; ++end) {
     before += end->bytes;
+    const Name& name = end->names.front();
+    if (catalogue_.use_of(name.cell).used.load(std::memory_order_relaxed) != name.used) continue;
     for (uint32_t i = end->first; i < std::min(end->first + end->chunks, used); ++i) cost[i] = before;
   }
+  // The run whose dearest chunk is the cheapest: `dearest` has those that may yet be one, the dearest first.
   uint64_t best = kNever;
   uint32_t where = 0;
-  for (uint32_t i = 0; i + need <= used; ++i) {
-    uint64_t most_of_all = 0;
-    for (uint32_t k = need; k-- > 0 && most_of_all != kNever;) {
-      most_of_all = std::max(most_of_all, cost[i + k]);
-      if (most_of_all == kNever) i += k;  // no run goes over that one
-    }
-    if (most_of_all < best) {
-      best = most_of_all;
-      where = i;
-    }
+  std::deque<uint32_t> dearest;
+  for (uint32_t i = 0; i < used; ++i) {
+    while (!dearest.empty() && cost[dearest.back()] <= cost[i]) dearest.pop_back();
+    dearest.push_back(i);
+    if (dearest.front() + need <= i) dearest.pop_front();
+    if (i + 1 < need || cost[dearest.front()] >= best) continue;
+    best = cost[dearest.front()];
+    where = i + 1 - need;
   }
-  if (best == kNever) return;
-  std::stable_partition(begin, end, [&](const Unit& unit) {
+  if (best == kNever) return 0;
+  const auto after = std::stable_partition(begin, end, [&](const Unit& unit) {
     return unit.chunks != 0 && unit.first < where + need && unit.first + unit.chunks > where;
   });
+  return static_cast<size_t>(after - begin);
 }
 
 uint64_t Eviction::take(List& list, uint64_t bytes) {
   uint64_t freed = 0;
   bool may_write = true;
   if (stale(list)) list.next = list.units.size();
-  fit(list, bytes);
+  size_t together = list.next + fit(list, bytes);  // until there
   for (int attempt = 0; attempt < kBusyTries; ++attempt) {
     bool busy = false;
-    for (; list.next < list.units.size() && freed < bytes; ++list.next) {
+    for (; list.next < list.units.size() && (freed < bytes || list.next < together); ++list.next) {
       for (const Name& name : list.units[list.next].names) {
         // Loaded since the list was made: it is not next any more.
         if (attempt == 0 && catalogue_.use_of(name.cell).used.load(std::memory_order_relaxed) != name.used) continue;
@@ -158,7 +164,7 @@ uint64_t Eviction::take(List& list, uint64_t bytes) {
     list.good_for = catalogue_.member().usage().limit / kListed;
     list.units = gather();
     list.next = 0;
-    fit(list, bytes - freed);
+    together = fit(list, bytes);
   }
   return freed;
 }

@@ -5,6 +5,8 @@
 // Thread safety: all functions, from any thread.
 #pragma once
 
+#include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <vector>
@@ -29,7 +31,7 @@ class Eviction {
   struct Unit {
     uint32_t rank = 0;
     uint64_t used = 0, bytes = 0;
-    uint32_t first = 0, chunks = 0;  // neighbouring ones, all of them this unit's; or none
+    uint32_t first = 0, chunks = 0;  // neighbouring ones that one name has for itself; or none
     std::vector<Name> names;
   };
   struct List {
@@ -42,12 +44,14 @@ class Eviction {
   // Best ones first.
   std::vector<Unit> gather() const;
   // Of those that are next soon, neighbours in whose place so many bytes fit come first: others would leave room that is scattered, which is
-  // given back to the system and asked for again elsewhere.
-  void fit(List& list, uint64_t bytes) const;
+  // given back to the system and asked for again elsewhere. Returns how many of them come first. Each fourth time none: those that fit
+  // nowhere go too.
+  size_t fit(List& list, uint64_t bytes);
   uint64_t take(List& list, uint64_t bytes);
 
   Catalogue& catalogue_;
   Spill& spill_;
+  std::atomic<uint32_t> turn_{0};
   // When there was nothing to write: the clock, and the time. Of the one thread that writes ahead.
   uint64_t nothing_at_ = 0, nothing_since_ = 0;
   std::mutex mutex_;

@@ -1,4 +1,4 @@
--- The protocol of values that go to disk and come back (spill.cc: out, back, sweep; catalogue.cc: hold_for_writing) as a state machine, for
+-- The protocol of values that go to disk and come back (spill.cc: out, back, sweep; catalogue_memory.cc: hold_for_writing) as a state machine, for
 -- rumur. tests/torture/model.py checks it, and breaks it.
 --
 -- One name, NC cells that it moves between, NF files, NP processes, each of which may be killed between any two rules, and another comes in

@@ -18,6 +18,7 @@ namespace {
 
 constexpr const char* kAlive = "alive";
 constexpr const char* kPersistent = "persistent";
+constexpr const char* kUnsynced = "unsynced";  // there: files are left to the page cache
 constexpr const char* kSpill = ".spill";
 constexpr const char* kPart = ".part";
 constexpr size_t kDigits = 16;
@@ -163,6 +164,7 @@ bool remove_all(int place, const std::string& name, int directory) {
     if (parse(file) && !os::remove_file_at(directory, file).ok()) return false;
     TORCHSHM_POINT("spill.swept");
   }
+  if (Status gone = os::remove_file_at(directory, kUnsynced); !gone && !is_missing(gone)) return false;
   if (!os::remove_file_at(directory, kAlive).ok()) return false;
   TORCHSHM_POINT("spill.alive_swept");
   return os::remove_directory_at(place, name).ok();
@@ -203,7 +205,8 @@ Status SpillReader::read(const std::vector<std::byte*>& into) {
 }
 
 Result<std::unique_ptr<SpillDirectory>> SpillDirectory::make(const std::string& dir, const std::string& store,
-                                                             uint64_t pool_id, bool persistent, int64_t group) {
+                                                             uint64_t pool_id, bool persistent, int64_t group,
+                                                             std::optional<bool> synced) {
   auto place = open_place(dir, group);
   if (!place) return std::move(place.status());
   const std::string name = store + "-" + hex(pool_id);
@@ -240,6 +243,12 @@ Result<std::unique_ptr<SpillDirectory>> SpillDirectory::make(const std::string& 
       auto mark = os::open_lock_file(directory->get(), kPersistent, true);
       if (!mark) return std::move(mark.status());
     }
+    if (synced && *synced) {
+      if (Status gone = os::remove_file_at(directory->get(), kUnsynced); !gone && !is_missing(gone)) return gone;
+    } else if (synced) {
+      auto mark = os::open_lock_file(directory->get(), kUnsynced, true);
+      if (!mark) return std::move(mark.status());
+    }
     return joined(directory.take(), alive.take(), pool_id);
   }
   return Status(Code::kSystem, "the directory " + dir + "/" + name + " is removed again and again");
@@ -261,7 +270,10 @@ Result<std::unique_ptr<SpillDirectory>> SpillDirectory::joined(os::Fd directory,
   auto info = os::info_of(directory.get());
   if (!info) return std::move(info.status());
   const uint32_t mode = (info->mode & kGroupWrites) != 0 ? 0660 : 0600;
-  return std::unique_ptr<SpillDirectory>(new SpillDirectory(std::move(directory), std::move(alive), pool_id, mode));
+  auto unsynced = os::info_at(directory.get(), kUnsynced);
+  if (!unsynced && !is_missing(unsynced.status())) return std::move(unsynced.status());
+  return std::unique_ptr<SpillDirectory>(
+      new SpillDirectory(std::move(directory), std::move(alive), pool_id, mode, !unsynced));
 }
 
 // A forked child may have the same description: only a description of its own tells.
@@ -314,7 +326,7 @@ Status SpillDirectory::fill(const SpillHead& head, const std::vector<const std::
   auto written = spill::write_value(*part.file, head, *shape, blocks);
   if (!written.ok()) return written;
   TORCHSHM_POINT("spill.head_written");
-  // Where memory is short, the page cache is no place to leave it in, and the file system refused to go past it.
+  // The file system refused to go past the page cache, and what that could not write it tells here alone.
   if (past_cache && !part.file->direct()) {
     auto flushed = part.file->flush();
     if (!flushed.ok()) return flushed;
@@ -326,7 +338,7 @@ Status SpillDirectory::write(const SpillHead& head, const std::vector<const std:
   if (blocks.size() != head.lengths.size() || head.pool_id != pool_id_)
     return Status(Code::kInvalid, "a spilled value has one length for each block, and is one of its pool");
   if (left_.load()) return Status(Code::kUnsupported, "this process has left the store's spill directory");
-  const bool past_cache = bypass_.load() || !keeps_room_ || !memory_to_spare();
+  const bool past_cache = synced_ || bypass_.load() || !keeps_room_ || !memory_to_spare();
   auto part = make_part(head.id, past_cache);
   if (!part) return std::move(part.status());
   auto status = fill(head, blocks, *part, past_cache);

@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -44,8 +45,11 @@ class SpillDirectory {
  public:
   // Makes `dir` where it is missing, and in it the store's own, and joins that. group >= 0: its members can use it too. kInvalid when others
   // may write to `dir`, or own it; the error says what to do.
+  // synced: whether a file is with the disk when it is written, or with the kernel; for all who have the directory, and unless it is said, as it
+  // was, at first with the disk.
   static Result<std::unique_ptr<SpillDirectory>> make(const std::string& dir, const std::string& store,
-                                                      uint64_t pool_id, bool persistent, int64_t group);
+                                                      uint64_t pool_id, bool persistent, int64_t group,
+                                                      std::optional<bool> synced = std::nullopt);
   // A descriptor of the store's own directory. kMissing when the store is dead, and this is being removed.
   static Result<std::unique_ptr<SpillDirectory>> join(os::Fd directory, uint64_t pool_id);
   ~SpillDirectory() { leave(); }
@@ -76,18 +80,20 @@ class SpillDirectory {
   std::vector<File> list();
   // Removes the parts that nobody writes any more. Returns how many.
   uint32_t sweep_parts();
-  // From here on files go past the page cache also where there is memory to spare; to measure it, and to test it.
+  // From here on files go past the page cache, read or written, also where there is memory to spare; to measure it, and to test it.
   void bypass_cache() { bypass_.store(true); }
+  bool synced() const { return synced_; }
   uint64_t free_bytes();  // 0 when the system does not tell
   // What was written so far survives also a loss of power.
   Status sync();
 
  private:
-  SpillDirectory(os::Fd directory, os::Fd alive, uint64_t pool_id, uint32_t file_mode)
+  SpillDirectory(os::Fd directory, os::Fd alive, uint64_t pool_id, uint32_t file_mode, bool synced)
       : directory_(std::move(directory)),
         alive_(std::move(alive)),
         pool_id_(pool_id),
         file_mode_(file_mode),
+        synced_(synced),
         keeps_room_(os::keeps_room_for_cache(directory_.get())) {}
   static Result<std::unique_ptr<SpillDirectory>> joined(os::Fd directory, os::Fd alive, uint64_t pool_id);
   struct Part {
@@ -102,6 +108,7 @@ class SpillDirectory {
   std::atomic<bool> left_{false};
   const uint64_t pool_id_;
   const uint32_t file_mode_;
+  const bool synced_;
   const bool keeps_room_;
   std::atomic<bool> bypass_{false};
 };

@@ -70,7 +70,18 @@ void every_shape_comes_back(SpillDirectory& directory) {
 TEST(SpillFile, ValuesOfEveryShapeComeBack) {
   const TemporaryDirectory place;
   every_shape_comes_back(*spill_to(place.path()));
-  every_shape_comes_back(*spill_past_cache(place.path()));
+  for (const bool past : tests::kBothWays) every_shape_comes_back(*spill_past_cache(place.path(), past));
+}
+
+TEST(SpillDirectory, WhetherFilesAreWithTheDiskHoldsForAllWhoHaveIt) {
+  const TemporaryDirectory place;
+  const auto first = spill_past_cache(place.path(), false);
+  const auto joined = SpillDirectory::join(os::duplicate(first->fd()).take(), kSpillPool);
+  ASSERT_TRUE(joined.ok());
+  EXPECT_FALSE((*joined)->synced());
+  EXPECT_FALSE(spill_to(place.path())->synced());  // unless it is said, as it was
+  EXPECT_TRUE(spill_past_cache(place.path(), true)->synced());
+  EXPECT_TRUE(spill_to(place.path())->synced());
 }
 
 TEST(SpillFile, ValuesComeBackWhereNoThreadIsToBeHad) {

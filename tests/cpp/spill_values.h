@@ -81,13 +81,16 @@ inline std::unique_ptr<store::SpillDirectory> spill_to(const std::string& dir, u
   return made ? made.take() : nullptr;
 }
 
-// Where there is memory to spare files go through the page cache, else past it.
+// Files are left to the page cache, or go past it.
 inline constexpr bool kBothWays[] = {false, true};
 
 inline std::unique_ptr<store::SpillDirectory> spill_past_cache(const std::string& dir, bool past = true) {
-  auto directory = spill_to(dir);
-  if (directory && past) directory->bypass_cache();
-  return directory;
+  auto made = store::SpillDirectory::make(dir, "test", kSpillPool, false, -1, past);
+  EXPECT_TRUE(made.ok()) << made.status().what();
+  if (!made) return nullptr;
+  EXPECT_EQ((*made)->synced(), past);
+  if (past) (*made)->bypass_cache();
+  return made.take();
 }
 
 // The code of opening and reading; kOk only when every byte is that of `expected`.

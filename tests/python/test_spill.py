@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -51,7 +52,7 @@ def files(folder):
 def no_file_is_left(folder):
     """The service gives back the room of files that values are done with."""
     deadline = time.monotonic() + PATIENCE
-    while files(folder) != ["alive"]:
+    while not set(files(folder)) <= {"alive", "unsynced"}:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)
@@ -72,8 +73,8 @@ def of(name):
     return _known[name]
 
 
-def serve(name, folder, **how):
-    _known[name] = torchshm.start(name, limit=LIMIT, spill=folder, **how)
+def serve(name, folder, sync=True):
+    _known[name] = torchshm.start(name, limit=LIMIT, spill=folder, spill_sync=sync)
     return os.getpid()
 
 
@@ -97,14 +98,15 @@ def first(name, key):
     return int(of(name).load(key)[0])
 
 
-@pytest.fixture(scope="module")
-def big(tmp_path_factory):
-    """A store of 64 MiB served by a peer, with its folder."""
+@pytest.fixture(scope="module", params=[True, False], ids=["disk", "kernel"])
+def big(tmp_path_factory, request):
+    """A store of 64 MiB served by a peer, with its folder; files are with the disk, or with the kernel, when memory goes."""
     folder = tmp_path_factory.mktemp("spill")
     with Peer() as peer:
-        peer.call(serve, "big", folder)
+        peer.call(serve, "big", folder, request.param)
         yield folder
         peer.kill()
+        _known.pop("big").close()
 
 
 @pytest.fixture
@@ -536,17 +538,20 @@ def test_files_of_a_store_that_is_gone_are_swept_by_the_next(tmp_path):
         peer.kill()
 
 
-def test_a_clean_end_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_clean_end_leaves_nothing(tmp_path, sync):
     folder = tmp_path / "spill"
     script = f"""
+    import pathlib
     import numpy as np
     import torchshm
-    with torchshm.start("clean", limit="32MiB", spill={str(folder)!r}) as store:
+    with torchshm.start("clean", limit="32MiB", spill={str(folder)!r}, spill_sync={sync}) as store:
         for i in range(16):
             store[f"k{{i}}"] = np.full(1 << 20, i, np.int64)
-        print((store["k0"] == 0).all())
+        print((store["k0"] == 0).all(), store.info()["spilled_names"] > 8)
+        print(any(path.name == "unsynced" for path in pathlib.Path({str(folder)!r}).rglob("*")))
     """
-    assert passes(script, tmp_path) == "True\n"
+    assert passes(script, tmp_path) == f"True True\n{not sync}\n"
     assert list(folder.iterdir()) == []
 
 
@@ -667,3 +672,13 @@ def test_a_program_whose_workers_are_ended_at_its_end_leaves_nothing(tmp_path):
     """
     assert passes(script, tmp_path) == "True\n"
     assert list(folder.iterdir()) == []
+
+
+def test_the_command_leaves_files_to_the_kernel_where_it_is_told(runtime, tmp_path):
+    for number, flag in enumerate(["--spill-sync", "--no-spill-sync"]):
+        name, folder = f"told-{number}", tmp_path / str(number)
+        serve_it = ["serve", name, "--limit", "64MiB", "--spill", str(folder), flag]
+        subprocess.run([sys.executable, "-m", "torchshm", *serve_it], check=True, capture_output=True)
+        assert files(folder) == ["alive", "unsynced"][: 1 + number]
+        subprocess.run([sys.executable, "-m", "torchshm", "stop", name], check=True, capture_output=True)
+        assert list(folder.iterdir()) == []

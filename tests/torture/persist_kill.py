@@ -149,7 +149,8 @@ class Run:
     def _learn(self) -> None:
         for writer in range(WRITERS):
             path = self.folder / f"notes-{writer}"
-            lines = path.read_text().splitlines() if path.exists() else []
+            # A kill may tear the last line: a note that nobody has made.
+            lines = path.read_text().split("\n")[:-1] if path.exists() else []
             path.unlink(missing_ok=True)
             for line in lines:
                 what, key, text = line.split()

@@ -269,6 +269,9 @@ struct StartOptions {
   uint32_t mode = 0600;           ///< permissions of the socket
   std::optional<uint32_t> group;  ///< whose members may use the store too; with a mode such as 0660
   std::string spill;              ///< directory, on a disk, for values that do not fit into memory; empty: none
+  /// With `spill`: a value's memory is given up when the disk has its file. False: when the kernel has it, which then
+  /// writes it out in its own time; several times faster while memory is to spare, and what the disk fails to take then is lost.
+  bool spill_sync = true;
   Policy policy = Policy::kKeep;  ///< of values that are saved without one
   std::optional<Nanoseconds>
       timeout;  ///< that savers and loaders wait for room; default: 10 s where room can be made, else none

@@ -63,17 +63,7 @@ test-cpp: build/dev/build.ninja ## The C++ tests alone
 .PHONY: test-python
 test-python: build build/dev/build.ninja $(NODES)/.installed ## The Python tests alone
 	cmake --build --preset dev --parallel $(JOBS) --target python_modules torchshm_store torchshmd
-	export PYTHONPATH=$(CURDIR)/build/dev/python
-	$(if $(strip $(ARGS)),exec $(BIN)/pytest $(ARGS))
-	# The long ones beside the rest: each of the two waits a lot.
-	mkdir -p build/dev
-	long=build/dev/tests-long.log failed=0
-	$(BIN)/pytest -p no:cacheprovider tests/torture tests/fuzz notebooks >$$long 2>&1 & beside=$$!
-	trap 'kill $$beside 2>/dev/null || true' EXIT
-	$(BIN)/pytest tests/python || failed=$$?
-	wait $$beside || failed=$$?
-	cat $$long
-	exit $$failed
+	PYTHONPATH=$(CURDIR)/build/dev/python $(BIN)/pytest $(ARGS)
 
 .PHONY: sanitize
 sanitize: $(INSTALLED) ## The C++ tests and those of _C under ASan + UBSan and under TSan

@@ -3,8 +3,8 @@
 Quantity: bytes written a second while room is made out of values that lie in memory only, and bytes loaded a second of values that lie
 on disk only (their files out of the page cache), 768 MiB in values of 16 and 64 MiB. Unit: GB/s.
 Opponents: dd with ``oflag=direct`` and ``iflag=direct`` and blocks of the same size, and fio, where it is installed, with eight requests
-in flight, in the same folder and round. Judged by the faster of the two. Before
-each of them writes, what it wrote before is removed and given back by the file system.
+in flight, in the same folder and round. Judged by the faster of the two. Before each of them
+writes, what it wrote before is removed and given back by the file system.
 Beside them: the 99th percentile of the loads of one process, of names that stay in memory, while another process makes the
 store write to disk without a pause, and in quiet.
 """

@@ -43,7 +43,7 @@ struct Block {
 
 struct Directory {
   std::unique_ptr<SpillDirectory> spill = SpillDirectory::make(place(), "bench", kPool, false, -1).take();
-  Directory() { spill->bypass_cache(); }  // as the disk is, not memory
+  Directory() { spill->read_past_cache(); }  // as the disk is, not memory
   ~Directory() {
     spill.reset();
     std::filesystem::remove_all(place());

@@ -292,7 +292,8 @@ void SpillDirectory::leave() {
 
 std::string SpillDirectory::path() const { return os::path_of(fd()); }
 
-Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id, bool past_cache) {
+Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {
+  const bool past_cache = synced_ || !keeps_room_ || !memory_to_spare();
   for (int attempt = 1;; ++attempt) {
     std::string name = part_name(id, attempt);
     auto file = os::File::create(fd(), name, file_mode_, past_cache);
@@ -307,12 +308,11 @@ Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id, bool past_ca
       return std::move(locked.status());
     }
     if (!*locked) continue;  // a sweeper was quicker; it removes the name
-    return Part{file.take(), std::move(name)};
+    return Part{file.take(), std::move(name), past_cache};
   }
 }
 
-Status SpillDirectory::fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part,
-                            bool past_cache) {
+Status SpillDirectory::fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part) {
   if (file_mode_ != 0600) {  // whatever the umask
     auto given = os::set_access(part.file->fd(), file_mode_, -1);
     if (!given.ok()) return given;
@@ -320,14 +320,14 @@ Status SpillDirectory::fill(const SpillHead& head, const std::vector<const std::
   auto shape = spill::shape_of(head);
   if (!shape) return std::move(shape.status());
   // What goes through the page cache gets its place when it is written out, if it is not done with by then; room is kept for it.
-  auto allocated = past_cache ? part.file->preallocate(shape->file_bytes) : part.file->may_have(shape->file_bytes);
+  auto allocated = part.past_cache ? part.file->preallocate(shape->file_bytes) : part.file->may_have(shape->file_bytes);
   if (!allocated.ok()) return allocated;
   TORCHSHM_POINT("spill.allocated");
   auto written = spill::write_value(*part.file, head, *shape, blocks);
   if (!written.ok()) return written;
   TORCHSHM_POINT("spill.head_written");
   // The file system refused to go past the page cache, and what that could not write it tells here alone.
-  if (past_cache && !part.file->direct()) {
+  if (part.past_cache && !part.file->direct()) {
     auto flushed = part.file->flush();
     if (!flushed.ok()) return flushed;
   }
@@ -338,10 +338,9 @@ Status SpillDirectory::write(const SpillHead& head, const std::vector<const std:
   if (blocks.size() != head.lengths.size() || head.pool_id != pool_id_)
     return Status(Code::kInvalid, "a spilled value has one length for each block, and is one of its pool");
   if (left_.load()) return Status(Code::kUnsupported, "this process has left the store's spill directory");
-  const bool past_cache = synced_ || bypass_.load() || !keeps_room_ || !memory_to_spare();
-  auto part = make_part(head.id, past_cache);
+  auto part = make_part(head.id);
   if (!part) return std::move(part.status());
-  auto status = fill(head, blocks, *part, past_cache);
+  auto status = fill(head, blocks, *part);
   if (!status.ok()) {
     (void)os::remove_file_at(fd(), part->name);
     return status;
@@ -351,7 +350,7 @@ Status SpillDirectory::write(const SpillHead& head, const std::vector<const std:
 }
 
 Result<SpillReader> SpillDirectory::open(uint64_t id) {
-  auto opened = os::File::open(fd(), spill_name(id), bypass_.load() || !memory_to_spare());
+  auto opened = os::File::open(fd(), spill_name(id), read_past_cache_.load() || !memory_to_spare());
   if (!opened) {
     if (!is_missing(opened.status())) return std::move(opened.status());
     return Status(Code::kMissing, path() + "/" + spill_name(id) + " is not there", ENOENT);

@@ -80,8 +80,8 @@ class SpillDirectory {
   std::vector<File> list();
   // Removes the parts that nobody writes any more. Returns how many.
   uint32_t sweep_parts();
-  // From here on files go past the page cache, read or written, also where there is memory to spare; to measure it, and to test it.
-  void bypass_cache() { bypass_.store(true); }
+  // From here on files are read past the page cache also where there is memory to spare; to measure it, and to test it.
+  void read_past_cache() { read_past_cache_.store(true); }
   bool synced() const { return synced_; }
   uint64_t free_bytes();  // 0 when the system does not tell
   // What was written so far survives also a loss of power.
@@ -99,9 +99,10 @@ class SpillDirectory {
   struct Part {
     std::unique_ptr<os::File> file;
     std::string name;
+    bool past_cache;  // it should go there
   };
-  Result<Part> make_part(uint64_t id, bool past_cache);
-  Status fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part, bool past_cache);
+  Result<Part> make_part(uint64_t id);
+  Status fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part);
 
   const os::Fd directory_;
   os::Fd alive_;
@@ -110,7 +111,7 @@ class SpillDirectory {
   const uint32_t file_mode_;
   const bool synced_;
   const bool keeps_room_;
-  std::atomic<bool> bypass_{false};
+  std::atomic<bool> read_past_cache_{false};
 };
 
 // Removes the directories in `dir` of this user's stores that nobody has any more, but those with a file named `persistent`. Returns how many.

@@ -219,7 +219,7 @@ TEST(Eviction, FilesAreWrittenAheadWhenMemoryFills) {
 
 TEST(Eviction, ADiskThatIsFullMakesNoRoomAndLosesNothing) {
   Folder folder;
-  auto store = tests::with_directory(tests::fresh_store(uint64_t{16} << 20), folder, true);
+  auto store = fresh_spilling(folder, uint64_t{16} << 20);
   const auto maker = asked(store);
   ASSERT_TRUE(save_large(store, "copied", 50));
   ASSERT_GT(*out(store, "copied", How::kCopy), 0U);

@@ -437,9 +437,9 @@ TEST(SpillDirectory, ManyThreadsUseItAtOnce) {
 
 #if defined(TORCHSHM_FAILPOINTS) && TORCHSHM_FAILPOINTS
 
-TEST(SpillFile, ValuesComeBackWhereNothingGoesPastThePageCache) {
+TEST(SpillFile, ValuesComeBackThroughThePageCache) {
   const TemporaryDirectory place;
-  const auto directory = spill_past_cache(place.path());
+  const auto directory = spill_to(place.path());
   failpoint::arm({failpoint::Action::kFail, 1, true, EINVAL, "os.direct"});
   every_shape_comes_back(*directory);
   failpoint::disarm();

@@ -89,7 +89,7 @@ inline std::unique_ptr<store::SpillDirectory> spill_past_cache(const std::string
   EXPECT_TRUE(made.ok()) << made.status().what();
   if (!made) return nullptr;
   EXPECT_EQ((*made)->synced(), past);
-  if (past) (*made)->bypass_cache();
+  if (past) (*made)->read_past_cache();
   return made.take();
 }
 

@@ -51,15 +51,13 @@ struct Spilling : Store {
   Spilling(Store&& store) : Store(std::move(store)), spill(std::make_unique<store::Spill>(*catalogue)) {}
 };
 
-inline Spilling with_directory(Store&& store, const Folder& folder, bool past_cache = false) {
+inline Spilling with_directory(Store&& store, const Folder& folder) {
   Spilling made(std::move(store));
   auto own = store::SpillDirectory::make(folder.path(), "test", made.member->pool_id(), false, -1);
   EXPECT_TRUE(own.ok()) << own.status().what();
-  if (past_cache) (*own)->bypass_cache();
   made.catalogue->use(own.take());
   auto beside = store::SpillDirectory::make(folder.path(), "test", made.member->pool_id(), false, -1);
   EXPECT_TRUE(beside.ok()) << beside.status().what();
-  if (past_cache) (*beside)->bypass_cache();
   made.spill->use(beside.take());
   made.catalogue->set_directory(folder.path());
   return made;

@@ -161,7 +161,7 @@ def test_all_pools_of_the_user_are_shown(screen, serve):
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as client:
         client.stdout.readline()
-        screen.tmux("resize-window", "-x", "110", "-y", "2000")  # whatever else of this user is running
+        screen.tmux("resize-window", "-x", "110", "-y", "400")
         screen.type(f"{' '.join(command('top'))}")
         screen.shows("store all-of-them", f"served by {pid}", "pool ", str(client.pid))
         client.stdin.close()

@@ -2,9 +2,11 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <linux/fs.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <array>
@@ -27,6 +29,7 @@ FileInfo info(const struct stat& st) {
   return {static_cast<uint64_t>(st.st_dev),
           static_cast<uint64_t>(st.st_ino),
           static_cast<uint64_t>(st.st_size),
+          static_cast<uint64_t>(st.st_ctim.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(st.st_ctim.tv_nsec),
           st.st_uid,
           st.st_gid,
           st.st_mode & 07777U,
@@ -105,6 +108,13 @@ Status rename_at(int directory, const std::string& from, const std::string& to) 
   return {};
 }
 
+Status rename_to_new_at(int directory, const std::string& from, const std::string& to) {
+  int error = TORCHSHM_INJECT("os.rename_to_new");
+  if (error == 0 && ::renameat2(directory, from.c_str(), directory, to.c_str(), RENAME_NOREPLACE) != 0) error = errno;
+  if (error != 0) return Status::system("renameat2", path_of(directory) + "/" + to, error);
+  return {};
+}
+
 Status remove_file_at(int directory, const std::string& name) {
   int error = TORCHSHM_INJECT("os.remove");
   if (error == 0 && ::unlinkat(directory, name.c_str(), 0) != 0) error = errno;
@@ -164,6 +174,12 @@ Status sync_file_system(int fd) {
   if (error == 0 && ::syncfs(fd) != 0) error = errno;
   if (error != 0) return Status::system("syncfs", path_of(fd), error);
   return {};
+}
+
+uint64_t file_clock() {
+  timespec now{};
+  (void)::clock_gettime(CLOCK_REALTIME, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
 }
 
 uint32_t effective_group() { return ::getegid(); }

@@ -26,6 +26,7 @@ Result<std::vector<std::string>> list_names(int directory);
 
 struct FileInfo {
   uint64_t device = 0, inode = 0, bytes = 0;
+  uint64_t changed = 0;                                // when content, name or permissions did, ns of file_clock()
   uint32_t owner = 0, group = 0, mode = 0, links = 0;  // mode: the permissions
   bool regular = false, directory = false;
 };
@@ -33,6 +34,8 @@ Result<FileInfo> info_of(int fd);
 Result<FileInfo> info_at(int directory, const std::string& name);  // of a link itself
 
 Status rename_at(int directory, const std::string& from, const std::string& to);
+// Error EEXIST when something has the name, EINVAL where the file system can't tell.
+Status rename_to_new_at(int directory, const std::string& from, const std::string& to);
 Status remove_file_at(int directory, const std::string& name);
 Status remove_directory_at(int directory, const std::string& name);
 // The mode whatever the umask, and the group where there is one (>= 0).
@@ -48,6 +51,9 @@ Result<bool> lock_file(int fd, bool shared, Patience wait);
 Result<uint64_t> free_bytes(int fd);
 // All of the file system has reached the disk.
 Status sync_file_system(int fd);
+
+// The clock by which files have their times; it may be set.
+uint64_t file_clock();
 
 uint32_t effective_group();
 // Where the kernel says that it is; for messages.

@@ -44,11 +44,11 @@ Result<std::unique_ptr<File>> File::create(int directory, const std::string& nam
   return file;
 }
 
-Result<std::unique_ptr<File>> File::open(int directory, const std::string& name, bool direct) {
+Result<std::unique_ptr<File>> File::open(int directory, const std::string& name, int flags, bool direct) {
   int error = TORCHSHM_INJECT("os.open_file");
   int raw = -1;
   if (error == 0) {
-    raw = ::openat(directory, name.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    raw = ::openat(directory, name.c_str(), flags | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     error = errno;
   }
   std::string path = path_of(directory) + "/" + name;
@@ -59,6 +59,14 @@ Result<std::unique_ptr<File>> File::open(int directory, const std::string& name,
   if (!info->regular) return Status(Code::kCorrupt, file->path_ + " is no regular file");
   if (direct) file->go_direct();
   return file;
+}
+
+Result<std::unique_ptr<File>> File::open(int directory, const std::string& name, bool direct) {
+  return open(directory, name, O_RDONLY, direct);
+}
+
+Result<std::unique_ptr<File>> File::open_to_write(int directory, const std::string& name, bool direct) {
+  return open(directory, name, O_RDWR, direct);
 }
 
 // After the open: an open() with O_DIRECT may make the file and fail then.
@@ -85,12 +93,15 @@ Status File::may_have(uint64_t bytes) const {
 
 Status File::preallocate(uint64_t bytes) {
   if (Status may = may_have(bytes); !may) return may;
+  auto info = info_of(fd_.get());
+  if (!info) return std::move(info.status());
+  if (info->bytes == bytes) return {};
   int error = 0;
   do {
     error = TORCHSHM_INJECT("os.file_allocate");
     if (error == 0 && ::fallocate(fd_.get(), 0, 0, static_cast<off_t>(bytes)) != 0) error = errno;
   } while (error == EINTR);
-  if (error == EOPNOTSUPP || error == ENOSYS) {
+  if (error == EOPNOTSUPP || error == ENOSYS || (error == 0 && info->bytes > bytes)) {
     error = TORCHSHM_INJECT("os.file_truncate");
     if (error == 0 && ::ftruncate(fd_.get(), static_cast<off_t>(bytes)) != 0) error = errno;
   }

@@ -25,8 +25,9 @@ class File {
  public:
   // A new one, for reading and writing, through the page cache unless direct. Error EEXIST when the name is taken.
   static Result<std::unique_ptr<File>> create(int directory, const std::string& name, uint32_t mode, bool direct);
-  // A regular file, and no link; for reading, through the page cache unless direct.
+  // A regular file, and no link; for reading, or for both, through the page cache unless direct.
   static Result<std::unique_ptr<File>> open(int directory, const std::string& name, bool direct);
+  static Result<std::unique_ptr<File>> open_to_write(int directory, const std::string& name, bool direct);
 
   int fd() const { return fd_.get(); }
   const std::string& path() const { return path_; }  // when it was opened; for messages
@@ -34,7 +35,8 @@ class File {
 
   // Whether the process may write so much to a file (ulimit -f): past that the kernel would send SIGXFSZ.
   Status may_have(uint64_t bytes) const;
-  // That, its size, and room for all of it where the file system can promise that; else a write may still find the disk full.
+  // That, its size, and room for all of it where the file system can promise that; else a write may still find the disk full. What a file
+  // has already it keeps.
   Status preallocate(uint64_t bytes);
   // REQUIRES where direct(): everything is a multiple of kDirectAlignment.
   Status write_at(const std::byte* from, uint64_t bytes, uint64_t offset);
@@ -50,6 +52,7 @@ class File {
   Status flush();
 
  private:
+  static Result<std::unique_ptr<File>> open(int directory, const std::string& name, int flags, bool direct);
   explicit File(Fd fd, std::string path) : fd_(std::move(fd)), path_(std::move(path)) {}
   void go_direct();
   bool refused(int error, bool was_direct);

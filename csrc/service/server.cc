@@ -27,6 +27,7 @@ constexpr size_t kMostConnections = 256;
 constexpr std::ptrdiff_t kMostStrangers = 16;
 constexpr uint64_t kLookAhead = 50'000'000;       // ns between looks at how full memory is, when nobody tells
 constexpr uint64_t kRetry = 1'000'000'000;        // ns, after a file that could not be written
+constexpr uint64_t kLookAtSpares = 500'000'000;   // ns
 constexpr uint64_t kSweepFiles = 10'000'000'000;  // ns
 constexpr uint64_t kPatience = 5'000'000'000;     // ns that a connection may stay silent
 
@@ -195,18 +196,20 @@ void Server::forget_in_child() {
 }
 
 void Server::write_ahead() {
-  uint64_t swept = 0;
-  uint32_t gone = 0;
+  uint64_t swept = 0, looked = 0;
+  uint32_t gone = 0, spares = 0;
   catalogue_->header().service.store(member_.identity(), std::memory_order_relaxed);
   while (!ending_.load() && stop_asked_.load(std::memory_order_acquire) == 0) {
     std::atomic<uint32_t>& wanted = catalogue_->header().room_wanted;
     const uint32_t seen = wanted.load(std::memory_order_relaxed);
     const uint64_t written = catalogue_->write_ahead();
-    if (const uint32_t discarded = catalogue_->header().discarded.load(std::memory_order_relaxed); discarded != gone) {
-      (void)catalogue_->sweep_discarded();
-      gone = discarded;
-    }
     const uint64_t now = os::boot_time();
+    const uint32_t discarded = catalogue_->header().discarded.load(std::memory_order_relaxed);
+    if (discarded != gone || (spares != 0 && now - looked > kLookAtSpares)) {
+      spares = catalogue_->sweep_discarded(false);
+      gone = discarded;
+      looked = now;
+    }
     if (now - swept > kSweepFiles && deaths_.exchange(false)) {
       (void)catalogue_->sweep_files();
       swept = now;
@@ -217,7 +220,7 @@ void Server::write_ahead() {
   }
   uint64_t me = member_.identity();
   (void)catalogue_->header().service.compare_exchange_strong(me, 0, std::memory_order_relaxed);
-  (void)catalogue_->sweep_discarded();
+  (void)catalogue_->sweep_discarded(true);
 }
 
 bool Server::wait(int milliseconds) {

@@ -137,7 +137,7 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   // Removes files that no cell has any more. For one process at a time, the service.
   uint32_t sweep_files();
   // Gives back the room of those that values were done with.
-  uint32_t sweep_discarded();
+  uint32_t sweep_discarded(bool all);
 
   // RoomMaker: gives up what has expired, and then what nobody holds, as its policy says.
   uint64_t make_room(uint64_t bytes) override;

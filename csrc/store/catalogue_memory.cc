@@ -120,7 +120,7 @@ void Catalogue::leave_directory() { spill_->leave(); }
 uint64_t Catalogue::make_room(uint64_t bytes) { return eviction_->make_room(bytes); }
 uint64_t Catalogue::write_ahead() { return eviction_->write_ahead(); }
 uint32_t Catalogue::sweep_files() { return spill_->sweep(); }
-uint32_t Catalogue::sweep_discarded() { return spill_->sweep_discarded(); }
+uint32_t Catalogue::sweep_discarded(bool all) { return spill_->sweep_discarded(all); }
 std::string Catalogue::trouble() const { return spill_->trouble(); }
 
 // ---- statistics

@@ -162,7 +162,8 @@ Status Spill::write(const Standing& what) {
   TORCHSHM_POINT("spill.held");
   if (status) status = directory_->write(head, places);
   // What was discarded still has its room.
-  if (status.error() == ENOSPC && directory_->sweep_parts() > 0) status = directory_->write(head, places);
+  if (status.error() == ENOSPC && directory_->sweep_parts() + directory_->sweep_spares(true).removed > 0)
+    status = directory_->write(head, places);
   TORCHSHM_POINT("spill.written");
   for (const uint32_t block : held) member.release(block, Mode::kReadWrite);
   if (!status) return status;
@@ -284,7 +285,10 @@ Status Spill::back(const Entry& entry, bool alone) {
     bytes += length;
   }
   TORCHSHM_POINT("restore.room");
-  if (Status read = reader->read(making.data()); !read) return fail("reading back", entry.key, std::move(read));
+  if (Status read = reader->read(making.data()); !read) {
+    if (!still()) return Status(Code::kStale, "the name has been replaced");  // and its file written anew
+    return fail("reading back", entry.key, std::move(read));
+  }
   TORCHSHM_POINT("restore.read");
   std::string text = head.text;
   const std::vector<uint32_t> blocks = making.blocks();
@@ -298,7 +302,11 @@ Status Spill::back(const Entry& entry, bool alone) {
   return {};
 }
 
-uint32_t Spill::sweep_discarded() { return directory_ ? directory_->sweep_parts() : 0; }
+uint32_t Spill::sweep_discarded(bool all) {
+  if (!directory_) return 0;
+  (void)directory_->sweep_parts();
+  return directory_->sweep_spares(all).left;
+}
 
 // A file is written by who has claimed the cell that it is named after, and found in a cell from before that claim ends until it is removed.
 // Files that change hands during the scan could be missed twice. The claim is read before the cell: the other way round, both could have
@@ -324,7 +332,7 @@ uint32_t Spill::sweep() {
     }
     if (catalogue_.header().moves.load(std::memory_order_seq_cst) != moves) continue;
     TORCHSHM_POINT("spill.scanned");
-    uint32_t removed = directory_->sweep_parts();
+    uint32_t removed = directory_->sweep_parts() + directory_->sweep_spares(true).removed;
     for (const SpillDirectory::File& file : files) {
       if (file.part || known.count(file.id) != 0) continue;
       const auto cell = static_cast<uint32_t>(file.id >> 32);

@@ -44,7 +44,8 @@ class Spill {
   void remove(uint64_t file);
   // Removes the files of the dead that no cell has.
   uint32_t sweep();
-  uint32_t sweep_discarded();
+  // Gives back where discarded files lay that nobody took to write anew for a second; or all of them. Returns how many wait for that second.
+  uint32_t sweep_discarded(bool all);
   // What keeps values from going to disk, as far as this process or the service have met it.
   std::string trouble() const;
 

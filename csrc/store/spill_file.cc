@@ -1,6 +1,8 @@
 #include "store/spill_file.h"
 
+#include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cctype>
 #include <cerrno>
 #include <optional>
@@ -21,13 +23,19 @@ constexpr const char* kPersistent = "persistent";
 constexpr const char* kUnsynced = "unsynced";  // there: files are left to the page cache
 constexpr const char* kSpill = ".spill";
 constexpr const char* kPart = ".part";
+constexpr const char* kSpare = ".spare";
 constexpr size_t kDigits = 16;
 constexpr int kDiscarded = 1'000'000;  // in the name of a part: more than any writer comes to
 constexpr uint32_t kSticky = 01000, kSetgid = 02000, kGroupWrites = 0020, kOthersWrite = 0002;
 // How often something may be swept away under make() before it gives up: arbitrary, twice does not happen by itself.
 constexpr int kTries = 100;
 constexpr uint64_t kLookAgain = 500'000'000;  // ns between looks at how much memory the machine has left
-constexpr uint64_t kSpare = 4;  // of what there may be at all, a part: with more than that left the page cache is used
+constexpr uint64_t kToSpare =
+    4;  // of what there may be at all, a part: with more than that left the page cache is used
+// Of discarded files, for as long as somebody may soon want to write one: in each octave of sizes, so many bytes of them, and at least two.
+constexpr uint64_t kSpareBytes = uint64_t{128} << 20, kSmallestSpare = uint64_t{64} << 10;
+constexpr uint64_t kMostSpares = 16, kFewestSpares = 2;
+constexpr uint64_t kKeptSpare = 1'000'000'000;  // ns
 // Files of so many bytes are read by one call, and copied: a call costs some 30 us, the copy 5.
 constexpr uint64_t kAllAtOnce = uint64_t{128} << 10;
 
@@ -38,7 +46,7 @@ bool memory_to_spare() {
   const uint64_t now = os::boot_time();
   uint64_t last = looked.load(std::memory_order_relaxed);
   if (now - last > kLookAgain) {
-    const bool spare = os::memory_headroom() >= os::memory_allowed() / kSpare;
+    const bool spare = os::memory_headroom() >= os::memory_allowed() / kToSpare;
     last = (now & ~uint64_t{1}) | (spare ? 1 : 0);
     looked.store(last, std::memory_order_relaxed);
   }
@@ -71,6 +79,31 @@ std::string part_name(uint64_t id, int attempt) {
   if (attempt > 1) name.append("-").append(std::to_string(attempt));
   return name + kPart;
 }
+
+// Where spares of about a size may be: as many names as there may be of them, of the same octave.
+struct Shelf {
+  uint64_t octave;
+  uint64_t places;
+  std::string name(uint64_t place) const {
+    return std::to_string(octave).append("-").append(std::to_string(place)) + kSpare;
+  }
+};
+
+constexpr uint64_t kFirstOctave = std::bit_width(kSmallestSpare), kLastOctave = std::bit_width(kSpareBytes - 1);
+
+Shelf shelf(uint64_t octave) {
+  const uint64_t most = uint64_t{1} << octave;  // bytes, that one of them is smaller than
+  return {octave, std::clamp(2 * kSpareBytes / most, kFewestSpares, kMostSpares)};
+}
+
+// None for what is too small for it to pay, or so large that it would keep much of the disk from others.
+std::optional<Shelf> shelf_for(uint64_t bytes) {
+  const auto octave = static_cast<uint64_t>(std::bit_width(bytes));
+  if (octave < kFirstOctave || octave > kLastOctave) return std::nullopt;
+  return shelf(octave);
+}
+
+bool is_spare(const std::string& name) { return name.ends_with(kSpare); }
 
 struct Parsed {
   uint64_t id;
@@ -161,7 +194,7 @@ bool remove_all(int place, const std::string& name, int directory) {
   auto names = os::list_names(directory);
   if (!names) return false;
   for (const std::string& file : *names) {
-    if (parse(file) && !os::remove_file_at(directory, file).ok()) return false;
+    if ((parse(file) || is_spare(file)) && !os::remove_file_at(directory, file).ok()) return false;
     TORCHSHM_POINT("spill.swept");
   }
   if (Status gone = os::remove_file_at(directory, kUnsynced); !gone && !is_missing(gone)) return false;
@@ -292,8 +325,34 @@ void SpillDirectory::leave() {
 
 std::string SpillDirectory::path() const { return os::path_of(fd()); }
 
-Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {
+// Locked as a part is, before it has the name of one.
+std::optional<SpillDirectory::Part> SpillDirectory::take_spare(uint64_t id, uint64_t bytes) {
+  const auto shelf = shelf_for(bytes);
+  for (uint64_t place = 0; shelf && place < shelf->places; ++place) {
+    const std::string spare = shelf->name(place);
+    auto file = os::File::open_to_write(fd(), spare, true);
+    if (!file) continue;
+    auto locked = lock_named(fd(), spare, (*file)->fd(), false, os::Patience::kNone);
+    if (!locked || !*locked) continue;
+    TORCHSHM_POINT("spill.spare_locked");
+    Status renamed;
+    std::string name;
+    for (int attempt = 1; attempt == 1 || renamed.error() == EEXIST; ++attempt) {
+      name = part_name(id, attempt);
+      renamed = os::rename_to_new_at(fd(), spare, name);
+    }
+    if (!renamed) continue;  // it was swept
+    TORCHSHM_POINT("spill.spare_taken");
+    return Part{file.take(), std::move(name), true, true};
+  }
+  return std::nullopt;
+}
+
+Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id, uint64_t bytes) {
   const bool past_cache = synced_ || !keeps_room_ || !memory_to_spare();
+  if (synced_) {
+    if (auto spare = take_spare(id, bytes)) return std::move(*spare);
+  }
   for (int attempt = 1;; ++attempt) {
     std::string name = part_name(id, attempt);
     auto file = os::File::create(fd(), name, file_mode_, past_cache);
@@ -308,22 +367,21 @@ Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {
       return std::move(locked.status());
     }
     if (!*locked) continue;  // a sweeper was quicker; it removes the name
-    return Part{file.take(), std::move(name), past_cache};
+    return Part{file.take(), std::move(name), past_cache, false};
   }
 }
 
-Status SpillDirectory::fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part) {
-  if (file_mode_ != 0600) {  // whatever the umask
+Status SpillDirectory::fill(const SpillHead& head, const spill::Shape& shape,
+                            const std::vector<const std::byte*>& blocks, const Part& part) {
+  if (file_mode_ != 0600 && !part.anew) {  // whatever the umask; another member's has it already
     auto given = os::set_access(part.file->fd(), file_mode_, -1);
     if (!given.ok()) return given;
   }
-  auto shape = spill::shape_of(head);
-  if (!shape) return std::move(shape.status());
   // What goes through the page cache gets its place when it is written out, if it is not done with by then; room is kept for it.
-  auto allocated = part.past_cache ? part.file->preallocate(shape->file_bytes) : part.file->may_have(shape->file_bytes);
+  auto allocated = part.past_cache ? part.file->preallocate(shape.file_bytes) : part.file->may_have(shape.file_bytes);
   if (!allocated.ok()) return allocated;
   TORCHSHM_POINT("spill.allocated");
-  auto written = spill::write_value(*part.file, head, *shape, blocks);
+  auto written = spill::write_value(*part.file, head, shape, blocks);
   if (!written.ok()) return written;
   TORCHSHM_POINT("spill.head_written");
   // The file system refused to go past the page cache, and what that could not write it tells here alone.
@@ -338,9 +396,11 @@ Status SpillDirectory::write(const SpillHead& head, const std::vector<const std:
   if (blocks.size() != head.lengths.size() || head.pool_id != pool_id_)
     return Status(Code::kInvalid, "a spilled value has one length for each block, and is one of its pool");
   if (left_.load()) return Status(Code::kUnsupported, "this process has left the store's spill directory");
-  auto part = make_part(head.id);
+  auto shape = spill::shape_of(head);
+  if (!shape) return std::move(shape.status());
+  auto part = make_part(head.id, shape->file_bytes);
   if (!part) return std::move(part.status());
-  auto status = fill(head, blocks, *part);
+  auto status = fill(head, *shape, blocks, *part);
   if (!status.ok()) {
     (void)os::remove_file_at(fd(), part->name);
     return status;
@@ -389,6 +449,18 @@ bool SpillDirectory::remove(uint64_t id) {
 }
 
 bool SpillDirectory::discard(uint64_t id) {
+  if (synced_) {
+    auto info = os::info_at(fd(), spill_name(id));
+    if (!info) return false;
+    const auto shelf = shelf_for(info->bytes);
+    for (uint64_t place = 0; shelf && place < shelf->places; ++place) {
+      const Status kept = os::rename_to_new_at(fd(), spill_name(id), shelf->name(place));
+      TORCHSHM_POINT("spill.spare_made");
+      if (kept) return true;
+      if (is_missing(kept)) return false;
+      if (kept.error() != EEXIST) break;
+    }
+  }
   const bool renamed = os::rename_at(fd(), spill_name(id), part_name(id, kDiscarded)).ok();
   TORCHSHM_POINT("spill.discarded");
   return renamed;
@@ -422,6 +494,24 @@ uint32_t SpillDirectory::sweep_parts() {
     removed += os::remove_file_at(fd(), name).ok() ? 1 : 0;
   }
   return removed;
+}
+
+// Without a lock: who is about to take one finds it gone, and looks for another.
+SpillDirectory::Spares SpillDirectory::sweep_spares(bool all) {
+  Spares spares;
+  for (uint64_t octave = kFirstOctave; synced_ && octave <= kLastOctave; ++octave) {
+    const Shelf these = shelf(octave);
+    for (uint64_t place = 0; place < these.places; ++place) {
+      const std::string name = these.name(place);
+      auto info = os::info_at(fd(), name);
+      if (!info) continue;
+      const uint64_t age = os::file_clock() - info->changed;  // huge where the clock was set back
+      const bool removed = (all || age > kKeptSpare) && os::remove_file_at(fd(), name).ok();
+      TORCHSHM_POINT("spill.spare_swept");
+      ++(removed ? spares.removed : spares.left);
+    }
+  }
+  return spares;
 }
 
 uint64_t SpillDirectory::free_bytes() {

@@ -4,6 +4,8 @@
 // file `alive` that each of them holds a shared flock on through a description of its own: whoever gets it exclusively knows that they are
 // all dead. A write goes to <id>.part, which its writer holds locked, and is renamed when nothing can fail any more. A process that dies
 // leaves a part at most; what it had renamed is whole. A forked child inherits the descriptors: the store lives as long as it does.
+// Where files must be with the disk, one whose value is done with is kept as a `.spare` for a second, to be written anew: it has its place on
+// the disk already.
 // docs/spill.md has the steps. Private: the objects here.
 // Thread safety: any thread, several at once.
 #pragma once
@@ -65,11 +67,13 @@ class SpillDirectory {
   // All of it or nothing; an older file of the id is replaced. An error says which file and has the errno (ENOSPC, EIO, ...), and leaves
   // what was there before. The blocks must not change meanwhile. REQUIRES: head.pool_id == pool_id()
   Status write(const SpillHead& head, const std::vector<const std::byte*>& blocks);
-  // kMissing; kCorrupt when its head is damaged, or another value's, or the file has not its size.
+  // kMissing; kCorrupt when its head is damaged, or another value's, or the file has not its size. kCorrupt also when it was discarded meanwhile,
+  // here and in what the reader reads: who is told so looks whether it still is the file of the value that he wants.
   Result<SpillReader> open(uint64_t id);
   // True when there was one. Who reads it goes on to the end.
   bool remove(uint64_t id);
-  // The same at once and for little: where it lay is given back by the next sweep_parts(), which may take ten milliseconds a file.
+  // The same at once and for little: the file may be written anew for another value. If it is not, where it lay is given back by the next
+  // sweep, which may take ten milliseconds a file.
   bool discard(uint64_t id);
 
   struct File {
@@ -80,6 +84,11 @@ class SpillDirectory {
   std::vector<File> list();
   // Removes the parts that nobody writes any more. Returns how many.
   uint32_t sweep_parts();
+  // Removes the spares that nobody took for a second, or all.
+  struct Spares {
+    uint32_t removed = 0, left = 0;
+  };
+  Spares sweep_spares(bool all);
   // From here on files are read past the page cache also where there is memory to spare; to measure it, and to test it.
   void read_past_cache() { read_past_cache_.store(true); }
   bool synced() const { return synced_; }
@@ -100,9 +109,12 @@ class SpillDirectory {
     std::unique_ptr<os::File> file;
     std::string name;
     bool past_cache;  // it should go there
+    bool anew;        // it was another value's before
   };
-  Result<Part> make_part(uint64_t id);
-  Status fill(const SpillHead& head, const std::vector<const std::byte*>& blocks, const Part& part);
+  Result<Part> make_part(uint64_t id, uint64_t bytes);
+  std::optional<Part> take_spare(uint64_t id, uint64_t bytes);
+  Status fill(const SpillHead& head, const spill::Shape& shape, const std::vector<const std::byte*>& blocks,
+              const Part& part);
 
   const os::Fd directory_;
   os::Fd alive_;

@@ -171,6 +171,14 @@ CAMPAIGNS = [
         needs=("dev",),
     ),
     Campaign(
+        "spill_soak_unsynced",
+        "the same with files that are left to the page cache",
+        [*script("tests/torture/spill_soak.py"), "--no-spill-sync", "--seconds", "10"],
+        [*script("tests/torture/spill_soak.py"), "--no-spill-sync", "--full"],
+        budget=True,
+        needs=("dev",),
+    ),
+    Campaign(
         "spill_soak_kill",
         "the same with clients and the service killed at random, and everybody in the end: all is there, no file is left over",
         [*script("tests/torture/spill_soak.py"), "--kill", "--seconds", "10"],
@@ -441,7 +449,7 @@ def main(
         list[str] | None, typer.Option(help="these campaigns; may be given several times, or with commas")
     ] = None,
     minutes: Annotated[
-        float, typer.Option(help="for each of: soak, soak_python, store_soak, spill_soak (three forms), fuzz")
+        float, typer.Option(help="for each of: soak, soak_python, store_soak, spill_soak (four forms), fuzz")
     ] = 60.0,
     seed: Annotated[int, typer.Option(help="the first one")] = 1,
     run: Annotated[

@@ -107,9 +107,9 @@ def work(setting: Setting, slot: int, seed: int) -> None:
     Worker(setting, slot, seed).run()
 
 
-def serve(setting: Setting, directory: str, timeout: float | None) -> None:
+def serve(setting: Setting, directory: str, timeout: float | None, sync: bool) -> None:
     """Until it is killed, or told to end."""
-    with torchshm.start(setting.name, limit=setting.limit, spill=directory, timeout=timeout):
+    with torchshm.start(setting.name, limit=setting.limit, spill=directory, timeout=timeout, spill_sync=sync):
         signal.sigwait({signal.SIGTERM})
 
 
@@ -183,7 +183,9 @@ class Conductor:
 
     def start_service(self) -> None:
         timeout = ROOM_TIMEOUT if self.disk else None
-        self.service = self.order("service", self.setting, str(self.directory), timeout)
+        self.service = self.order(
+            "service", self.setting, str(self.directory), timeout, not self.chosen.no_spill_sync
+        )
 
         def answers() -> bool:
             with contextlib.suppress(torchshm.TorchshmError):
@@ -493,6 +495,7 @@ def main() -> None:
     parser.add_argument("--disk-full", action="store_true", help="needs root")
     parser.add_argument("--filesystem", choices=["ext4", "tmpfs"], default="ext4", help="of --disk-full")
     parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--no-spill-sync", action="store_true", help="leave files to the page cache")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--full", action="store_true")
     chosen = parser.parse_args()
@@ -501,6 +504,7 @@ def main() -> None:
     if chosen.seconds is None:
         chosen.seconds = 60 * chosen.minutes if chosen.minutes else 20.0
     name = "spill_soak" + ("_disk_full" if chosen.disk_full else "") + ("_kill" if chosen.kill else "")
+    name += "_unsynced" if chosen.no_spill_sync else ""
     began = time.monotonic()
     try:
         figures, violations = soak(chosen)

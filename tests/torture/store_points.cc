@@ -174,7 +174,7 @@ std::string verify(Scene& d, const Operation& operation) {
   if (wrong.empty() && (operation.flags & kAdopts) != 0) wrong = startable(d, name);
   remove_all(d);
   (void)d.member->reap();
-  (void)names(d).sweep_discarded();  // as the service does
+  (void)names(d).sweep_discarded(true);  // as the service does at its end
   auto report = store::check_catalogue(catalogue_fd, d.member->arena(), true);
   if (wrong.empty() && report && (!report->ok() || report->cells != 0))
     wrong = "all names were removed: " + std::to_string(report->cells) + " cells are left; " + report->first();

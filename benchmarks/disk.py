@@ -47,10 +47,15 @@ def forget(path: Path, wait: bool = True) -> None:
             os.close(fd)
 
 
+def _discarded(path: Path) -> bool:
+    """Whether a store has files there that it will remove."""
+    return any(file.suffix in (".part", ".spare") for file in path.rglob("*"))
+
+
 def settle(path: Path) -> None:
     """Waits until what was removed below `path` is given back: on a file system with ``discard`` that keeps the disk busy for long."""
     deadline = time.monotonic() + 60
-    while any(path.rglob("*.part")) and time.monotonic() < deadline:  # files that a store has discarded
+    while _discarded(path) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.sync()
 

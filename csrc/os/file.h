@@ -30,13 +30,14 @@ class File {
   static Result<std::unique_ptr<File>> open_to_write(int directory, const std::string& name, bool direct);
 
   int fd() const { return fd_.get(); }
-  const std::string& path() const { return path_; }  // when it was opened; for messages
+  const std::string& path() const { return path_; }  // when it was opened, or renamed; for messages
+  void renamed(std::string path) { path_ = std::move(path); }
   bool direct() const { return direct_.load(std::memory_order_relaxed); }
 
   // Whether the process may write so much to a file (ulimit -f): past that the kernel would send SIGXFSZ.
   Status may_have(uint64_t bytes) const;
-  // That, its size, and room for all of it where the file system can promise that; else a write may still find the disk full. What a file
-  // has already it keeps.
+  // That, its size, and room for all of it where the file system can promise that; else a write may still find the disk full. A
+  // file that has that size is taken to have its room.
   Status preallocate(uint64_t bytes);
   // REQUIRES where direct(): everything is a multiple of kDirectAlignment.
   Status write_at(const std::byte* from, uint64_t bytes, uint64_t offset);

@@ -149,7 +149,9 @@ struct Block {
   AtomicPair value;
   std::atomic<uint32_t> granules;  // length of a large block; written before it is live
   std::atomic<uint32_t> queue;     // low half of the generation in which the block is a queue (queue.h); 0: never
-  std::atomic<uint32_t> reserved[2];
+  std::atomic<uint32_t>
+      punched;  // of a chunk's first block: moves when the chunk's pages go back to the system. A hint
+  std::atomic<uint32_t> reserved;
 };
 
 // Which queue a ticket belongs to.

@@ -23,7 +23,7 @@ Status full(const std::string& why) { return Status(Code::kFull, why); }
 }  // namespace
 
 Space::Space(Arena& arena, uint32_t slot, std::function<void()> before_growth)
-    : arena_(arena), slot_(slot), before_growth_(std::move(before_growth)), mapped_(arena.chunks(), 0) {}
+    : arena_(arena), slot_(slot), before_growth_(std::move(before_growth)), mapped_(arena.chunks()) {}
 
 bool Space::all_idle(uint32_t first, uint32_t n) const {
   for (uint32_t i = 0; i < n; ++i) {
@@ -117,11 +117,8 @@ bool Space::take(uint32_t chunk, ChunkValue wanted, Taken* taken) {
   if (!replace(chunk, found, wanted)) return false;
   TORCHSHM_POINT("claim.taken");
   *taken = {found.committed, wanted};
-  if (found.state == ChunkState::kIdle) {
+  if (found.state == ChunkState::kIdle)
     arena_.header().idle_estimate.fetch_sub(found.committed * kPage, std::memory_order_relaxed);
-  } else {
-    mapped_[chunk] = 0;
-  }
   TORCHSHM_POINT("claim.told");
   return true;
 }
@@ -253,8 +250,8 @@ Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, c
   }
   // What was just made is mapped here already.
   for (size_t i = 0; i < need.size(); ++i) {
-    uint16_t& mapped = mapped_[first + i];
-    if (need[i] > taken[i].had && mapped >= taken[i].had) mapped = static_cast<uint16_t>(need[i]);
+    uint16_t& pages = mapped(first + i);
+    if (need[i] > taken[i].had && pages >= taken[i].had) pages = static_cast<uint16_t>(need[i]);
   }
   return {};
 }
@@ -263,23 +260,35 @@ Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, c
 void Space::give_up_pages(uint32_t first, std::vector<Taken>& taken, const std::vector<uint32_t>& need) {
   for (size_t i = 0; i < need.size(); ++i) {
     if (need[i] <= taken[i].had) continue;
-    taken[i].refused = !os::punch(arena_.data() + (uint64_t{first} + i) * kChunk + taken[i].had * kPage,
-                                  (need[i] - taken[i].had) * kPage);
+    taken[i].refused = !punch(first + static_cast<uint32_t>(i), taken[i].had * kPage);
   }
+}
+
+// The page tables of all members lose what one of them gives back.
+uint16_t& Space::mapped(uint32_t chunk) {
+  const uint32_t punched = arena_.block(chunk * kPagesPerChunk).punched.load(std::memory_order_relaxed);
+  if (mapped_[chunk].punched != punched) mapped_[chunk] = {punched, 0};
+  return mapped_[chunk].pages;
+}
+
+// REQUIRES: the chunk is this lease's; whoever has it next sees the change.
+Status Space::punch(uint32_t chunk, uint64_t from) {
+  arena_.block(chunk * kPagesPerChunk).punched.fetch_add(1, std::memory_order_relaxed);
+  return os::punch(arena_.data() + uint64_t{chunk} * kChunk + from, kChunk - from);
 }
 
 // Page tables in large steps instead of a fault for every page.
 void Space::map_pages(uint32_t first, const std::vector<uint32_t>& need) {
   for (size_t i = 0; i < need.size();) {
-    if (mapped_[first + i] >= need[i]) {
+    if (mapped(first + static_cast<uint32_t>(i)) >= need[i]) {
       ++i;
       continue;
     }
     const size_t from = i;
     uint64_t length = 0;
-    for (; i < need.size() && mapped_[first + i] < need[i]; ++i) {
+    for (; i < need.size() && mapped(first + static_cast<uint32_t>(i)) < need[i]; ++i) {
       length = (i - from) * kChunk + need[i] * kPage;
-      mapped_[first + i] = static_cast<uint16_t>(need[i]);
+      mapped(first + static_cast<uint32_t>(i)) = static_cast<uint16_t>(need[i]);
     }
     os::populate(arena_.data() + (uint64_t{first} + from) * kChunk, length);
   }
@@ -467,7 +476,7 @@ void Space::give_to_system(uint32_t chunk, ChunkValue found) {
   if (!replace(chunk, found, trimming)) return;
   TORCHSHM_POINT("inherit.trimming");
   ChunkValue next;
-  if (!os::punch(arena_.data() + uint64_t{chunk} * kChunk, kChunk)) {
+  if (!punch(chunk)) {
     next = trimming;
     next.owner = kNobody;
   }
@@ -535,7 +544,7 @@ uint64_t Space::trim(uint64_t keep) {
     claimed.owner = slot_;
     if (!replace(i, found, claimed)) continue;
     TORCHSHM_POINT("trim.claimed");
-    const Status punched = os::punch(arena_.data() + uint64_t{i} * kChunk, kChunk);
+    const Status punched = punch(i);
     TORCHSHM_POINT("trim.punched");
     (void)replace(i, claimed, punched ? ChunkValue{} : found);
     TORCHSHM_POINT("trim.done");

@@ -91,7 +91,14 @@ class Space {
   Arena& arena_;
   uint32_t slot_;
   std::function<void()> before_growth_;
-  std::vector<uint16_t> mapped_;  // pages of each chunk that this process has in its page tables
+  // Of each chunk.
+  struct Mapped {
+    uint32_t punched = 0;  // what Block::punched was
+    uint16_t pages = 0;    // that this process has had in its page tables since
+  };
+  uint16_t& mapped(uint32_t chunk);
+  Status punch(uint32_t chunk, uint64_t from = 0);
+  std::vector<Mapped> mapped_;
   std::vector<uint32_t> recent_;  // heads of runs that this lease had lately
   std::vector<Taken> taken_;      // of the claim under way; members, so that a claim allocates nothing
   std::vector<uint32_t> need_;    // pages of each of its chunks

@@ -205,7 +205,7 @@ void Server::write_ahead() {
     const uint64_t written = catalogue_->write_ahead();
     const uint64_t now = os::boot_time();
     const uint32_t discarded = catalogue_->header().discarded.load(std::memory_order_relaxed);
-    if (discarded != gone || (spares != 0 && now - looked > kLookAtSpares)) {
+    if (now - looked > (discarded != gone ? kLookAhead : spares != 0 ? kLookAtSpares : now)) {
       spares = catalogue_->sweep_discarded(false);
       gone = discarded;
       looked = now;

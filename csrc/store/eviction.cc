@@ -95,7 +95,7 @@ size_t Eviction::fit(List& list, uint64_t bytes) {
   const pool::Arena& arena = catalogue_.member().arena();
   const uint32_t need = chunks_of(bytes), used = arena.chunks_used();
   if (need <= 1 || need > used || list.next == list.units.size()) return 0;
-  if (turn_.fetch_add(1, std::memory_order_relaxed) % kInOrder == kInOrder - 1) return 0;
+  const bool oldest_too = turn_.fetch_add(1, std::memory_order_relaxed) % kInOrder == kInOrder - 1;
   constexpr uint64_t kNever = ~uint64_t{0};
   // Of each chunk: how much would have gone when it is free, in order.
   std::vector<uint64_t> cost(used, kNever);
@@ -129,7 +129,7 @@ size_t Eviction::fit(List& list, uint64_t bytes) {
   const auto after = std::stable_partition(begin, end, [&](const Unit& unit) {
     return unit.chunks != 0 && unit.first < where + need && unit.first + unit.chunks > where;
   });
-  return static_cast<size_t>(after - begin);
+  return static_cast<size_t>(after - begin) + (oldest_too && after != list.units.end() ? 1 : 0);
 }
 
 uint64_t Eviction::take(List& list, uint64_t bytes) {

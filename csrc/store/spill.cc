@@ -122,6 +122,7 @@ void Spill::remove(uint64_t file) {
   const uint64_t service = catalogue_.header().service.load(std::memory_order_relaxed);
   if (service == 0 || catalogue_.member().gone(service)) {
     (void)directory_->remove(file);
+    if (alone_since_.exchange(service, std::memory_order_relaxed) != service) (void)directory_->sweep_spares(true);
   } else if (directory_->discard(file)) {
     catalogue_.header().discarded.fetch_add(1, std::memory_order_relaxed);
   }
@@ -162,7 +163,8 @@ Status Spill::write(const Standing& what) {
   TORCHSHM_POINT("spill.held");
   if (status) status = directory_->write(head, places);
   // What was discarded still has its room.
-  if (status.error() == ENOSPC && directory_->sweep_parts() + directory_->sweep_spares(true).removed > 0)
+  if ((status.error() == ENOSPC || status.error() == EDQUOT) &&
+      directory_->sweep_parts() + directory_->sweep_spares(true).removed > 0)
     status = directory_->write(head, places);
   TORCHSHM_POINT("spill.written");
   for (const uint32_t block : held) member.release(block, Mode::kReadWrite);
@@ -332,7 +334,7 @@ uint32_t Spill::sweep() {
     }
     if (catalogue_.header().moves.load(std::memory_order_seq_cst) != moves) continue;
     TORCHSHM_POINT("spill.scanned");
-    uint32_t removed = directory_->sweep_parts() + directory_->sweep_spares(true).removed;
+    uint32_t removed = directory_->sweep_parts();
     for (const SpillDirectory::File& file : files) {
       if (file.part || known.count(file.id) != 0) continue;
       const auto cell = static_cast<uint32_t>(file.id >> 32);

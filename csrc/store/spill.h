@@ -7,6 +7,7 @@
 // Thread safety: all functions, from any thread, after use().
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -58,6 +59,7 @@ class Spill {
 
   Catalogue& catalogue_;
   std::unique_ptr<SpillDirectory> directory_;
+  std::atomic<uint64_t> alone_since_{0};  // the service that is gone, and whose spares this has swept
 };
 
 }  // namespace torchshm::store

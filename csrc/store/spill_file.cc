@@ -32,9 +32,10 @@ constexpr int kTries = 100;
 constexpr uint64_t kLookAgain = 500'000'000;  // ns between looks at how much memory the machine has left
 constexpr uint64_t kToSpare =
     4;  // of what there may be at all, a part: with more than that left the page cache is used
-// Of discarded files, for as long as somebody may soon want to write one: in each octave of sizes, so many bytes of them, and at least two.
-constexpr uint64_t kSpareBytes = uint64_t{128} << 20, kSmallestSpare = uint64_t{64} << 10;
-constexpr uint64_t kMostSpares = 16, kFewestSpares = 2;
+// Of discarded files, for as long as somebody may soon want to write one: of each octave of sizes, files of so many bytes at most; of all
+// octaves 1.25 GiB.
+constexpr uint64_t kSpareBytes = uint64_t{256} << 20, kMostSpares = 16;
+constexpr uint64_t kSmallestSpare = uint64_t{64} << 10, kLargestSpare = (uint64_t{128} << 20) - 1;
 constexpr uint64_t kKeptSpare = 1'000'000'000;  // ns
 // Files of so many bytes are read by one call, and copied: a call costs some 30 us, the copy 5.
 constexpr uint64_t kAllAtOnce = uint64_t{128} << 10;
@@ -89,11 +90,11 @@ struct Shelf {
   }
 };
 
-constexpr uint64_t kFirstOctave = std::bit_width(kSmallestSpare), kLastOctave = std::bit_width(kSpareBytes - 1);
+constexpr uint64_t kFirstOctave = std::bit_width(kSmallestSpare), kLastOctave = std::bit_width(kLargestSpare);
 
 Shelf shelf(uint64_t octave) {
   const uint64_t most = uint64_t{1} << octave;  // bytes, that one of them is smaller than
-  return {octave, std::clamp(2 * kSpareBytes / most, kFewestSpares, kMostSpares)};
+  return {octave, std::min(kSpareBytes / most, kMostSpares)};
 }
 
 // None for what is too small for it to pay, or so large that it would keep much of the disk from others.
@@ -325,11 +326,13 @@ void SpillDirectory::leave() {
 
 std::string SpillDirectory::path() const { return os::path_of(fd()); }
 
-// Locked as a part is, before it has the name of one.
+// Locked as a part is, before it has the name of one. Another user's is left alone: it would be under his quota.
 std::optional<SpillDirectory::Part> SpillDirectory::take_spare(uint64_t id, uint64_t bytes) {
   const auto shelf = shelf_for(bytes);
   for (uint64_t place = 0; shelf && place < shelf->places; ++place) {
     const std::string spare = shelf->name(place);
+    auto info = os::info_at(fd(), spare);
+    if (!info || info->owner != os::effective_user()) continue;
     auto file = os::File::open_to_write(fd(), spare, true);
     if (!file) continue;
     auto locked = lock_named(fd(), spare, (*file)->fd(), false, os::Patience::kNone);
@@ -343,16 +346,17 @@ std::optional<SpillDirectory::Part> SpillDirectory::take_spare(uint64_t id, uint
     }
     if (!renamed) continue;  // it was swept
     TORCHSHM_POINT("spill.spare_taken");
+    // Or swept, and another one put in its place: that is a part now, and nobody writes it.
+    auto same = still_there(fd(), name, (*file)->fd());
+    if (!same || !*same) continue;
+    (*file)->renamed(path() + "/" + name);
     return Part{file.take(), std::move(name), true, true};
   }
   return std::nullopt;
 }
 
-Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id, uint64_t bytes) {
+Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {
   const bool past_cache = synced_ || !keeps_room_ || !memory_to_spare();
-  if (synced_) {
-    if (auto spare = take_spare(id, bytes)) return std::move(*spare);
-  }
   for (int attempt = 1;; ++attempt) {
     std::string name = part_name(id, attempt);
     auto file = os::File::create(fd(), name, file_mode_, past_cache);
@@ -373,7 +377,19 @@ Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id, uint64_t byt
 
 Status SpillDirectory::fill(const SpillHead& head, const spill::Shape& shape,
                             const std::vector<const std::byte*>& blocks, const Part& part) {
-  if (file_mode_ != 0600 && !part.anew) {  // whatever the umask; another member's has it already
+  Status done = write_part(head, shape, blocks, part);
+  if (done) done = os::rename_at(fd(), part.name, spill_name(head.id));
+  if (!done) {
+    (void)os::remove_file_at(fd(), part.name);
+    return done;
+  }
+  TORCHSHM_POINT("spill.renamed");
+  return {};
+}
+
+Status SpillDirectory::write_part(const SpillHead& head, const spill::Shape& shape,
+                                  const std::vector<const std::byte*>& blocks, const Part& part) {
+  if (file_mode_ != 0600) {  // whatever the umask
     auto given = os::set_access(part.file->fd(), file_mode_, -1);
     if (!given.ok()) return given;
   }
@@ -389,7 +405,7 @@ Status SpillDirectory::fill(const SpillHead& head, const spill::Shape& shape,
     auto flushed = part.file->flush();
     if (!flushed.ok()) return flushed;
   }
-  return os::rename_at(fd(), part.name, spill_name(head.id));
+  return {};
 }
 
 Status SpillDirectory::write(const SpillHead& head, const std::vector<const std::byte*>& blocks) {
@@ -398,15 +414,13 @@ Status SpillDirectory::write(const SpillHead& head, const std::vector<const std:
   if (left_.load()) return Status(Code::kUnsupported, "this process has left the store's spill directory");
   auto shape = spill::shape_of(head);
   if (!shape) return std::move(shape.status());
-  auto part = make_part(head.id, shape->file_bytes);
-  if (!part) return std::move(part.status());
-  auto status = fill(head, *shape, blocks, *part);
-  if (!status.ok()) {
-    (void)os::remove_file_at(fd(), part->name);
-    return status;
+  if (auto spare = synced_ ? take_spare(head.id, shape->file_bytes) : std::nullopt) {
+    if (fill(head, *shape, blocks, *spare)) return {};
+    // Its place may be damaged, or it can't grow.
   }
-  TORCHSHM_POINT("spill.renamed");
-  return {};
+  auto part = make_part(head.id);
+  if (!part) return std::move(part.status());
+  return fill(head, *shape, blocks, *part);
 }
 
 Result<SpillReader> SpillDirectory::open(uint64_t id) {
@@ -496,10 +510,11 @@ uint32_t SpillDirectory::sweep_parts() {
   return removed;
 }
 
-// Without a lock: who is about to take one finds it gone, and looks for another.
+// Without a lock, which a forked child may have: who is about to take one finds out. All there may be: some of them are of processes that
+// joined when files were still to be with the disk.
 SpillDirectory::Spares SpillDirectory::sweep_spares(bool all) {
   Spares spares;
-  for (uint64_t octave = kFirstOctave; synced_ && octave <= kLastOctave; ++octave) {
+  for (uint64_t octave = kFirstOctave; octave <= kLastOctave; ++octave) {
     const Shelf these = shelf(octave);
     for (uint64_t place = 0; place < these.places; ++place) {
       const std::string name = these.name(place);

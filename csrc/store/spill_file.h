@@ -109,10 +109,13 @@ class SpillDirectory {
     std::unique_ptr<os::File> file;
     std::string name;
     bool past_cache;  // it should go there
-    bool anew;        // it was another value's before
+    bool spare;       // it was another value's before
   };
-  Result<Part> make_part(uint64_t id, uint64_t bytes);
+  Result<Part> make_part(uint64_t id);
   std::optional<Part> take_spare(uint64_t id, uint64_t bytes);
+  Status write_part(const SpillHead& head, const spill::Shape& shape, const std::vector<const std::byte*>& blocks,
+                    const Part& part);
+  // It has its name afterwards, or none.
   Status fill(const SpillHead& head, const spill::Shape& shape, const std::vector<const std::byte*>& blocks,
               const Part& part);
 

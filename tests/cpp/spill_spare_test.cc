@@ -194,6 +194,27 @@ TEST(SpillSpare, OfTheDeadIsSwept) {
   EXPECT_TRUE(std::filesystem::is_empty(place.path()));
 }
 
+TEST(SpillSpare, OfAnotherUserIsLeftToHim) {
+  if (::geteuid() != 0) GTEST_SKIP() << "only root can be another user";
+  const TemporaryDirectory place;
+  ASSERT_EQ(::chmod(place.path().c_str(), 0711), 0);
+  EXPECT_TRUE(succeeds([&] {
+    const auto directory = spill_to(place.path() + "/of-group", kSpillPool, false, 4242);
+    const auto as_member = [&](const std::function<bool(SpillDirectory&)>& work) {
+      return succeeds([&] {
+        if (::setgid(4242) != 0 || ::setuid(4343) != 0) return false;
+        auto joined = SpillDirectory::join(os::duplicate(directory->fd()).take(), kSpillPool);
+        return joined.ok() && work(**joined);
+      });
+    };
+    if (!write(*directory, kId, kMiB, 1)) return false;
+    return as_member([](SpillDirectory& mine) { return mine.discard(kId) && write(mine, kOther, kMiB, 2); }) &&
+           spares(directory->path()) == 1 && read(*directory, kOther, kMiB, 2) == Code::kOk &&
+           as_member([](SpillDirectory& mine) { return mine.discard(kOther) && write(mine, 3, kMiB, 3); }) &&
+           spares(directory->path()) == 1 && read(*directory, 3, kMiB, 3) == Code::kOk;
+  }));
+}
+
 // ---- of a store with a service, which discards
 
 tests::Spilling served(const Folder& folder, uint64_t limit = uint64_t{256} << 20) {
@@ -222,26 +243,110 @@ TEST(SpillSpare, GivesItsRoomToAValueOfAnotherSize) {
 
 // A reader at any place, while the name is replaced and its file goes to another value.
 TEST(SpillSpare, AReaderOfAReplacedNameGetsTheNewValue) {
-  for (const char* point : {"restore.room", "restore.read", "spill.claimed"}) {
+  for (const auto& [point, bytes] : std::vector<std::pair<const char*, uint64_t>>{{"restore.room", kMiB},
+                                                                                  {"restore.room", kMiB + kMiB / 2},
+                                                                                  {"restore.room", kMiB + 4096},
+                                                                                  {"restore.read", kMiB},
+                                                                                  {"spill.claimed", kMiB}}) {
     SCOPED_TRACE(point);
     const Folder folder;
     auto store = served(folder);
+    const auto directory = spill_to(folder.path(), store.member->pool_id());
     auto other = tests::join_spilling(store, folder);
     ASSERT_TRUE(tests::save_filled(store, "a", 7, kMiB));
     ASSERT_GT(*tests::out(store, "a"), 0U);
+    const auto file_of = [&](const std::string& key) {
+      return inode(*directory, tests::standing(store, store->find(key)->cell).file);
+    };
+    const uint64_t old = file_of("a");
+    ASSERT_NE(old, 0U);
     Status restored;
     {
       tests::HeldUp reader(point, [&] { restored = other->restore("a"); });
       ASSERT_TRUE(tests::save_filled(store, "a", 9, kMiB, {.overwrite = true}));
-      ASSERT_TRUE(tests::save_filled(store, "b", 8, kMiB));
+      ASSERT_TRUE(tests::save_filled(store, "b", 8, bytes));
       ASSERT_GT(*tests::out(store, "b"), 0U);
+      EXPECT_EQ(file_of("b"), old);
     }
     EXPECT_TRUE(restored.ok()) << restored.what();
     EXPECT_EQ(store->totals().spill_errors, 0U);
     EXPECT_EQ(tests::back(store, "a", kMiB), 9);
-    EXPECT_EQ(tests::back(store, "b", kMiB), 8);
+    EXPECT_EQ(tests::back(store, "b", bytes), 8);
     EXPECT_EQ(tests::unsound(store), "");
   }
+}
+
+// The one that was locked is swept, and another file gets its name, before it is renamed.
+TEST(SpillSpare, WhoIsHeldUpTakesNoOther) {
+  const TemporaryDirectory place;
+  const auto directory = spill_to(place.path());
+  for (const uint64_t id : {kId, kOther}) ASSERT_TRUE(write(*directory, id, kMiB, id));
+  ASSERT_TRUE(directory->discard(kId));
+  bool written = false;
+  {
+    tests::HeldUp writer("spill.spare_locked", [&] { written = write(*directory, 3, kMiB, 3); });
+    EXPECT_EQ(directory->sweep_spares(true).removed, 1U);
+    ASSERT_TRUE(directory->discard(kOther));
+  }
+  EXPECT_TRUE(written);
+  EXPECT_EQ(read(*directory, 3, kMiB, 3), Code::kOk);
+  EXPECT_EQ(directory->sweep_parts(), 1U);
+  EXPECT_EQ(directory->list().size(), 1U);
+}
+
+TEST(SpillSpare, ThatCantBeWrittenIsLeftForANewFile) {
+  const TemporaryDirectory place;
+  const auto directory = spill_to(place.path());
+  for (const char* call : {"os.pwrite", "os.file_allocate", "os.rename"}) {
+    ASSERT_TRUE(write(*directory, kId, kMiB, 1));
+    ASSERT_TRUE(directory->discard(kId));
+    failpoint::Plan plan;
+    plan.action = failpoint::Action::kFail;
+    plan.only = call;
+    plan.error = EIO;
+    failpoint::arm(plan);
+    const bool written = write(*directory, kOther, kMiB + 100000, 2);
+    failpoint::disarm();
+    EXPECT_TRUE(written) << call;
+    EXPECT_EQ(read(*directory, kOther, kMiB + 100000, 2), Code::kOk) << call;
+    EXPECT_EQ(spares(directory->path()), 0U) << call;
+    EXPECT_EQ(directory->list().size(), 1U) << call;
+    EXPECT_TRUE(directory->remove(kOther));
+  }
+}
+
+TEST(SpillSpare, GoesWhereAQuotaIsReached) {
+  const Folder folder;
+  auto store = served(folder);
+  ASSERT_TRUE(tests::save_filled(store, "a", 1, kMiB));
+  ASSERT_GT(*tests::out(store, "a"), 0U);
+  ASSERT_TRUE(store->remove("a"));
+  ASSERT_EQ(folder.files().size(), 1U);
+  ASSERT_TRUE(tests::save_filled(store, "b", 2, 4 * kMiB));
+  failpoint::Plan plan;
+  plan.action = failpoint::Action::kFail;
+  plan.only = "os.file_allocate";
+  plan.error = EDQUOT;
+  failpoint::arm(plan);
+  const auto gone = tests::out(store, "b");
+  failpoint::disarm();
+  ASSERT_TRUE(gone.ok()) << gone.status().what();
+  EXPECT_EQ(folder.files().size(), 1U);
+  EXPECT_EQ(tests::back(store, "b", 4 * kMiB), 2);
+}
+
+TEST(SpillSpare, OfAServiceThatIsGoneIsSweptByTheNextRemoval) {
+  const Folder folder;
+  auto store = served(folder);
+  for (const char* key : {"a", "b"}) {
+    ASSERT_TRUE(tests::save_filled(store, key, 1, kMiB));
+    ASSERT_GT(*tests::out(store, key), 0U);
+  }
+  ASSERT_TRUE(store->remove("a"));
+  EXPECT_EQ(folder.files().size(), 2U);
+  store->header().service.store(uint64_t{77} << 12 | 5);  // of nobody
+  ASSERT_TRUE(store->remove("b"));
+  EXPECT_TRUE(folder.files().empty());
 }
 
 // One that was discarded is written anew over an old one of the id, by a process that dies at each point or whose calls fail.
@@ -286,7 +391,7 @@ TEST(SpillSpare, AnyCallThatFailsLeavesWholeFiles) {
   const TemporaryDirectory place;
   const auto directory = spill_to(place.path());
   uint64_t failures = 0;
-  for (const int error : {EIO, ENOSPC, EINVAL}) {
+  for (const int error : {EIO, ENOSPC, EINVAL, EDQUOT}) {
     for (const bool persistent : {false, true}) {
       for (uint64_t at = 1;; ++at) {
         for (const uint64_t id : {kId, kOther, uint64_t{3}})

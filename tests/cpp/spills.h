@@ -36,7 +36,7 @@ class Folder {
     std::vector<std::string> found;
     for (const auto& entry : std::filesystem::recursive_directory_iterator(path_)) {
       const std::string extension = entry.path().extension();
-      if (extension == ".spill" || extension == ".part") found.push_back(entry.path());
+      if (extension == ".spill" || extension == ".part" || extension == ".spare") found.push_back(entry.path());
     }
     return found;
   }

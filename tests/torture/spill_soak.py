@@ -343,21 +343,21 @@ class Conductor:
             self.violations.append(f"after the disk had room again there were only {since} of {TALLIES}")
 
     def files(self) -> list[Path]:
-        return [path for path in self.directory.glob("*/*") if path.suffix in (".spill", ".part")]
+        return [path for path in self.directory.glob("*/*") if path.suffix in (".spill", ".part", ".spare")]
 
     def settled(self) -> None:
         """Waits until the service writes nothing more."""
         began = time.monotonic()
-        waited(lambda: not any(path.suffix == ".part" for path in self.files()), 10)
+        waited(lambda: not any(path.suffix != ".spill" for path in self.files()), 10)
         self.rested = time.monotonic() - began
 
     def files_belong_to_names(self) -> None:
         names = self.store.keys()
         on_disk = sum(self.store.info(name)["where"] == "disk" for name in names)
         files = self.files()
-        parts = [path.name for path in files if path.suffix == ".part"]
+        parts = [path.name for path in files if path.suffix != ".spill"]
         if parts:
-            self.violations.append(f"half-written files at rest: {parts}")
+            self.violations.append(f"half-written or discarded files at rest: {parts}")
         if not on_disk <= len(files) <= len(names):
             self.violations.append(f"{len(files)} files for {on_disk} names on disk of {len(names)} in all")
         if self.store.info()["spilled_names"] != on_disk:

@@ -31,14 +31,14 @@ bool one_of(uint64_t seed, const uint64_t (&seeds)[kSeeds]) {
   return std::find(std::begin(seeds), std::end(seeds), seed) != std::end(seeds);
 }
 
-// Of values, and parts of them.
-uint64_t spill_files() {
+// Of values, parts of them, and where they count, spares.
+uint64_t spill_files(bool spares) {
   uint64_t count = 0;
   std::error_code error;
   for (const auto& entry : std::filesystem::recursive_directory_iterator(spill_place(), error)) {
     const auto extension = entry.path().extension();
     if (entry.path().string().find("/other/") == std::string::npos)
-      count += extension == ".spill" || extension == ".part" ? 1 : 0;
+      count += extension == ".spill" || extension == ".part" || (spares && extension == ".spare") ? 1 : 0;
   }
   return count;
 }
@@ -149,8 +149,8 @@ std::string left_by(Scene& d, const Operation& operation) {
     const auto value = store::CellValue::of(names(d).word(cell).value.load());
     with_file += value.state != store::CellState::kFree && standing.life == value.life && standing.file != 0 ? 1 : 0;
   }
-  if (spill_files() != with_file)
-    return std::to_string(spill_files()) + " files are left, of " + std::to_string(with_file) + " names";
+  if (const uint64_t files = spill_files(false); files != with_file)
+    return std::to_string(files) + " files are left, of " + std::to_string(with_file) + " names";
   names(d).each("", [&](const store::Entry& entry) {
     ++listed;
     if (entry.owner != 0 && d.member->gone(entry.owner)) wrong = "a bound name of the dead is left: " + entry.key;
@@ -178,7 +178,7 @@ std::string verify(Scene& d, const Operation& operation) {
   auto report = store::check_catalogue(catalogue_fd, d.member->arena(), true);
   if (wrong.empty() && report && (!report->ok() || report->cells != 0))
     wrong = "all names were removed: " + std::to_string(report->cells) + " cells are left; " + report->first();
-  if (wrong.empty() && spill_files() != 0) wrong = "all names were removed, and files are left";
+  if (wrong.empty() && spill_files(true) != 0) wrong = "all names were removed, and files are left";
   if (wrong.empty() && here.board->wrong[0] != 0) wrong = here.board->wrong;
   return wrong;
 }

@@ -169,20 +169,38 @@ void add_spill(std::vector<Operation>& all) {
           return Status();
         });
   }
-  add(
-      "remove_what_is_on_disk_where_a_service_is", 0,
-      [away](Scene& s) {
-        away(s);
-        expect("there", {kOld}, {kMissing});
-      },
-      [](Scene& s) {
-        // Of the driver, who lives.
-        const uint64_t lease = s.member->arena().lease(0).word.load();
-        names(s).header().service.store(lease >> 8 << 12);
-        (void)names(s).remove("there");
-        names(s).header().service.store(0);
-        return Status();
-      });
+  const auto remove_beside_a_service = [](Scene& s, const char* key) {
+    // Of the driver, who lives.
+    const uint64_t lease = s.member->arena().lease(0).word.load();
+    names(s).header().service.store(lease >> 8 << 12);
+    (void)names(s).remove(key);
+    names(s).header().service.store(0);
+  };
+  for (const bool large : {false, true}) {
+    add(
+        large ? "remove_what_leaves_a_spare" : "remove_what_is_on_disk_where_a_service_is", 0,
+        [large](Scene& s) {
+          expect("there", {kOld}, {kMissing});
+          must(s, put(s, "there", kOld, large ? kBig : kMany3));
+          must(s, out(s, "there", How::kWrite));
+        },
+        [remove_beside_a_service](Scene& s) {
+          remove_beside_a_service(s, "there");
+          return Status();
+        });
+  }
+  const auto with_a_spare = [remove_beside_a_service](Scene& s) {
+    expect("there", {kOld}, {kOld});
+    must(s, put(s, "gone", kOld, kBig));
+    must(s, out(s, "gone", How::kWrite));
+    remove_beside_a_service(s, "gone");
+    must(s, put(s, "there", kOld, kBig));
+  };
+  add("spill_into_a_spare", 0, with_a_spare, [](Scene& s) { return out(s, "there", How::kWrite); });
+  add("sweep_a_spare", 0, with_a_spare, [](Scene& s) {
+    (void)names(s).sweep_discarded(true);
+    return Status();
+  });
   add(
       "expire_what_is_on_disk", 0,
       [](Scene& s) {

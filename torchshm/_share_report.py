@@ -11,6 +11,7 @@ import numpy as np
 
 from torchshm import _C
 from torchshm._leaves import Lazy, Piece, is_array, memory, parts
+from torchshm._size import format_size
 
 _LONG = 1 << 12  # bytes; what is shorter, and is left, has no line
 _DEEP = 60
@@ -80,27 +81,22 @@ class ShareReport:
         return self._bytes("left")
 
     def __repr__(self) -> str:
-        return f"<ShareReport: {_size(self.moved)} moved, {_size(self.there)} there already, {_size(self.left)} left>"
+        return f"<ShareReport: {format_size(self.moved)} moved, {format_size(self.there)} there already, {format_size(self.left)} left>"
 
     def __str__(self) -> str:
-        rows = [(leaf.path or "(itself)", leaf.kind, _size(leaf.nbytes), _said(leaf)) for leaf in self.leaves]
+        rows = [
+            (leaf.path or "(itself)", leaf.kind, format_size(leaf.nbytes), _said(leaf))
+            for leaf in self.leaves
+        ]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
         lines = [f"{p:<{widths[0]}}  {k:<{widths[1]}}  {n:>{widths[2]}}  {said}" for p, k, n, said in rows]
-        total = f"moved {_size(self.moved)}, already there {_size(self.there)}, left {_size(self.left)}"
-        return "\n".join([*lines, f"{total}; the pickle without them: {_size(self.pickled)}"])
+        total = f"moved {format_size(self.moved)}, already there {format_size(self.there)}, left {format_size(self.left)}"
+        return "\n".join([*lines, f"{total}; the pickle without them: {format_size(self.pickled)}"])
 
 
 def _said(leaf: SharedLeaf) -> str:
     said = {"moved": "moved", "there": "already there", "left": "left"}[leaf.outcome]
     return f"{said}: {leaf.why}" if leaf.why else said
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} GiB"
 
 
 # ---- looking

@@ -68,3 +68,12 @@ def _share(text: object, percent: float) -> int:
             f"no limit can be made of {text!r}: this system does not tell how much memory it has; write it as 8GB"
         )
     return max(1, int(allowed * percent / 100))
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes for a reader, as in ``1.5 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} GiB"

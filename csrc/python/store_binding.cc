@@ -365,6 +365,11 @@ class Store {
     return static_cast<double>(catalogue_->header().patience.load(std::memory_order_relaxed)) * 1e-9;
   }
   uint64_t limit() const { return member_->arena().header().limit.load(std::memory_order_relaxed); }
+  void set_limit(uint64_t bytes) { member_->arena().header().limit.store(bytes, std::memory_order_relaxed); }
+  uint64_t trim(uint64_t keep) {
+    const WithoutGil release;
+    return member_->trim(keep);
+  }
   // Sleeps a moment in which others may make room. Raises what a signal's handler raises.
   void wait_for_room(int attempt) {
     if (attempt == 0) catalogue_->count_wait();
@@ -710,6 +715,8 @@ void add_store(py::module_& m) {
       .def("leave", &Store::leave)
       .def_property_readonly("patience", &Store::patience)
       .def_property_readonly("limit", &Store::limit)
+      .def("set_limit", &Store::set_limit)
+      .def("trim", &Store::trim)
       .def("contains", &Store::contains)
       .def("remove", &Store::remove)
       .def("keys", &Store::keys)

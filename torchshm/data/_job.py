@@ -92,7 +92,7 @@ def _directory() -> Path:
     return Path("/run/torchshm" if uid == 0 else f"/tmp/torchshm-{uid}")
 
 
-def _tidy(name: str) -> None:
+def tidy(name: str) -> None:
     """Remove socket and lock of a store that nobody serves."""
     socket, path = (_directory() / f"{name}.{ending}" for ending in ("sock", "lock"))
     try:
@@ -114,14 +114,14 @@ def _tidy_jobs() -> None:
     """Jobs that were killed as a whole have left their files, and nobody will take their names again."""
     with contextlib.suppress(OSError):
         for path in list(_directory().glob(f"{_PREFIX}*.lock")):
-            _tidy(path.stem)
+            tidy(path.stem)
 
 
 def _leave(name: str) -> None:
     store = _stores.get(name)
     if store is not None:
         store.close()
-    _tidy(name)
+    tidy(name)
 
 
 # ---- the store

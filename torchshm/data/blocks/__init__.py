@@ -1,0 +1,126 @@
+"""Data sets larger than memory, prepared block by block by worker processes, in bounded memory.
+
+>>> from torchshm.data import blocks
+>>> ds = blocks.read_parquet("flights/").map_batches(normalize).shuffle(seed=1, window="1GiB")
+>>> for batch in ds.iter_batches(batch_size=256, num_workers=4):
+...     step(batch)
+
+A plan is made of lazy calls. It is run by worker processes that hand each other blocks of rows in a private store: dicts of NumPy arrays,
+Arrow tables, pandas DataFrames or xarray Datasets. Functions that follow one another run in one go, what does not fit into `memory` goes to
+disk, a slow consumer makes the workers wait, and the block of a worker that was killed is made again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from torchshm.data.blocks import _sources
+from torchshm.data.blocks._dataset import Dataset
+
+__all__ = [
+    "Dataset",
+    "from_arrays",
+    "from_iter",
+    "from_xarray",
+    "read_netcdf",
+    "read_parquet",
+    "read_zarr",
+]
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def from_arrays(arrays: Mapping[str, npt.ArrayLike]) -> Dataset:
+    """A dataset of arrays in memory, or mapped from files, whose first dimension is that of the rows.
+
+    Parameters
+    ----------
+    arrays : mapping of str to array_like
+        Of the same length. Workers that are forked read them where they are.
+
+    Raises
+    ------
+    ValueError
+        When their lengths differ, or one has no dimension.
+    """
+    made: dict[str, npt.NDArray[Any]] = {str(name): np.asanyarray(array) for name, array in arrays.items()}
+    lengths = {name: array.shape[0] if array.ndim else None for name, array in made.items()}
+    if not made or None in lengths.values() or len(set(lengths.values())) > 1:
+        raise ValueError(f"from_arrays takes arrays with the same number of rows, not {lengths}")
+    return Dataset._of(_sources.ArraySource(made))
+
+
+def from_xarray(dataset: Any, dim: str | None = None) -> Dataset:
+    """A dataset of the slices of an xarray.Dataset along a dimension, its first one by default; what it has not loaded workers read."""
+    rows = str(next(iter(dataset.sizes))) if dim is None else dim
+    if rows not in dataset.sizes:
+        raise ValueError(
+            f"the dataset has no dimension {rows!r}; it has {', '.join(map(str, dataset.sizes))}"
+        )
+    return Dataset._of(_sources.XarraySource(dataset, rows))
+
+
+def from_iter(
+    items: Callable[[], Iterator[Any]] | Iterable[Any], *, batched: bool = False, rows_per_batch: int = 1024
+) -> Dataset:
+    """A dataset of what an iterable yields: rows, as dicts or single values, or batches.
+
+    Parameters
+    ----------
+    items : iterable, or callable that returns an iterator
+        It is gone through by one worker. A list, or a function, can be begun again when that worker is killed; an iterator can't.
+    batched : bool
+        Whether it yields dicts of arrays that have many rows each. Tables always have.
+    rows_per_batch : int
+        How many single rows are put together before a function sees them.
+    """
+    return Dataset._of(_sources.IteratorSource(items, rows_per_batch, batched))
+
+
+def read_netcdf(
+    paths: Paths, *, dim: str | None = None, columns: Sequence[str] | None = None, **options: Any
+) -> Dataset:
+    """A dataset of NetCDF files, as xarray.Dataset blocks.
+
+    Parameters
+    ----------
+    paths : path, or several
+        Files, folders or patterns.
+    dim : str, optional
+        The dimension of the rows. Default: each file's first one.
+    columns : sequence of str, optional
+        Variables to read. Default: all.
+    **options
+        Those of :func:`xarray.open_dataset`.
+    """
+    return Dataset._of(_sources.NetcdfSource(_sources.expand(paths, ".nc"), dim, columns, options))
+
+
+def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None) -> Dataset:
+    """A dataset of Parquet files, as pyarrow.Table blocks of one or several row groups.
+
+    Parameters
+    ----------
+    paths : path, or several
+        Files, folders or patterns.
+    columns : sequence of str, optional
+        Default: all.
+    """
+    return Dataset._of(_sources.ParquetSource(_sources.expand(paths, ".parquet"), columns))
+
+
+def read_zarr(path: str | os.PathLike[str], *, columns: Sequence[str] | None = None) -> Dataset:
+    """A dataset of a Zarr array, as column ``data``, or of the arrays of a group, which have the same first dimension.
+
+    Parameters
+    ----------
+    path : path
+    columns : sequence of str, optional
+        Arrays of the group. Default: all.
+    """
+    return Dataset._of(_sources.ZarrSource(os.fspath(path), columns))

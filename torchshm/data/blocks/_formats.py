@@ -1,0 +1,310 @@
+"""What a block may be: a dict of NumPy arrays, an Arrow table, a pandas DataFrame or an xarray Dataset; rows in all of them.
+
+Whatever a format's library is, it is imported when such a value is met, or asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.integer[Any]]
+
+
+class Format(ABC):
+    """What is to be done with blocks of one type; `slice` gives a view where the type has views."""
+
+    name: str
+
+    @abstractmethod
+    def matches(self, value: Any) -> bool: ...
+
+    @abstractmethod
+    def rows(self, value: Any) -> int: ...
+
+    @abstractmethod
+    def nbytes(self, value: Any) -> int: ...
+
+    @abstractmethod
+    def slice(self, value: Any, begin: int, end: int) -> Any: ...
+
+    @abstractmethod
+    def take(self, value: Any, indices: Indices) -> Any: ...
+
+    @abstractmethod
+    def concat(self, values: Sequence[Any]) -> Any: ...
+
+    @abstractmethod
+    def to_numpy(self, value: Any) -> dict[str, npt.NDArray[Any]]: ...
+
+    @abstractmethod
+    def from_numpy(self, arrays: dict[str, npt.NDArray[Any]]) -> Any: ...
+
+    def merge(self, values: Sequence[Any]) -> Any:
+        """The columns of all, side by side; the rows are as many in each."""
+        merged: dict[str, npt.NDArray[Any]] = {}
+        for value in values:
+            for name, array in self.to_numpy(value).items():
+                merged[_free(name, merged)] = array
+        return self.from_numpy(merged)
+
+
+def _free(name: str, taken: Any) -> str:
+    """The name, or with a number where it is taken, as Ray and pandas have it."""
+    found, number = name, 0
+    while found in taken:
+        number += 1
+        found = f"{name}_{number}"
+    return found
+
+
+class NumpyFormat(Format):
+    """dict of str to arrays that have the same first dimension."""
+
+    name = "numpy"
+
+    def matches(self, value: Any) -> bool:
+        return isinstance(value, dict)
+
+    def rows(self, value: Any) -> int:
+        return len(next(iter(value.values()))) if value else 0
+
+    def nbytes(self, value: Any) -> int:
+        return sum(array.nbytes for array in value.values())
+
+    def slice(self, value: Any, begin: int, end: int) -> Any:
+        return {name: array[begin:end] for name, array in value.items()}
+
+    def take(self, value: Any, indices: Indices) -> Any:
+        return {name: np.take(array, indices, axis=0) for name, array in value.items()}
+
+    def concat(self, values: Sequence[Any]) -> Any:
+        return {name: np.concatenate([value[name] for value in values]) for name in values[0]}
+
+    def to_numpy(self, value: Any) -> dict[str, npt.NDArray[Any]]:
+        return dict(value)
+
+    def from_numpy(self, arrays: dict[str, npt.NDArray[Any]]) -> Any:
+        return arrays
+
+
+class ArrowFormat(Format):
+    """pyarrow.Table."""
+
+    name = "arrow"
+
+    def matches(self, value: Any) -> bool:
+        pa = sys.modules.get("pyarrow")
+        return pa is not None and isinstance(value, pa.Table)
+
+    def rows(self, value: Any) -> int:
+        return int(value.num_rows)
+
+    def nbytes(self, value: Any) -> int:
+        return int(value.nbytes)
+
+    def slice(self, value: Any, begin: int, end: int) -> Any:
+        return value.slice(begin, end - begin)
+
+    def take(self, value: Any, indices: Indices) -> Any:
+        return value.take(indices)
+
+    def concat(self, values: Sequence[Any]) -> Any:
+        import pyarrow as pa
+
+        return pa.concat_tables(values, promote_options="default").combine_chunks()
+
+    def to_numpy(self, value: Any) -> dict[str, npt.NDArray[Any]]:
+        return {name: value.column(name).to_numpy() for name in value.column_names}
+
+    def from_numpy(self, arrays: dict[str, npt.NDArray[Any]]) -> Any:
+        import pyarrow as pa
+
+        columns = {}
+        for name, array in arrays.items():
+            if array.ndim <= 1:
+                columns[name] = pa.array(array)
+            elif array.ndim == 2:
+                columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
+            else:
+                tensor = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(array))
+                columns[name] = tensor
+        return pa.table(columns)
+
+    def merge(self, values: Sequence[Any]) -> Any:
+        merged = values[0]
+        for value in values[1:]:
+            for name in value.column_names:
+                merged = merged.append_column(_free(name, merged.column_names), value.column(name))
+        return merged
+
+
+class PandasFormat(Format):
+    """pandas.DataFrame; its index is not kept."""
+
+    name = "pandas"
+
+    def matches(self, value: Any) -> bool:
+        pd = sys.modules.get("pandas")
+        return pd is not None and isinstance(value, pd.DataFrame)
+
+    def rows(self, value: Any) -> int:
+        return len(value)
+
+    def nbytes(self, value: Any) -> int:
+        return int(value.memory_usage(index=False, deep=True).sum())
+
+    def slice(self, value: Any, begin: int, end: int) -> Any:
+        return value.iloc[begin:end]
+
+    def take(self, value: Any, indices: Indices) -> Any:
+        return value.take(indices)
+
+    def concat(self, values: Sequence[Any]) -> Any:
+        import pandas as pd
+
+        return pd.concat(values, ignore_index=True)
+
+    def to_numpy(self, value: Any) -> dict[str, npt.NDArray[Any]]:
+        return {str(name): value[name].to_numpy() for name in value.columns}
+
+    def from_numpy(self, arrays: dict[str, npt.NDArray[Any]]) -> Any:
+        import pandas as pd
+
+        return pd.DataFrame(
+            {name: array if array.ndim == 1 else list(array) for name, array in arrays.items()}
+        )
+
+
+class XarrayFormat(Format):
+    """xarray.Dataset; rows along the dimension that its attribute ``_rows`` names, else its first one."""
+
+    name = "xarray"
+
+    def matches(self, value: Any) -> bool:
+        xr = sys.modules.get("xarray")
+        return xr is not None and isinstance(value, xr.Dataset)
+
+    def dim(self, value: Any) -> str:
+        return str(
+            value.encoding.get("torchshm_rows") or value.attrs.get("torchshm_rows") or next(iter(value.sizes))
+        )
+
+    def rows(self, value: Any) -> int:
+        return int(value.sizes[self.dim(value)])
+
+    def nbytes(self, value: Any) -> int:
+        return int(value.nbytes)
+
+    def slice(self, value: Any, begin: int, end: int) -> Any:
+        return value.isel({self.dim(value): slice(begin, end)})
+
+    def take(self, value: Any, indices: Indices) -> Any:
+        return value.isel({self.dim(value): indices})
+
+    def concat(self, values: Sequence[Any]) -> Any:
+        import xarray as xr
+
+        dim = self.dim(values[0])
+        return xr.concat(
+            values,
+            dim,
+            data_vars="minimal",
+            coords="minimal",
+            compat="override",
+            join="override",
+            combine_attrs="override",
+        )
+
+    def to_numpy(self, value: Any) -> dict[str, npt.NDArray[Any]]:
+        dim = self.dim(value)
+        found = {}
+        for name, variable in value.variables.items():
+            if dim in variable.dims:
+                others = [each for each in variable.dims if each != dim]
+                found[str(name)] = variable.transpose(dim, *others).values
+        return found
+
+    def from_numpy(self, arrays: dict[str, npt.NDArray[Any]]) -> Any:
+        import xarray as xr
+
+        variables = {
+            name: (("row", *(f"{name}_{i}" for i in range(1, array.ndim))), array)
+            for name, array in arrays.items()
+        }
+        return xr.Dataset(variables, attrs={"torchshm_rows": "row"})
+
+
+FORMATS: dict[str, Format] = {
+    each.name: each for each in (NumpyFormat(), ArrowFormat(), PandasFormat(), XarrayFormat())
+}
+
+
+def format_of(value: Any) -> Format:
+    """The format that a value has.
+
+    Raises
+    ------
+    TypeError
+        For what is no block.
+    """
+    for each in FORMATS.values():
+        if each.matches(value):
+            return each
+    raise TypeError(
+        f"a block is a dict of arrays, a pyarrow.Table, a pandas.DataFrame or an xarray.Dataset, not {type(value).__name__}"
+    )
+
+
+def checked(value: Any, what: str) -> Any:
+    """A value that a user's function returned, its columns as arrays.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no block, and for columns of different lengths.
+    """
+    try:
+        found = format_of(value)
+    except TypeError as error:
+        raise TypeError(f"{what} returned {type(value).__name__}: {error}") from None
+    if found.name != "numpy":
+        return value
+    arrays = {str(name): np.asarray(array) for name, array in value.items()}
+    lengths = {name: len(array) if array.ndim else None for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1 or None in lengths.values():
+        raise ValueError(f"{what} returned columns that differ in their numbers of rows: {lengths}")
+    return arrays
+
+
+def convert(value: Any, name: str | None) -> Any:
+    """The value in the format of that name; None: as it is."""
+    found = format_of(value)
+    if name is None or found.name == name:
+        return value
+    if name == "torch":
+        import torch
+
+        arrays = found.to_numpy(value).items()
+        return {
+            key: torch.as_tensor(array if array.flags.writeable else array.copy()) for key, array in arrays
+        }
+    if found.name == "arrow" and name == "pandas":
+        return value.to_pandas()
+    if found.name == "pandas" and name == "arrow":
+        import pyarrow as pa
+
+        return pa.Table.from_pandas(value, preserve_index=False)
+    if name not in FORMATS:
+        raise ValueError(f"batch_format is one of {', '.join([*FORMATS, 'torch'])} and None, not {name!r}")
+    return FORMATS[name].from_numpy(found.to_numpy(value))
+
+
+def mode_for(name: str | None) -> str | None:
+    """How a block is loaded that becomes that format: a tensor has no read-only flag."""
+    return "c" if name == "torch" else None

@@ -1,0 +1,122 @@
+"""The stores that blocks lie in: one of each process that runs plans, for as long as it lives, and each spill directory.
+
+A process is a member of only so many pools, and leaves none of them: so its executions follow one another in one store, whose limit is the
+sum of theirs, and where each has a prefix of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing.util
+import os
+import shutil
+import tempfile
+import threading
+from dataclasses import dataclass, field
+
+import torchshm
+from torchshm._store import Store, connect
+from torchshm.data._job import tidy
+
+PATIENCE = 600.0
+"""Seconds that a worker waits for room: the executor sees to it that it comes."""
+_numbers = itertools.count()
+
+
+@dataclass
+class Home:
+    """This process's store for a spill directory, and the bytes that each execution in it may take."""
+
+    store: Store
+    directory: str
+    shares: dict[str, int] = field(default_factory=dict)
+
+    def enter(self, memory: int, prefix: str | None = None) -> str:
+        """The prefix of a new execution."""
+        with _lock:
+            prefix = prefix or f"r{next(_numbers)}."
+            self.shares[prefix] = memory
+            self._set_limit()
+        return prefix
+
+    def leave(self, prefix: str) -> None:
+        """Remove everything of an execution, and give its memory back."""
+        with _lock:
+            if self.shares.pop(prefix, None) is None:
+                return
+            for key in self.store.keys(prefix):
+                with contextlib.suppress(KeyError):
+                    self.store.remove(key)
+            self._set_limit()
+            if not self.shares:
+                self.store._core.trim(0)
+
+    def _set_limit(self) -> None:
+        if self.shares:
+            self.store._core.set_limit(sum(self.shares.values()))
+
+
+_lock = threading.RLock()
+_homes: dict[tuple[str, str | None], Home] = {}
+_connected: dict[str, Store] = {}
+
+
+def _in_child() -> None:
+    """A forked child runs its own, and goes on as a client of those that it knows."""
+    global _lock
+    _lock = threading.RLock()
+    for home in _homes.values():
+        _connected[home.store.name] = home.store
+    _homes.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+def home(parent: str | None, memory: int, name: str | None = None) -> Home:
+    """The store of this process whose values go to a directory in `parent`, that of temporary files by default; of that name."""
+    place = os.path.abspath(parent or tempfile.gettempdir())
+    with _lock:
+        found = _homes.get((place, name))
+        if found is None:
+            os.makedirs(place, exist_ok=True)
+            directory = tempfile.mkdtemp(prefix="torchshm-blocks-", dir=place)
+            try:
+                store = torchshm.start(
+                    name or f"blocks-{os.getpid()}-{os.urandom(3).hex()}",
+                    memory,
+                    spill=directory,
+                    spill_sync=False,
+                    policy="spill",
+                    timeout=PATIENCE,
+                )
+            except BaseException:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
+            found = _homes[place, name] = Home(store, directory)
+            multiprocessing.util.Finalize(None, _close, args=((place, name), os.getpid()), exitpriority=-10)
+        return found
+
+
+def _close(place: tuple[str, str | None], owner: int) -> None:
+    if os.getpid() != owner:
+        return
+    found = _homes.pop(place, None)
+    if found is not None:
+        with contextlib.suppress(Exception):
+            found.store.close()
+        tidy(found.store.name)
+        shutil.rmtree(found.directory, ignore_errors=True)
+
+
+def client(name: str, timeout: float) -> Store:
+    """A client of another process's store, or of this one's."""
+    with _lock:
+        for each in _homes.values():
+            if each.store.name == name:
+                return each.store
+        found = _connected.get(name)
+        if found is None:
+            found = _connected[name] = connect(name, timeout)
+        return found

@@ -1,0 +1,51 @@
+"""What `explain` says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torchshm._size import format_size
+from torchshm.data.blocks._plan import Stage
+
+
+def describe_plan(stages: Sequence[Stage], facts: dict[str, Any]) -> str:
+    lines = [
+        f"{facts['workers']} workers, {format_size(facts['memory'])} of memory, blocks of about {format_size(facts['block'])}"
+    ]
+    for number, stage in enumerate(stages):
+        after = (
+            f", after {' and '.join(map(str, stage.inputs))}"
+            if stage.inputs and stage.inputs != [number - 1]
+            else ""
+        )
+        lines.append(f"stage {number}: {stage.label}{after}")
+    return "\n".join(lines)
+
+
+def describe_run(statistics: dict[str, Any]) -> str:
+    head = ["stage", "tasks", "blocks", "rows", "bytes", "seconds", "again"]
+    rows = [
+        [
+            str(number),
+            f"{stage['tasks']:,}",
+            f"{stage['blocks']:,}",
+            f"{stage['rows']:,}",
+            format_size(stage["nbytes"]),
+            f"{stage['seconds']:.2f}",
+            str(stage["retries"]),
+        ]
+        for number, stage in enumerate(statistics["stages"])
+    ]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    table = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]
+    ]
+    return "\n".join(
+        [
+            *table,
+            f"{statistics['seconds']:.2f} s; most memory of blocks {format_size(statistics['most'])} of "
+            f"{format_size(statistics['limit'])}; "
+            f"{statistics['spills']:,} spilled, {statistics['restores']:,} read back",
+        ]
+    )

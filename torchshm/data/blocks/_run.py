@@ -1,0 +1,230 @@
+"""One execution of a plan as its owner sees it: it starts the executor, and ends it; and the consumers, in any process."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import multiprocessing.process
+import multiprocessing.util
+import os
+import pickle
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torchshm import _C
+from torchshm._store import Store
+from torchshm.data.blocks._executor import Job, announcement, serve
+from torchshm.data.blocks._home import Home, client
+from torchshm.errors import StoreUnavailableError, TorchshmError
+
+_START = 60.0  # s for an executor to be ready
+_END = 5.0  # s for it to end
+_DYING = 0.1  # s for workers to die with it
+_LOOK = 0.25  # s between looks at whether it still lives
+
+
+class RemoteTraceback(Exception):
+    """The cause of an exception that a worker raised: its traceback there."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}\n"""'
+
+
+def raised(pickled: bytes, text: str) -> BaseException:
+    """The exception of another process, with its traceback there as its cause."""
+    error: BaseException | None = None
+    if pickled:
+        with contextlib.suppress(Exception):
+            error = pickle.loads(pickled)
+    if error is None:
+        error = TorchshmError("a worker raised what can't be pickled; its traceback is above")
+    error.__cause__ = RemoteTraceback(text)
+    return error
+
+
+def _call(payload: bytes, control: Any, owner: int) -> None:
+    serve(pickle.loads(payload), control, owner, None)
+
+
+class Run:
+    """The executor of a job, a child of this process, with which it ends."""
+
+    def __init__(self, job: Job, home: Home | None, start_method: str | None) -> None:
+        method = start_method or multiprocessing.get_start_method()
+        method = "fork" if method == "fork" else "spawn"
+        context = multiprocessing.get_context(method)
+        here, there = context.Pipe()
+        self._control, self._job = here, job
+        arguments: tuple[Any, ...] = (job, there, os.getpid(), here)
+        target: Any = serve
+        if method != "fork":
+            target, arguments = _call, (_pickled(job), there, os.getpid())
+        config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+        daemon = config.get("daemon")
+        try:
+            # A DataLoader worker is one, and may have no children. This child ends with it.
+            config["daemon"] = False
+            self._process = context.Process(  # type: ignore[attr-defined]
+                target=target, args=arguments, name=f"torchshm-blocks-{job.prefix}"
+            )
+            self._process.start()
+        finally:
+            config["daemon"] = daemon
+        there.close()
+        self._finalize = weakref.finalize(self, _end, self._process, here, home, job.prefix, os.getpid())
+        multiprocessing.util.Finalize(self, self._finalize, exitpriority=20)
+        try:
+            if not here.poll(_START):
+                raise TorchshmError(f"the executor of {job.store} has not begun within {_START:.0f} s")
+            message = here.recv()
+        except EOFError:
+            self._process.join(_END)
+            self.close()
+            raise TorchshmError(
+                f"the executor of {job.store} died as it began, exit code {self._process.exitcode}"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+        if message[0] == "failed":
+            self.close()
+            raise raised(*message[1:])
+
+    @property
+    def job(self) -> Job:
+        return self._job
+
+    def finish(self) -> None:
+        """Let the executor end by itself when the consumers have everything."""
+        if self._finalize.detach() is not None:
+            with contextlib.suppress(OSError):
+                self._control.send("finish")
+
+    @property
+    def exitcode(self) -> int | None:
+        code: int | None = self._process.exitcode
+        return code
+
+    def close(self) -> None:
+        """End the executor, its workers, its store and its files."""
+        self._finalize()
+
+
+def _pickled(job: Job) -> bytes:
+    try:
+        import cloudpickle
+
+        payload: bytes = cloudpickle.dumps(job)
+        return payload
+    except ImportError:
+        pass
+    try:
+        return pickle.dumps(job)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TorchshmError(
+            f"the plan can't be sent to a process that is not forked: {error}. Install cloudpickle, or define its "
+            "functions at the top of a module"
+        ) from error
+
+
+def _end(process: Any, control: Any, home: Home | None, prefix: str, owner: int) -> None:
+    if os.getpid() != owner:  # a forked child has nothing to end
+        return
+    with contextlib.suppress(OSError):
+        control.send(None)
+    process.join(_END)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    control.close()
+    if process.exitcode:
+        time.sleep(_DYING)
+    if home is not None:
+        home.leave(prefix)
+
+
+class Consumer:
+    """Blocks of one shard and epoch, in order, in any process."""
+
+    def __init__(
+        self,
+        store: str,
+        prefix: str,
+        shard: int,
+        epoch: int,
+        run: Run | None = None,
+        first: bool = True,
+        mode: str | None = None,
+    ) -> None:
+        self._name, self._prefix, self._shard, self._epoch = store, prefix, shard, epoch
+        self._run, self._first, self._mode = run, first, mode
+        self._store: Store | None = None
+        self.statistics: dict[str, Any] | None = None
+        self._over = False
+
+    def __iter__(self) -> Iterator[tuple[Any, int, int]]:
+        """Each block, and its rows from and to that are this shard's."""
+        store = self._store = client(self._name, _START)
+        if not self._first:
+            self._ask(store)
+        for number in itertools.count():
+            name = announcement(f"{self._prefix}{self._epoch}", self._shard, number)
+            found = self._next(store, name)
+            if "key" not in found:
+                store.remove(name)
+                if "error" in found:
+                    raise raised(found["error"], found["text"])
+                self.statistics, self._over = found["statistics"], True
+                return
+            value = store.load(found["key"], mode=self._mode, allow_pickle=True)
+            store.remove(name)
+            yield value, found["begin"], found["end"]
+            del value
+
+    def _ask(self, store: Store) -> None:
+        """For this epoch."""
+        name = self._prefix + "wanted"
+        with store.lock(name):
+            if store.get(name, 0) < self._epoch:
+                store.save(name, self._epoch, overwrite=True, policy="pin")
+
+    def look(self) -> dict[str, Any] | None:
+        """How far the execution is."""
+        if self._store is not None and not self._over:
+            with contextlib.suppress(KeyError, StoreUnavailableError):
+                self.statistics = self._store.load(self._prefix + "statistics")
+        return self.statistics
+
+    def _next(self, store: Store, name: str) -> dict[str, Any]:
+        while True:
+            try:
+                found: dict[str, Any] = store.load(name, timeout=_LOOK)
+                return found
+            except TimeoutError:
+                if not self._alive():
+                    break
+        raise TorchshmError(
+            f"the process that executes the plan ({self._name}) has died"
+            + self._how()
+            + "; iterate again to begin anew"
+        )
+
+    def _alive(self) -> bool:
+        if self._run is not None:
+            return self._run.exitcode is None
+        try:
+            _C.store_status(self._name)
+        except StoreUnavailableError:
+            return False
+        return True
+
+    def _how(self) -> str:
+        code = self._run.exitcode if self._run is not None else None
+        return "" if code is None else f", exit code {code}"

@@ -1,0 +1,336 @@
+"""Where blocks come from: arrays, files, iterators. A source is a list of tasks that workers run, each of which yields values."""
+
+from __future__ import annotations
+
+import glob
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_ROWS_LIKE = "row"
+
+
+class Source(ABC):
+    """Tasks 0, 1, ..., `len(self)`; any process may run any of them, again and again, with the same result."""
+
+    label: str = "read"
+    format: str = "numpy"
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, task: int) -> Iterator[Any]:
+        """Values of this task, in order; how large they are is the source's business."""
+
+    def plan(self, target: int) -> Source:
+        """This source divided into tasks of about `target` bytes."""
+        return self
+
+    def nbytes(self, task: int) -> int | None:
+        """About how much a task yields; None: not known."""
+        return None
+
+
+class ArraySource(Source):
+    """Slices of arrays in this process's memory, which workers inherit, or of memory maps."""
+
+    label = "from_arrays"
+
+    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], cuts: Sequence[int] | None = None) -> None:
+        self._arrays = dict(arrays)
+        self._rows = len(next(iter(self._arrays.values()))) if self._arrays else 0
+        self._cuts = list(cuts) if cuts is not None else [0, self._rows]
+
+    def plan(self, target: int) -> Source:
+        per_row = sum(array.nbytes for array in self._arrays.values()) / max(self._rows, 1)
+        rows = max(1, int(target / per_row)) if per_row else max(1, self._rows)
+        return ArraySource(self._arrays, [*range(0, self._rows, rows), self._rows] if self._rows else [0])
+
+    def __len__(self) -> int:
+        return len(self._cuts) - 1
+
+    def read(self, task: int) -> Iterator[Any]:
+        begin, end = self._cuts[task], self._cuts[task + 1]
+        yield {name: array[begin:end] for name, array in self._arrays.items()}
+
+    def nbytes(self, task: int) -> int | None:
+        begin, end = self._cuts[task], self._cuts[task + 1]
+        return sum(array[begin:end].nbytes for array in self._arrays.values())
+
+
+class XarraySource(Source):
+    """Slices of a Dataset along a dimension; what it has not loaded is read by the worker."""
+
+    label = "from_xarray"
+    format = "xarray"
+
+    def __init__(self, dataset: Any, dim: str, cuts: Sequence[int] | None = None) -> None:
+        self._dataset, self._dim = dataset, dim
+        self._rows = int(dataset.sizes[dim])
+        self._cuts = list(cuts) if cuts is not None else [0, self._rows]
+
+    def plan(self, target: int) -> Source:
+        rows = max(1, int(target * self._rows / max(self._dataset.nbytes, 1)))
+        return XarraySource(self._dataset, self._dim, [*range(0, self._rows, rows), self._rows])
+
+    def __len__(self) -> int:
+        return len(self._cuts) - 1
+
+    def read(self, task: int) -> Iterator[Any]:
+        piece = self._dataset.isel({self._dim: slice(self._cuts[task], self._cuts[task + 1])}).load()
+        yield with_rows(piece, self._dim)
+
+    def nbytes(self, task: int) -> int | None:
+        part = self._cuts[task + 1] - self._cuts[task]
+        return int(self._dataset.nbytes * part / max(self._rows, 1))
+
+
+def with_rows(dataset: Any, dim: str) -> Any:
+    """The dataset, and in it along which dimension its rows lie."""
+    return dataset.assign_attrs(torchshm_rows=dim)
+
+
+class NetcdfSource(Source):
+    """Slices of NetCDF files along a dimension, by xarray; a file is opened by the worker that reads from it."""
+
+    label = "read_netcdf"
+    format = "xarray"
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        dim: str | None,
+        columns: Sequence[str] | None,
+        options: Mapping[str, Any],
+        tasks: Sequence[tuple[str, str, int, int, int]] = (),
+    ) -> None:
+        self._paths, self._dim, self._columns, self._options = list(paths), dim, columns, dict(options)
+        self._tasks = list(tasks)
+        self._open: tuple[str, Any] | None = None
+
+    def _dataset(self, path: str) -> Any:
+        import xarray as xr
+
+        if self._open is None or self._open[0] != path:
+            if self._open is not None:
+                self._open[1].close()
+            found = xr.open_dataset(path, **self._options)
+            self._open = path, found if self._columns is None else found[list(self._columns)]
+        return self._open[1]
+
+    def plan(self, target: int) -> Source:
+        tasks = []
+        for path in self._paths:
+            dataset = self._dataset(path)
+            dim = self._dim or str(next(iter(dataset.sizes)))
+            if dim not in dataset.sizes:
+                raise ValueError(
+                    f"{path} has no dimension {dim!r}; it has {', '.join(map(str, dataset.sizes))}"
+                )
+            rows = int(dataset.sizes[dim])
+            per_row = max(1, dataset.nbytes // max(rows, 1))
+            step = max(1, target // per_row)
+            tasks += [
+                (path, dim, begin, min(begin + step, rows), per_row * (min(begin + step, rows) - begin))
+                for begin in range(0, rows, step)
+            ]
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+        return NetcdfSource(self._paths, self._dim, self._columns, self._options, tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def read(self, task: int) -> Iterator[Any]:
+        path, dim, begin, end, _ = self._tasks[task]
+        dataset = self._dataset(path)
+        loaded = dataset.isel({dim: slice(begin, end)}).copy(deep=False)
+        yield with_rows(loaded.load(), dim)
+
+    def nbytes(self, task: int) -> int | None:
+        return self._tasks[task][4]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}
+
+
+class ParquetSource(Source):
+    """Row groups of Parquet files, as Arrow tables."""
+
+    label = "read_parquet"
+    format = "arrow"
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        columns: Sequence[str] | None,
+        tasks: Sequence[tuple[str, tuple[int, ...], int]] = (),
+    ) -> None:
+        self._paths, self._columns, self._tasks = list(paths), columns, list(tasks)
+
+    def plan(self, target: int) -> Source:
+        import pyarrow.parquet as pq
+
+        tasks: list[tuple[str, tuple[int, ...], int]] = []
+        for path in self._paths:
+            metadata = pq.read_metadata(path)
+            groups: list[int] = []
+            size = 0
+            for group in range(metadata.num_row_groups):
+                found = metadata.row_group(group).total_byte_size
+                if groups and size + found > target:
+                    tasks.append((path, tuple(groups), size))
+                    groups, size = [], 0
+                groups.append(group)
+                size += found
+            if groups:
+                tasks.append((path, tuple(groups), size))
+        return ParquetSource(self._paths, self._columns, tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def read(self, task: int) -> Iterator[Any]:
+        import pyarrow.parquet as pq
+
+        path, groups, _ = self._tasks[task]
+        with pq.ParquetFile(path) as file:
+            yield file.read_row_groups(list(groups), columns=self._columns, use_threads=False)
+
+    def nbytes(self, task: int) -> int | None:
+        return self._tasks[task][2]
+
+
+class ZarrSource(Source):
+    """Slices of the arrays of a Zarr group along their first dimension, at the borders of chunks."""
+
+    label = "read_zarr"
+
+    def __init__(
+        self, path: str, columns: Sequence[str] | None, cuts: Sequence[int] = (), per_row: int = 0
+    ) -> None:
+        self._path, self._columns, self._cuts, self._per_row = path, columns, list(cuts), per_row
+        self._arrays: dict[str, Any] | None = None
+
+    def _opened(self) -> dict[str, Any]:
+        if self._arrays is None:
+            import zarr
+
+            found = zarr.open(self._path, mode="r")
+            arrays = dict(found.arrays()) if isinstance(found, zarr.Group) else {"data": found}
+            if self._columns is not None:
+                arrays = {name: arrays[name] for name in self._columns}
+            self._arrays = arrays
+        return self._arrays
+
+    def plan(self, target: int) -> Source:
+        arrays = self._opened()
+        rows = {name: array.shape[0] for name, array in arrays.items()}
+        if len(set(rows.values())) > 1:
+            raise ValueError(
+                f"the arrays of {self._path} have different numbers of rows: {rows}; choose by columns="
+            )
+        count = next(iter(rows.values()), 0)
+        per_row = sum(array.nbytes // max(count, 1) for array in arrays.values())
+        chunk = max((array.chunks[0] for array in arrays.values()), default=1)
+        step = max(chunk, target // max(per_row, 1) // chunk * chunk)
+        made = ZarrSource(self._path, self._columns, [*range(0, count, step), count], per_row)
+        return made
+
+    def __len__(self) -> int:
+        return max(0, len(self._cuts) - 1)
+
+    def read(self, task: int) -> Iterator[Any]:
+        begin, end = self._cuts[task], self._cuts[task + 1]
+        yield {name: array[begin:end] for name, array in self._opened().items()}
+
+    def nbytes(self, task: int) -> int | None:
+        return self._per_row * (self._cuts[task + 1] - self._cuts[task])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": None}
+
+
+class IteratorSource(Source):
+    """What a function or an iterable yields, in its order, by one worker after another: a single task that goes on and on."""
+
+    label = "from_iter"
+
+    def __init__(self, make: Callable[[], Iterator[Any]] | Iterable[Any], rows: int, batched: bool) -> None:
+        self._make, self._rows, self._batched = make, rows, batched
+
+    def __len__(self) -> int:
+        return 1
+
+    def read(self, task: int) -> Iterator[Any]:
+        items = self._make() if callable(self._make) else iter(self._make)
+        rows: list[Any] = []
+        for item in items:
+            if self._batched or is_table(item):
+                if rows:
+                    yield stack(rows)
+                    rows = []
+                yield item
+                continue
+            rows.append(item)
+            if len(rows) == self._rows:
+                yield stack(rows)
+                rows = []
+        if rows:
+            yield stack(rows)
+
+
+def is_table(item: Any) -> bool:
+    """Whether an item has rows of its own, as tables of all libraries have."""
+    return type(item).__module__.partition(".")[0] in ("pyarrow", "pandas", "xarray")
+
+
+def stack(rows: Sequence[Any]) -> dict[str, npt.NDArray[Any]]:
+    """Rows, each a dict or one value, as columns."""
+    if isinstance(rows[0], Mapping):
+        names = list(rows[0])
+        for number, row in enumerate(rows):
+            if list(row) != names:
+                raise ValueError(f"row {number} has the columns {list(row)}, the first one has {names}")
+        return {name: column([row[name] for row in rows]) for name in names}
+    return {"item": column(rows)}
+
+
+def column(values: Sequence[Any]) -> npt.NDArray[Any]:
+    """One array of the values: as NumPy stacks them, or of objects where they have different shapes."""
+    try:
+        return np.stack([np.asarray(value) for value in values])
+    except ValueError:
+        made = np.empty(len(values), object)
+        made[:] = list(values)
+        return made
+
+
+def expand(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], ending: str) -> list[str]:
+    """Files: a path, a folder's files of that ending, a pattern, or several of those.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is none.
+    """
+    several = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    found: list[str] = []
+    for each in [os.fspath(path) for path in several]:
+        if os.path.isdir(each):
+            matching = sorted(str(path) for path in Path(each).rglob(f"*{ending}"))
+        elif glob.has_magic(each):
+            matching = sorted(glob.glob(each, recursive=True))
+        else:
+            matching = [each] if os.path.exists(each) else []
+        if not matching:
+            raise FileNotFoundError(f"no such file, or no {ending} file in it: {each}")
+        found += matching
+    return found

@@ -1,0 +1,90 @@
+"""Datasets for torch's DataLoader, torchdata's StatefulDataLoader and torchdata.nodes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch.utils.data
+
+from torchshm.data.blocks._formats import convert, format_of
+from torchshm.data.blocks._tasks import batches
+
+if TYPE_CHECKING:
+    from torchshm.data.blocks._dataset import Dataset
+
+
+class IterableDataset(torch.utils.data.IterableDataset[Any]):
+    """Batches, or rows, of a :class:`Dataset`; from :meth:`Dataset.to_dataset`.
+
+    In a DataLoader with workers each of them gets a part of the rows of one execution, which the first of them starts. Each iteration is
+    an epoch, and another order where the plan shuffles; `set_epoch` says which one is next.
+    """
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int | None, batch_format: str, drop_last: bool, epoch: int = 0
+    ) -> None:
+        self._dataset, self._batch_size, self._batch_format = dataset, batch_size, batch_format
+        self._drop_last, self._epoch = drop_last, epoch
+        self._iterations = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next iteration that epoch."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch = self._epoch
+        self._epoch += 1
+        return _Iterator(self, epoch)
+
+    def _values(self, epoch: int) -> Iterator[Any]:
+        info = torch.utils.data.get_worker_info()
+        if info is None:
+            return self._dataset._blocks(epoch=epoch, batch_format=self._batch_format)
+        self._iterations += 1
+        # The same in all workers of this DataLoader, and in no others.
+        name = f"blocks-loader-{os.getppid()}-{(info.seed - info.id) & 0xFFFFFFFFFFFF:x}"
+        return self._dataset._shared_blocks(
+            name, f"i{self._iterations}.", epoch, info.id, info.num_workers, self._batch_format
+        )
+
+
+class _Iterator:
+    """Goes on from where its state was taken: what came before is made again, and passed over."""
+
+    def __init__(self, dataset: IterableDataset, epoch: int) -> None:
+        self._dataset, self._epoch, self._done, self._skip = dataset, epoch, 0, 0
+        self._items: Iterator[Any] | None = None
+
+    def __iter__(self) -> _Iterator:
+        return self
+
+    def __next__(self) -> Any:
+        if self._items is None:
+            self._items = self._run()
+        item = next(self._items)
+        self._done += 1
+        return item
+
+    def _run(self) -> Iterator[Any]:
+        dataset, size = self._dataset, self._dataset._batch_size
+        skip, self._done = self._skip, self._skip
+        for batch in batches(dataset._values(self._epoch), size or 1, cached=False):
+            if dataset._drop_last and size is not None and format_of(batch).rows(batch) < size:
+                return
+            if skip:
+                skip -= 1
+                continue
+            converted = convert(batch, dataset._batch_format)
+            yield converted if size is not None else {name: column[0] for name, column in converted.items()}
+
+    def state_dict(self) -> dict[str, int]:
+        """Where this iteration is."""
+        return {"epoch": self._epoch, "batches": max(self._done, self._skip)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self._epoch, self._skip = state["epoch"], state["batches"]
+        self._dataset._epoch = self._epoch + 1
+        self._items = None

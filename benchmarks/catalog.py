@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks import (
     alloc,
     block_reads,
+    blocks_ray,
     dataloader,
     datapipes,
     descriptors,
@@ -63,6 +64,7 @@ _MODULES = (
     store_module,
     spill_speed,
     spill_ray,
+    blocks_ray,
     open_file,
     once_race,
     alloc,

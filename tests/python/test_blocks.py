@@ -88,6 +88,16 @@ def test_netcdf_files_of_a_climate_model():
     np.testing.assert_allclose(means, expected["air_temperature"].mean(["latitude", "longitude"]), rtol=1e-6)
 
 
+def test_npy_files(tmp_path):
+    for part in range(3):
+        np.save(tmp_path / f"{part}.npy", np.arange(part * 1000, part * 1000 + 1000).reshape(500, 2))
+    found = numbers(blocks.read_npy(tmp_path, column="x").options(block_size="1KiB", num_workers=2), "x")
+    np.testing.assert_array_equal(found, np.arange(3000).reshape(1500, 2))
+    np.save(tmp_path / "z.npy", np.float64(3))
+    with pytest.raises(ValueError, match=r"z\.npy holds a single value"):
+        blocks.read_npy(tmp_path / "z.npy").count()
+
+
 def test_an_xarray_dataset_and_a_zarr_group(tmp_path):
     import zarr
 
@@ -161,6 +171,60 @@ def test_map_batches_may_write_to_its_batch_and_the_source_stays():
     assert numbers(shuffled, "x").sum() == pytest.approx(4 * given["x"].sum(dtype=float), rel=1e-6)
 
 
+def test_functions_after_a_filter_or_of_single_rows_may_write_too():
+    def doubled(row):
+        row["x"] *= 2
+        return row
+
+    given = numbered(500)
+    everything = blocks.from_arrays(given).filter(lambda batch: batch["i"] >= 0)
+    for dataset in (
+        everything.map_batches(doubled),
+        blocks.from_arrays(given).flat_map(lambda row: [doubled(row)]),
+    ):
+        twice = dataset.repeat(2).options(num_workers=1)
+        np.testing.assert_array_equal(numbers(twice, "x"), np.tile(2 * numbered(500)["x"], (2, 1)))
+    arrow = blocks.from_arrays({"x": np.arange(500)}).map_batches(lambda table: table, batch_format="arrow")
+    np.testing.assert_array_equal(numbers(arrow.map_batches(doubled), "x"), 2 * np.arange(500))
+
+
+def test_functions_get_no_empty_batches():
+    rare = little(blocks.from_arrays(numbered())).filter(lambda batch: batch["i"] == 12_345)
+    found = rare.map_batches(lambda batch: {"i": np.stack(list(batch["i"]))})
+    np.testing.assert_array_equal(numbers(found), [12_345])
+
+
+def test_columns_of_several_types_keep_their_values_when_they_are_shuffled():
+    def typed(batch):
+        first = batch["i"][0]
+        return {
+            "i": batch["i"],
+            "text": np.array([f"{'x' * int(n // 5000)}{n}" for n in batch["i"]]),
+            "n": batch["i"] if first % 2 else batch["i"] + 0.5,
+        }
+
+    dataset = little(blocks.from_arrays({"i": np.arange(ROWS)})).map_batches(typed, batch_size=999).shuffle()
+    for block in dataset.iter_blocks():
+        assert [text.lstrip("x") for text in block["text"]] == [str(n) for n in block["i"]]
+        assert set(np.unique(block["n"] - block["i"])) <= {0.0, 0.5}
+    mixed = (
+        blocks.from_arrays({"i": np.arange(2000)})
+        .options(num_workers=1, block_size="4KiB", memory="64MiB")
+        .map_batches(lambda batch: {"a" if batch["i"][0] < 1000 else "b": batch["i"]})
+    )
+    with pytest.raises(ValueError, match="different columns"):
+        mixed.shuffle().count()
+
+
+def test_batch_sizes_are_checked():
+    dataset = blocks.from_arrays(numbered(3))
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="batch_size"):
+            next(dataset.iter_batches(wrong))
+        with pytest.raises(ValueError, match="batch_size"):
+            dataset.map_batches(len, batch_size=wrong)
+
+
 @pytest.mark.parametrize("size", [1, 7, 1000, 1 << 20])
 def test_batches_have_the_size_that_was_asked_for(size):
     sizes = (
@@ -168,7 +232,7 @@ def test_batches_have_the_size_that_was_asked_for(size):
         .options(num_workers=1)
         .map_batches(lambda batch: {"rows": np.array([len(batch["i"])])}, batch_size=size)
     )
-    found = numbers(sizes, "rows") if size > 1 or ROWS < 1e5 else None
+    found = numbers(sizes, "rows")
     assert found.sum() == ROWS
     assert (found[:-1] == size).all() and 0 < found[-1] <= size
 

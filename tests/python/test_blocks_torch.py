@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import time
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import torchshm
 import torchshm.data
 from torchshm.data import blocks
 
@@ -51,6 +53,30 @@ def test_ranks_get_as_many_rows_each_and_none_twice(method):
     assert (found[0][0] != found[0][1]).any()
 
 
+def wait_for_death(shard, link):
+    stream = shard.iter_batches(10)
+    next(stream)
+    link.send("begun")
+    try:
+        for _ in stream:
+            time.sleep(0.001)
+    except torchshm.TorchshmError as error:
+        link.send(str(error))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_rank_is_told_when_the_execution_has_died(method):
+    (shard,) = job(1_000_000).split(1)
+    context = multiprocessing.get_context(method)
+    here, there = context.Pipe()
+    process = context.Process(target=wait_for_death, args=(shard, there))
+    process.start()
+    assert here.recv() == "begun"
+    shard._run._process.kill()
+    assert here.poll(30) and "has died" in here.recv()
+    process.join()
+
+
 def test_shards_that_need_not_be_equal_get_whole_blocks():
     shards = job().split(2, equal=False)
     streams = [shard.iter_batches(None) for shard in shards]
@@ -75,8 +101,7 @@ def test_a_loader_gets_every_row_once_each_epoch(workers, loader):
             rows.append(batch["i"].clone())
         epochs.append(torch.cat(rows).numpy())
         np.testing.assert_array_equal(np.sort(epochs[-1]), np.arange(ROWS))
-    if workers == 0:
-        assert (epochs[0] != epochs[1]).any()
+    assert (epochs[0] != epochs[1]).any()
 
 
 def test_persistent_workers_go_on_for_many_epochs():
@@ -112,6 +137,7 @@ def test_a_stateful_loader_goes_on_in_the_middle_of_an_epoch(workers):
 
     def loader():
         dataset = job().shuffle(window="200KiB").to_dataset(batch_size=100)
+        dataset.set_epoch(3)
         return StatefulDataLoader(dataset, batch_size=None, num_workers=workers)
 
     expected = [batch["i"].clone() for batch in loader()]

@@ -110,10 +110,10 @@ def tidy(name: str) -> None:
         os.close(lock)
 
 
-def _tidy_jobs() -> None:
-    """Jobs that were killed as a whole have left their files, and nobody will take their names again."""
+def tidy_dead(prefix: str) -> None:
+    """What was killed as a whole has left its files, and nobody will take its names again."""
     with contextlib.suppress(OSError):
-        for path in list(_directory().glob(f"{_PREFIX}*.lock")):
+        for path in list(_directory().glob(f"{prefix}*.lock")):
             tidy(path.stem)
 
 
@@ -135,7 +135,7 @@ def _serve(name: str) -> Store:
             "a directory of this machine that is yours alone"
         )
     store = start(name, os.environ.get("TORCHSHM_LIMIT") or None)
-    _tidy_jobs()
+    tidy_dead(_PREFIX)
     return store
 
 

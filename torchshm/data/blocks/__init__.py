@@ -28,6 +28,7 @@ __all__ = [
     "from_iter",
     "from_xarray",
     "read_netcdf",
+    "read_npy",
     "read_parquet",
     "read_zarr",
 ]
@@ -99,6 +100,18 @@ def read_netcdf(
         Those of :func:`xarray.open_dataset`.
     """
     return Dataset._of(_sources.NetcdfSource(_sources.expand(paths, ".nc"), dim, columns, options))
+
+
+def read_npy(paths: Paths, *, column: str = "data") -> Dataset:
+    """A dataset of .npy files, whose arrays' first dimension is that of the rows, in the column of that name.
+
+    Parameters
+    ----------
+    paths : path, or several
+        Files, folders or patterns. Arrays have the same dtype and, but for the rows, the same shape.
+    column : str
+    """
+    return Dataset._of(_sources.NpySource(_sources.expand(paths, ".npy"), column))
 
 
 def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None) -> Dataset:

@@ -18,7 +18,7 @@ from torchshm.data.blocks._report import describe_plan, describe_run
 from torchshm.data.blocks._run import Consumer, Run
 from torchshm.data.blocks._sources import Source
 from torchshm.data.blocks._split import Shard
-from torchshm.data.blocks._tasks import batches
+from torchshm.data.blocks._tasks import batches, check_batch_size
 
 BatchFormat = Literal["numpy", "torch", "arrow", "pandas", "xarray"]
 
@@ -140,7 +140,7 @@ class Dataset:
         self, fn: Callable[..., Any], *, fn_args: Sequence[Any] = (), fn_kwargs: dict[str, Any] | None = None
     ) -> Dataset:
         """Replace each row, a dict, by the rows that a function returns for it: any number of dicts."""
-        return self._apply("flat_map", fn, None, "numpy", fn_args, fn_kwargs, True)
+        return self._apply("flat_map", fn, None, "numpy", fn_args, fn_kwargs, False)
 
     def _apply(
         self,
@@ -154,8 +154,7 @@ class Dataset:
     ) -> Dataset:
         if not callable(fn):
             raise TypeError(f"{kind} takes a function, not {type(fn).__name__}")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is 1 or more, or None, not {batch_size}")
+        check_batch_size(batch_size)
         if batch_format not in ("numpy", "torch", "arrow", "pandas", "xarray", None):
             raise ValueError(
                 f"batch_format is one of 'numpy', 'torch', 'arrow', 'pandas', 'xarray' and None, not {batch_format!r}"
@@ -271,7 +270,7 @@ class Dataset:
                     run.close()
 
     def iter_blocks(self, *, batch_format: BatchFormat | None = None) -> Iterator[Any]:
-        """Run the plan; yields each block as it is, or as `batch_format` says. What is written to it stays in this process."""
+        """Run the plan; yields each block as it is, or as `batch_format` says. Arrays are read-only, tensors copy-on-write."""
         for value in self._blocks(batch_format=batch_format):
             yield convert(value, batch_format)
 
@@ -302,6 +301,7 @@ class Dataset:
             Arrays lie in shared memory, read-only, and tensors copy-on-write. It is used again when the last of them has gone: a loop that
             keeps all batches keeps all blocks.
         """
+        check_batch_size(batch_size)
         for batch in batches(self._blocks(num_workers, batch_format=batch_format), batch_size, cached=False):
             if drop_last and batch_size is not None and format_of(batch).rows(batch) < batch_size:
                 return
@@ -369,6 +369,7 @@ class Dataset:
         """
         from torchshm.data.blocks._torch import IterableDataset
 
+        check_batch_size(batch_size)
         return IterableDataset(self, batch_size, batch_format, drop_last)
 
     # ---- seen

@@ -27,11 +27,13 @@ from torchshm.data.blocks._plan import Stage, Step
 from torchshm.data.blocks._sources import Source
 from torchshm.data.blocks._tasks import Kitchen, Made, Outcome, Task
 from torchshm.data.blocks._worker import failure, worker
+from torchshm.errors import PoolFullError
 
 _CONNECT = 30.0  # s
 _LOOK = 0.002  # s between looks at what consumers have taken
 _WATCH = 0.25  # s between looks at anything else
 _TELL = 0.2  # s between statistics
+_TRIES, _DYING = 20, 0.1  # s between them
 _GRACE = 1.0  # s for a worker to end by itself
 _CREDIT = 2  # blocks that a task may make before it asks
 _BLOCK = 128 << 20
@@ -85,7 +87,9 @@ def serve(job: Job, control: Any, owner: int, inherited: Any) -> None:
     if inherited is not None:
         inherited.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the owner's, who ends this
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # so that who gets it with the owner can tidy up after that one
     executor = None
     try:
         executor = Executor(job, control, owner)
@@ -118,6 +122,10 @@ class Executor:
         self.limit = job.limit
         self._target = min(job.target, max(job.memory // _SHARES, 1 << 16))
         self._store = _home.client(job.store, _CONNECT)
+        self._alive = self._store._core.lock(
+            alive(job.prefix)
+        )  # free when this process has gone, however it went
+        self._alive.try_acquire(False)
         self._context = multiprocessing.get_context("fork")
         self._hands: list[Hand] = []
         self._live: dict[str, op.Block] = {}
@@ -129,6 +137,9 @@ class Executor:
         self._told = 0.0
         self._before = self._store.info()
         self._finish = self._orphaned = False
+        self._listening = True
+        self._outlet: Outlet
+        self._outlets: list[Outlet] = []  # of epochs before, of which somebody has not taken everything
         self._read_plan()
         self._begin(job.epoch)
         for number in range(job.workers):
@@ -147,6 +158,7 @@ class Executor:
         job = self._job
         self._operators: list[op.Operator] = []
         window = job.memory // _WINDOWS
+        first = epoch * max([each or 1 for each in job.epochs.values()], default=1)
         sizes: list[int | None] = []  # of what each stage makes
         for index, stage in enumerate(job.stages):
             source = self._recipes[index][0]
@@ -156,7 +168,7 @@ class Executor:
             if source is not None:
                 several = [source.nbytes(number) for number in range(len(source))]
                 size = None if None in several else sum(each or 0 for each in several)
-                reader = op.Reader(*common, several, job.epochs.get(index, 1), epoch)
+                reader = op.Reader(*common, several, job.epochs.get(index, 1), first)
                 reader.ahead = job.workers * 2
                 made = reader
             else:
@@ -165,11 +177,11 @@ class Executor:
                     # As many as it has blocks, as far as is known beforehand.
                     several_blocks = -(-(64 * self._target if size is None else size) // self._target)
                     partitions = max(1, several_blocks) if stage.window is None else 0
-                    made = op.Shuffler(*common, min(stage.window or window, window), partitions, epoch)
+                    made = op.Shuffler(*common, min(stage.window or window, window), partitions, first)
                 elif stage.kind == "repartition":
-                    made = op.Regrouper(*common, stage.rows, stage.blocks)
+                    made = op.Regrouper(*common, stage.rows, stage.blocks, first)
                 elif stage.kind == "zip":
-                    made = op.Zipper(*common)
+                    made = op.Zipper(*common, first)
                 else:
                     made = op.Repeater(*common)
             sizes.append(size)
@@ -180,8 +192,10 @@ class Executor:
                 )
                 above.after_end, above.after_flush = made.end, made.flush
             self._operators.append(made)
+        if epoch != job.epoch:
+            self._outlets.append(self._outlet)
         self._outlet = Outlet(
-            self._store, f"{job.prefix}{epoch}", job.shards, job.equal, job.ahead, self._drop
+            self._store, self._say, f"{job.prefix}{epoch}", job.shards, job.equal, job.ahead, self._drop
         )
         last = self._operators[-1]
         last.follower, last.after_end = self._outlet.push, self._outlet.end
@@ -352,11 +366,15 @@ class Executor:
             if failed is not None:  # whoever asks for more gets to know it too
                 self._outlet.fail(*failed)
             while not self._stopped and self._wanted() <= epoch:
-                self._outlet.look()
+                self._look()
                 if self._finish and self._outlet.empty():
                     self._clear()
                     return
-                self._wait(_WATCH if self._outlet.empty() else _LOOK)
+                try:
+                    self._wait(_WATCH if self._outlet.empty() else _LOOK)
+                except Exception:
+                    if failed is None:
+                        raise
             epoch += 1
             if not self._stopped:
                 self._begin(epoch)
@@ -368,11 +386,16 @@ class Executor:
         except KeyError:
             return self._job.epoch
 
+    def _look(self) -> None:
+        for outlet in [*self._outlets, self._outlet]:
+            outlet.look()
+        self._outlets = [outlet for outlet in self._outlets if outlet.waiting()]
+
     def _epoch(self) -> None:
         for operator in self._operators:
             operator.refill()
         while not self._stopped:
-            self._outlet.look()
+            self._look()
             self._dispatch()
             self._go_on()
             self._tell()
@@ -384,7 +407,13 @@ class Executor:
     def _wait(self, seconds: float) -> None:
         links = {hand.link: hand for hand in self._hands}
         ready = multiprocessing.connection.wait(
-            [*links, *(hand.process.sentinel for hand in self._hands), self._control, self._owner], seconds
+            [
+                *links,
+                *(hand.process.sentinel for hand in self._hands),
+                *([self._control] if self._listening else []),
+                self._owner,
+            ],
+            seconds,
         )
         sentinels = {hand.process.sentinel: hand for hand in self._hands}
         lost = [sentinels[each] for each in ready if each in sentinels]
@@ -393,9 +422,10 @@ class Executor:
         if self._control in ready:
             try:
                 self._finish = self._control.recv() == "finish"
-                self._stopped = not self._finish
+                self._stopped = self._stopped or not self._finish
             except (EOFError, OSError):
-                self._stopped = True
+                self._listening = False
+                self._stopped = self._stopped or not self._finish
         for each in ready:
             if each in links and links[each] not in lost:  # type: ignore[index]
                 hand = links[each]  # type: ignore[index]
@@ -442,7 +472,25 @@ class Executor:
         now = time.monotonic()
         if now - self._told > _TELL:
             self._told = now
-            self._store.save(self._job.prefix + "statistics", self.statistics(), overwrite=True, policy="pin")
+            with contextlib.suppress(PoolFullError):
+                self._store.save(
+                    self._job.prefix + "statistics",
+                    self.statistics(),
+                    overwrite=True,
+                    policy="pin",
+                    timeout=0,
+                )
+
+    def _say(self, name: str, value: dict[str, Any]) -> None:
+        """Save a word for consumers; nobody who waits for room for it misses the owner's death."""
+        while True:
+            try:
+                self._store.save(name, value, overwrite=True, policy="pin", timeout=_TELL)
+                return
+            except PoolFullError:
+                if multiprocessing.connection.wait([self._owner], 0):
+                    self._orphaned = self._stopped = True
+                    raise
 
     def close(self) -> None:
         for hand in self._hands:
@@ -453,9 +501,16 @@ class Executor:
             if hand.process.is_alive():
                 hand.process.kill()
                 hand.process.join()
+        # An owner that has died may be seen to have closed its end of the pipe first.
+        if self._stopped and not self._listening and multiprocessing.connection.wait([self._owner], _GRACE):
+            self._orphaned = True
         if self._orphaned:  # the store has nobody who serves it, or will
             tidy(self._job.store)
-            shutil.rmtree(self._job.directory, ignore_errors=True)
+            for _ in range(_TRIES):  # others of the store may be leaving it, and removing what is theirs
+                shutil.rmtree(self._job.directory, ignore_errors=True)
+                if not os.path.exists(self._job.directory):
+                    break
+                time.sleep(_DYING)
 
 
 def _to_side(zipper: op.Zipper, side: int) -> Any:
@@ -469,6 +524,11 @@ def _hint(code: int | None) -> str:
 
 
 # ---- to the consumers
+
+
+def alive(prefix: str) -> str:
+    """The lock that the executor holds as long as it lives."""
+    return f"{prefix}alive"
 
 
 def announcement(prefix: str, shard: int, number: int) -> str:
@@ -485,7 +545,10 @@ class _Announced:
 class Outlet:
     """Announces blocks to consumers, in order, and sees which of them they have taken."""
 
-    def __init__(self, store: Store, prefix: str, shards: int, equal: bool, ahead: int, drop: Any) -> None:
+    def __init__(
+        self, store: Store, say: Any, prefix: str, shards: int, equal: bool, ahead: int, drop: Any
+    ) -> None:
+        self._say = say
         self._store, self._prefix, self._equal, self._ahead, self._drop = store, prefix, equal, ahead, drop
         self._shards: list[deque[_Announced]] = [deque() for _ in range(shards)]
         self._numbers = [0] * shards
@@ -511,7 +574,7 @@ class Outlet:
         name = announcement(self._prefix, shard, self._numbers[shard])
         self._numbers[shard] += 1
         self._shards[shard].append(_Announced(block, name))
-        self._store.save(name, {"key": block.key, "begin": begin, "end": end}, policy="pin")
+        self._say(name, {"key": block.key, "begin": begin, "end": end})
 
     def end(self) -> None:
         self._ended = True
@@ -527,7 +590,7 @@ class Outlet:
         for shard, number in enumerate(self._numbers):
             name = announcement(self._prefix, shard, number)
             self._last.append(name)
-            self._store.save(name, value, overwrite=True, policy="pin")
+            self._say(name, value)
 
     def look(self) -> None:
         for shard in self._shards:

@@ -84,6 +84,7 @@ class NumpyFormat(Format):
         return {name: np.take(array, indices, axis=0) for name, array in value.items()}
 
     def concat(self, values: Sequence[Any]) -> Any:
+        same_columns(values)
         return {name: np.concatenate([value[name] for value in values]) for name in values[0]}
 
     def to_numpy(self, value: Any) -> dict[str, npt.NDArray[Any]]:
@@ -91,6 +92,13 @@ class NumpyFormat(Format):
 
     def from_numpy(self, arrays: dict[str, npt.NDArray[Any]]) -> Any:
         return arrays
+
+
+def same_columns(values: Sequence[dict[str, npt.NDArray[Any]]]) -> None:
+    """Raise ValueError where blocks that come together do not have the same columns."""
+    for value in values:
+        if value.keys() != values[0].keys():
+            raise ValueError(f"blocks have different columns: {sorted(values[0])} and {sorted(value)}")
 
 
 class ArrowFormat(Format):

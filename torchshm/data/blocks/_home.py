@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torchshm
 from torchshm._store import Store, connect
-from torchshm.data._job import tidy
+from torchshm.data._job import tidy, tidy_dead
 
 PATIENCE = 600.0
 """Seconds that a worker waits for room: the executor sees to it that it comes."""
@@ -80,6 +80,7 @@ def home(parent: str | None, memory: int, name: str | None = None) -> Home:
     with _lock:
         found = _homes.get((place, name))
         if found is None:
+            tidy_dead("blocks-")
             os.makedirs(place, exist_ok=True)
             directory = tempfile.mkdtemp(prefix="torchshm-blocks-", dir=place)
             try:

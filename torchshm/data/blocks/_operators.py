@@ -223,9 +223,10 @@ class Regrouper(Operator):
         seed: int,
         rows: int | None,
         blocks: int | None,
+        first: int,
     ) -> None:
         super().__init__(index, label, release, target, seed)
-        self._rows, self._blocks = rows, blocks
+        self._rows, self._blocks, self._first = rows, blocks, first
         self._pending: deque[tuple[Block, int]] = deque()  # and the first row that is not used yet
         self._count = self._number = 0
 
@@ -241,7 +242,7 @@ class Regrouper(Operator):
     def _group(self, rows: int) -> None:
         parts, inputs, used_up = take_rows(self._pending, rows)
         self._count -= rows
-        self.ask(Order(self, Gather(parts), (self.seed, self.index, self._number), inputs))
+        self.ask(Order(self, Gather(parts), (self.seed, self.index, self._first, self._number), inputs))
         self._number += 1
         for block in used_up:
             self.drop(block)
@@ -439,8 +440,9 @@ class Shuffler(Operator):
 class Zipper(Operator):
     """Rows of two sides next to each other, in blocks as the left side has them."""
 
-    def __init__(self, index: int, label: str, release: Release, target: int, seed: int) -> None:
+    def __init__(self, index: int, label: str, release: Release, target: int, seed: int, first: int) -> None:
         super().__init__(index, label, release, target, seed)
+        self._first = first
         self._sides: tuple[deque[tuple[Block, int]], ...] = (deque(), deque())
         self._counts = [0, 0]
         self._totals = [0, 0]
@@ -466,7 +468,11 @@ class Zipper(Operator):
         taken = [take_rows(side, rows) for side in self._sides]
         self._counts = [count - rows for count in self._counts]
         recipe = Zipped(taken[0][0], taken[1][0])
-        self.ask(Order(self, recipe, (self.seed, self.index, self._number), [*taken[0][1], *taken[1][1]]))
+        self.ask(
+            Order(
+                self, recipe, (self.seed, self.index, self._first, self._number), [*taken[0][1], *taken[1][1]]
+            )
+        )
         self._number += 1
         for _, _, used_up in taken:
             for block in used_up:

@@ -14,9 +14,8 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from torchshm import _C
 from torchshm._store import Store
-from torchshm.data.blocks._executor import Job, announcement, serve
+from torchshm.data.blocks._executor import Job, alive, announcement, serve
 from torchshm.data.blocks._home import Home, client
 from torchshm.errors import StoreUnavailableError, TorchshmError
 
@@ -61,7 +60,7 @@ class Run:
         method = "fork" if method == "fork" else "spawn"
         context = multiprocessing.get_context(method)
         here, there = context.Pipe()
-        self._control, self._job = here, job
+        self._control, self._job, self.owner = here, job, os.getpid()
         arguments: tuple[Any, ...] = (job, there, os.getpid(), here)
         target: Any = serve
         if method != "fork":
@@ -217,14 +216,16 @@ class Consumer:
         )
 
     def _alive(self) -> bool:
-        if self._run is not None:
+        if self._run is not None and self._run.owner == os.getpid():
             return self._run.exitcode is None
-        try:
-            _C.store_status(self._name)
-        except StoreUnavailableError:
-            return False
-        return True
+        assert self._store is not None
+        lock = self._store._core.lock(alive(self._prefix))
+        if not lock.try_acquire(False):
+            return True
+        lock.release()
+        return False
 
     def _how(self) -> str:
-        code = self._run.exitcode if self._run is not None else None
+        mine = self._run is not None and self._run.owner == os.getpid()
+        code = self._run.exitcode if self._run is not None and mine else None
         return "" if code is None else f", exit code {code}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -256,6 +257,44 @@ class ZarrSource(Source):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}
+
+
+class NpySource(Source):
+    """Slices of .npy files, which workers map."""
+
+    label = "read_npy"
+
+    def __init__(
+        self, paths: Sequence[str], column: str, tasks: Sequence[tuple[str, int, int, int]] = ()
+    ) -> None:
+        self._paths, self._column, self._tasks = list(paths), column, list(tasks)
+
+    def plan(self, target: int) -> Source:
+        tasks = []
+        for path in self._paths:
+            array = np.load(path, mmap_mode="r")
+            if array.ndim == 0:
+                raise ValueError(f"{path} holds a single value, without rows")
+            per_row = max(1, array.nbytes // max(len(array), 1))
+            # In equal parts, so that no small one is left at the end of each file.
+            parts = max(1, round(array.nbytes / target))
+            cuts = [len(array) * part // parts for part in range(parts + 1)]
+            tasks += [
+                (path, begin, end, per_row * (end - begin))
+                for begin, end in itertools.pairwise(cuts)
+                if begin < end
+            ]
+        return NpySource(self._paths, self._column, tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def read(self, task: int) -> Iterator[Any]:
+        path, begin, end, _ = self._tasks[task]
+        yield {self._column: np.load(path, mmap_mode="r")[begin:end]}
+
+    def nbytes(self, task: int) -> int | None:
+        return self._tasks[task][3]
 
 
 class IteratorSource(Source):

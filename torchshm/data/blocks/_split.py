@@ -7,7 +7,7 @@ from typing import Any
 
 from torchshm.data.blocks._formats import convert, format_of, mode_for
 from torchshm.data.blocks._run import Consumer, Run
-from torchshm.data.blocks._tasks import batches
+from torchshm.data.blocks._tasks import batches, check_batch_size
 
 
 class Shard:
@@ -48,6 +48,7 @@ class Shard:
         self, batch_size: int | None = 256, *, batch_format: str | None = "numpy", drop_last: bool = False
     ) -> Iterator[Any]:
         """Yields batches of this shard's rows, as :meth:`Dataset.iter_batches`."""
+        check_batch_size(batch_size)
         for batch in batches(self._blocks(batch_format), batch_size, cached=False):
             if drop_last and batch_size is not None and format_of(batch).rows(batch) < batch_size:
                 return

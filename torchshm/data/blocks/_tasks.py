@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from torchshm._store import Store
-from torchshm.data.blocks._formats import Indices, checked, convert, format_of
+from torchshm.data.blocks._formats import Indices, checked, convert, format_of, same_columns
 from torchshm.data.blocks._plan import Step
 from torchshm.data.blocks._sources import Source, stack
 
@@ -118,12 +118,20 @@ class Outcome:
 # ---- functions
 
 
+def check_batch_size(size: int | None) -> None:
+    """Raise ValueError for what is none."""
+    if size is not None and size < 1:
+        raise ValueError(f"batch_size is 1 or more, or None, not {size}")
+
+
 def batches(values: Iterator[Any], size: int | None, cached: bool) -> Iterator[Any]:
     """The rows in batches of `size`; None: as they come, or in pieces that fit into a core's cache."""
     if size is None:
         for value in values:
             found = format_of(value)
             rows = found.rows(value)
+            if rows == 0:
+                continue
             step = rows
             if cached and found.name == "numpy" and rows:
                 step = max(1, int(CACHED * rows / max(found.nbytes(value), 1)))
@@ -161,9 +169,10 @@ def apply(step: Step, values: Iterator[Any], first: bool) -> Iterator[Any]:
     """What the function makes of the values; `first`: they lie in a block, or in the source's memory."""
     whole = step.batch_format not in ("numpy", "torch")
     for batch in batches(values, step.batch_size, not whole):
-        if first and not step.zero_copy and step.kind != "filter":
-            batch = _writable(batch)
-        given = convert(batch, step.batch_format)
+        mine = step.zero_copy or step.kind == "filter"
+        given = convert(batch if mine or not first else _writable(batch), step.batch_format)
+        if not mine and isinstance(given, dict) and step.batch_format != "torch":
+            given = {name: array if array.flags.writeable else array.copy() for name, array in given.items()}
         if step.kind == "map_batches":
             yield checked(_untorched(step.fn(given, *step.args, **step.kwargs)), step.label)
         elif step.kind == "filter":
@@ -351,6 +360,8 @@ class Kitchen:
         source, steps = self._stages[task.stage]
         recipe = task.recipe
         if isinstance(recipe, Deal):
+            if task.skip:
+                return
             with self._store.storage():
                 order = np.empty(recipe.rows, np.int64)
             order[...] = np.random.default_rng(recipe.seed).permutation(recipe.rows)
@@ -370,7 +381,9 @@ class Kitchen:
         values = self._counted(self._values(source, recipe, bool(steps)), outcome)
         expected = self._expected(recipe) if all(step.kind == "map_batches" for step in steps) else 0
         for number, step in enumerate(steps):
-            values = apply(step, values, first=number == 0 and not isinstance(recipe, (Shuffled, Merge)))
+            # Filters, and functions that promise not to write, may hand on what they got.
+            theirs = all(before.zero_copy or before.kind == "filter" for before in steps[:number])
+            values = apply(step, values, first=theirs and not isinstance(recipe, (Shuffled, Merge)))
         done = 0
         for value in values:
             cutter.add(value, max(expected - done, 0))
@@ -465,8 +478,9 @@ def gather(found: Any, values: Sequence[Any], starts: Indices, order: Indices) -
     which = np.searchsorted(starts, order, "right") - 1
     places = [np.flatnonzero(which == i) for i in range(len(values))]
     made = {}
+    same_columns(values)
     for name, array in values[0].items():
-        out = np.empty((len(order), *array.shape[1:]), array.dtype)
+        out = np.empty((len(order), *array.shape[1:]), np.result_type(*(value[name] for value in values)))
         for i, value in enumerate(values):
             if len(places[i]):
                 out[places[i]] = value[name][order[places[i]] - starts[i]]

@@ -19,7 +19,8 @@ class IterableDataset(torch.utils.data.IterableDataset[Any]):
     """Batches, or rows, of a :class:`Dataset`; from :meth:`Dataset.to_dataset`.
 
     In a DataLoader with workers each of them gets a part of the rows of one execution, which the first of them starts. Each iteration is
-    an epoch, and another order where the plan shuffles; `set_epoch` says which one is next.
+    an epoch, and another order where the plan shuffles; with workers it follows torch's seed (``torch.manual_seed``),
+    unless `set_epoch` says which one is next.
     """
 
     def __init__(
@@ -28,13 +29,18 @@ class IterableDataset(torch.utils.data.IterableDataset[Any]):
         self._dataset, self._batch_size, self._batch_format = dataset, batch_size, batch_format
         self._drop_last, self._epoch = drop_last, epoch
         self._iterations = 0
+        self._chosen = False
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration that epoch."""
-        self._epoch = epoch
+        self._epoch, self._chosen = epoch, True
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self._epoch
+        info = torch.utils.data.get_worker_info()
+        if info is not None and not self._chosen:
+            # Workers that are started anew have all counted nothing: their DataLoader's seed is another one each time.
+            epoch += (info.seed - info.id) & 0xFFFFFFFFFFFF
         self._epoch += 1
         return _Iterator(self, epoch)
 
@@ -86,5 +92,5 @@ class _Iterator:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from there."""
         self._epoch, self._skip = state["epoch"], state["batches"]
-        self._dataset._epoch = self._epoch + 1
+        self._dataset.set_epoch(self._epoch + 1)
         self._items = None

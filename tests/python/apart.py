@@ -65,9 +65,20 @@ def _repeat(item: pytest.Item) -> None:
             pytest.fail(f"{outcome.get('message')}\n{outcome.text}", pytrace=False)
 
 
+def _is_apart(item: pytest.Item) -> bool:
+    return item.get_closest_marker("apart") is not None and os.environ.get(_HERE) != "1"
+
+
+def allow_time(items: list[pytest.Item]) -> None:
+    """Whichever of a module's tests comes first waits for all of them; there, each has the usual time."""
+    for item in items:
+        if _is_apart(item):
+            item.add_marker(pytest.mark.timeout(_PATIENCE + 30), append=False)
+
+
 def run_apart(item: pytest.Item) -> bool:
     """Whether the test has been dealt with."""
-    if item.get_closest_marker("apart") is None or os.environ.get(_HERE) == "1":
+    if not _is_apart(item):
         return False
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     call = pytest.CallInfo.from_call(lambda: _repeat(item), "call")

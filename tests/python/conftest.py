@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from apart import run_apart
+from apart import allow_time, run_apart
 from peer import Peer
 from scripts import WORK
 
@@ -18,6 +18,10 @@ import torchshm
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "apart: the module's tests run in a process of their own")
+
+
+def pytest_collection_modifyitems(items):
+    allow_time(items)
 
 
 def pytest_runtest_protocol(item, nextitem):

@@ -336,7 +336,7 @@ void Look::beside(uint32_t index, const Body& seen, const CellValue& v, std::vec
   const uint64_t bytes = use.bytes.load(std::memory_order_relaxed);
   if (known.life != v.life) return is("what is known beside it is of life " + number(known.life));
   if ((word.lo >> 8 & 0xff) > static_cast<uint64_t>(Policy::kPin) ||
-      (word.lo & 0xff & ~uint64_t{kSpilled | kWritten}) != 0 || (word.lo >> 16 & 0xffff) != 0)
+      (word.lo & 0xff & ~uint64_t{kSpilled | kWritten | kReadBack}) != 0 || (word.lo >> 16 & 0xffff) != 0)
     is("no policy and flags are " + pool::hex(word.lo & 0xffffffff));
   if (known.file != 0 &&
       (known.file >> 32 >= kCells || static_cast<uint32_t>(known.file) == 0 ||

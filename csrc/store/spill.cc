@@ -212,7 +212,10 @@ Result<uint64_t> Spill::out(uint32_t cell, uint32_t life, How how) {
     }
     const uint64_t before = std::exchange(what.file, file_of(cell, life));
     told_at.store(shared_writes, std::memory_order_seq_cst);
-    const bool stands = catalogue_.change_standing(cell, life, [&](StandingValue& now) { now.file = what.file; }) &&
+    const bool stands = catalogue_.change_standing(cell, life, [&](StandingValue& now) {
+      now.file = what.file;
+      now.flags &= static_cast<uint8_t>(~kReadBack);
+    }) &&
                         catalogue_.cell_value(cell).life == life &&
                         catalogue_.cell_value(cell).state == CellState::kStanding;
     TORCHSHM_POINT("spill.file_told");
@@ -234,9 +237,10 @@ Result<uint64_t> Spill::out(uint32_t cell, uint32_t life, How how) {
   if (how == How::kCopy) return bytes;
   // For what does not fit into a cell with its key.
   const Member::Restraint beyond(true);
+  const auto flags = static_cast<uint8_t>(kSpilled | (catalogue_.standing(cell).flags & kReadBack));
   const Status gone =
       catalogue_.succeed(what.found, what.entry.text.substr(0, 1), {},
-                         {what.entry.created, what.entry.expires, what.file, bytes, kSpilled, what.entry.pid});
+                         {what.entry.created, what.entry.expires, what.file, bytes, flags, what.entry.pid});
   if (!gone) return uint64_t{0};
   Catalogue::count(catalogue_.counters().spills);
   Catalogue::count(catalogue_.counters().spilled_bytes, bytes);
@@ -265,7 +269,7 @@ Status Spill::back(const Entry& entry, bool alone) {
   const StandingValue known = catalogue_.standing(entry.cell);
   if (known.life != entry.life) return Status(Code::kStale, "the name has been replaced");
   const uint64_t file = known.file;
-  auto reader = directory_->open(file);
+  auto reader = directory_->open(file, (known.flags & kReadBack) == 0);
   if (!reader) {
     if (!still()) return Status(Code::kStale, "the name has been replaced");
     const bool lost = reader.code() == Code::kMissing;
@@ -296,7 +300,7 @@ Status Spill::back(const Entry& entry, bool alone) {
   const std::vector<uint32_t> blocks = making.blocks();
   if (Status named = rename_block(member, text, blocks); !named)
     return fail("reading back", entry.key, std::move(named));
-  Status done = catalogue_.succeed(*found, text, blocks, {entry.created, entry.expires, file, bytes, 0, entry.pid});
+  Status done = catalogue_.succeed(*found, text, blocks, {entry.created, entry.expires, file, bytes, kReadBack, entry.pid});
   if (!done) return done;
   Catalogue::count(catalogue_.counters().restores);
   Catalogue::count(catalogue_.counters().restored_bytes, bytes);

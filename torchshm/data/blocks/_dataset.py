@@ -13,12 +13,12 @@ from torchshm._size import parse_limit, parse_size
 from torchshm.data.blocks import _plan
 from torchshm.data.blocks._executor import Job
 from torchshm.data.blocks._formats import convert, format_of, mode_for
+from torchshm.data.blocks._functions import batches, check_batch_size
 from torchshm.data.blocks._home import home
 from torchshm.data.blocks._report import describe_plan, describe_run
 from torchshm.data.blocks._run import Consumer, Run
 from torchshm.data.blocks._sources import Source
 from torchshm.data.blocks._split import Shard
-from torchshm.data.blocks._tasks import batches, check_batch_size
 
 BatchFormat = Literal["numpy", "torch", "arrow", "pandas", "xarray"]
 
@@ -309,7 +309,7 @@ class Dataset:
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         """Run the plan; yields each row as a dict."""
-        from torchshm.data.blocks._tasks import rows_of
+        from torchshm.data.blocks._functions import rows_of
 
         for value in self._blocks():
             yield from rows_of(value)

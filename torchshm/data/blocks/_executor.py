@@ -19,13 +19,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchshm._store import Store
 from torchshm.data._job import tidy
 from torchshm.data.blocks import _home
 from torchshm.data.blocks import _operators as op
+from torchshm.data.blocks._outlet import Outlet, alive
 from torchshm.data.blocks._plan import Stage, Step
+from torchshm.data.blocks._recipes import Made, Outcome, Task
+from torchshm.data.blocks._shuffler import Shuffler
 from torchshm.data.blocks._sources import Source
-from torchshm.data.blocks._tasks import Kitchen, Made, Outcome, Task
+from torchshm.data.blocks._tasks import Kitchen
 from torchshm.data.blocks._worker import failure, worker
 from torchshm.errors import PoolFullError
 
@@ -40,10 +42,8 @@ _BLOCK = 128 << 20
 _PRIVATE = 24 << 20  # bytes of memory that a worker has for itself, about
 # Parts of the memory that a block and a window may be: whatever the number of workers, which the order of rows must not depend on.
 _SHARES, _WINDOWS = 32, 5
-_ROOM, _EARLY = (
-    0.9,
-    0.65,
-)  # of the store's limit, what may be in use when a task is begun: of the last stage, of those before
+# Of the store's limit, what may be in use when a task is begun: of the last stage, of those before.
+_ROOM, _EARLY = 0.9, 0.65
 
 
 @dataclass
@@ -87,9 +87,8 @@ def serve(job: Job, control: Any, owner: int, inherited: Any) -> None:
     if inherited is not None:
         inherited.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the owner's, who ends this
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # so that who gets it with the owner can tidy up after that one
+    # Who gets it with the owner can tidy up after that one.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     executor = None
     try:
         executor = Executor(job, control, owner)
@@ -109,7 +108,6 @@ class Hand:
     def __init__(self, number: int, process: Any, link: Any) -> None:
         self.number, self.process, self.link = number, process, link
         self.orders: deque[op.Order] = deque()  # the first one is being done
-        self.private = 0
         self.owed = 0  # blocks that its task has made since it was last told to go on
 
 
@@ -177,7 +175,7 @@ class Executor:
                     # As many as it has blocks, as far as is known beforehand.
                     several_blocks = -(-(64 * self._target if size is None else size) // self._target)
                     partitions = max(1, several_blocks) if stage.window is None else 0
-                    made = op.Shuffler(*common, min(stage.window or window, window), partitions, first)
+                    made = Shuffler(*common, min(stage.window or window, window), partitions, first)
                 elif stage.kind == "repartition":
                     made = op.Regrouper(*common, stage.rows, stage.blocks, first)
                 elif stage.kind == "zip":
@@ -304,7 +302,6 @@ class Executor:
         assert isinstance(message, Outcome)
         hand.orders.popleft()
         hand.owed = 0
-        hand.private = message.private
         self._promised -= order.estimate
         if message.error is not None:
             raise Failure(*message.error)
@@ -521,96 +518,3 @@ def _hint(code: int | None) -> str:
     if code == -signal.SIGKILL:
         return "One that takes more memory than the machine or its cgroup has is killed like that: give smaller blocks, or fewer workers"
     return "Its last words are on stderr"
-
-
-# ---- to the consumers
-
-
-def alive(prefix: str) -> str:
-    """The lock that the executor holds as long as it lives."""
-    return f"{prefix}alive"
-
-
-def announcement(prefix: str, shard: int, number: int) -> str:
-    """The name under which a consumer finds which block comes next; the prefix is the execution's, and the epoch."""
-    return f"{prefix}.{shard}.{number}"
-
-
-@dataclass
-class _Announced:
-    block: op.Block
-    name: str
-
-
-class Outlet:
-    """Announces blocks to consumers, in order, and sees which of them they have taken."""
-
-    def __init__(
-        self, store: Store, say: Any, prefix: str, shards: int, equal: bool, ahead: int, drop: Any
-    ) -> None:
-        self._say = say
-        self._store, self._prefix, self._equal, self._ahead, self._drop = store, prefix, equal, ahead, drop
-        self._shards: list[deque[_Announced]] = [deque() for _ in range(shards)]
-        self._numbers = [0] * shards
-        self._next = 0
-        self._last: list[str] = []
-        self._ended = False
-
-    def push(self, block: op.Block) -> None:
-        if len(self._shards) > 1 and self._equal:
-            share = block.rows // len(self._shards)
-            for shard in range(len(self._shards)):
-                if share:
-                    self._announce(shard, block, shard * share, (shard + 1) * share)
-            if not share:
-                block.uses += 1
-                self._drop(block)
-            return
-        self._announce(self._next, block, 0, block.rows)
-        self._next = (self._next + 1) % len(self._shards)
-
-    def _announce(self, shard: int, block: op.Block, begin: int, end: int) -> None:
-        block.uses += 1
-        name = announcement(self._prefix, shard, self._numbers[shard])
-        self._numbers[shard] += 1
-        self._shards[shard].append(_Announced(block, name))
-        self._say(name, {"key": block.key, "begin": begin, "end": end})
-
-    def end(self) -> None:
-        self._ended = True
-
-    def close(self, statistics: dict[str, Any]) -> None:
-        self._to_all({"over": True, "statistics": statistics})
-
-    def fail(self, pickled: bytes, text: str) -> None:
-        self._ended = True
-        self._to_all({"error": pickled, "text": text})
-
-    def _to_all(self, value: dict[str, Any]) -> None:
-        for shard, number in enumerate(self._numbers):
-            name = announcement(self._prefix, shard, number)
-            self._last.append(name)
-            self._say(name, value)
-
-    def look(self) -> None:
-        for shard in self._shards:
-            while shard and not self._store.contains(shard[0].name):
-                self._drop(shard.popleft().block)
-
-    def full(self) -> bool:
-        """Whether consumers have enough to do: none of them has less than it should."""
-        return min(map(len, self._shards)) >= self._ahead
-
-    def wanting(self) -> bool:
-        """Whether a consumer has nothing."""
-        return not self._ended and not all(self._shards)
-
-    def waiting(self) -> bool:
-        return any(self._shards)
-
-    def over(self) -> bool:
-        return self._ended
-
-    def empty(self) -> bool:
-        """Whether the consumers have everything, and know that it was all."""
-        return not any(self._shards) and not any(map(self._store.contains, self._last))

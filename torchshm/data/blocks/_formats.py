@@ -190,7 +190,7 @@ class PandasFormat(Format):
 
 
 class XarrayFormat(Format):
-    """xarray.Dataset; rows along the dimension that its attribute ``_rows`` names, else its first one."""
+    """xarray.Dataset; rows along the dimension that its attribute ``torchshm_rows`` names, else its first one."""
 
     name = "xarray"
 
@@ -199,9 +199,7 @@ class XarrayFormat(Format):
         return xr is not None and isinstance(value, xr.Dataset)
 
     def dim(self, value: Any) -> str:
-        return str(
-            value.encoding.get("torchshm_rows") or value.attrs.get("torchshm_rows") or next(iter(value.sizes))
-        )
+        return str(value.attrs.get("torchshm_rows") or next(iter(value.sizes)))
 
     def rows(self, value: Any) -> int:
         return int(value.sizes[self.dim(value)])

@@ -7,9 +7,22 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
+from torchshm.data.blocks._recipes import Gather, Part, Read, Recipe, Zipped
 
-from torchshm.data.blocks._tasks import Deal, Gather, Merge, Part, Progress, Read, Recipe, Shuffled, Zipped
+
+@dataclass
+class Progress:
+    """What a stage has done so far, for the user."""
+
+    label: str
+    tasks: int = 0
+    blocks: int = 0
+    rows: int = 0
+    nbytes: int = 0
+    rows_in: int = 0
+    bytes_in: int = 0
+    seconds: float = 0.0
+    retries: int = 0
 
 
 @dataclass(eq=False)
@@ -65,7 +78,6 @@ class Operator(ABC):
         self.after_flush: Callable[[int], None] = lambda epoch: None
         self.waiting: deque[Order] = deque()
         self.line = Group()
-        self.ended = False
         self._advancing = False
 
     # ---- from above
@@ -80,11 +92,7 @@ class Operator(ABC):
 
     def end(self) -> None:
         """No more will come."""
-        self.in_turn(self._last)
-
-    def _last(self) -> None:
-        self.ended = True
-        self.after_end()
+        self.in_turn(self.after_end)
 
     # ---- tasks
 
@@ -285,156 +293,6 @@ def take_rows(
         else:
             used_up.append(block)
     return tuple(parts), inputs, used_up
-
-
-@dataclass(eq=False)
-class _Scattering:
-    """All rows of an epoch on their way into partitions."""
-
-    pieces: list[dict[int, Block]]  # of each partition, one from each window that has rows for it
-    windows: int = 0  # that are not done
-    merge: Callable[[], None] | None = None  # what to do when they are
-
-    def one_is_done(self) -> None:
-        self.windows -= 1
-        if self.windows == 0 and self.merge is not None:
-            self.merge()
-
-
-class Shuffler(Operator):
-    """Rows in a random order: of each window of blocks, or of all.
-
-    For a window a task deals the order, and as many tasks as it has blocks gather rows by it. All rows of more than one window are
-    scattered over partitions, window by window, and each partition is shuffled when it has its part of all windows.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        label: str,
-        release: Release,
-        target: int,
-        seed: int,
-        window: int,
-        partitions: int,
-        first: int,
-    ) -> None:
-        """partitions: 0 where each window is shuffled for itself."""
-        super().__init__(index, label, release, target, seed)
-        self._window, self._partitions, self._epoch = window, partitions, first
-        self._blocks: list[Block] = []
-        self._bytes = self._number = 0
-        self._scattering: _Scattering | None = None
-
-    def push(self, block: Block) -> None:
-        block.uses += 1
-        self._blocks.append(block)
-        self._bytes += block.nbytes
-        if self._bytes >= self._window:
-            self._close(scatter=self._partitions > 0)
-
-    def flush(self, epoch: int) -> None:
-        self._all()
-        super().flush(epoch)
-        self._epoch, self._number = epoch + 1, 0
-
-    def end(self) -> None:
-        self._all()
-        super().end()
-
-    def _all(self) -> None:
-        if self._scattering is None:
-            self._close(scatter=False)
-            return
-        self._close(scatter=True)
-        scattering, self._scattering = self._scattering, None
-        merged = Group()
-        self.line.items.append(merged)
-        epoch = self._epoch
-
-        def merge() -> None:
-            for number, several in enumerate(scattering.pieces):
-                blocks = [several[window] for window in sorted(several)]
-                if blocks:
-                    seed = (self.seed, self.index, epoch, number)
-                    keys = tuple(block.key for block in blocks)
-                    self.ask(Order(self, Merge(keys, (*seed, 2)), seed, blocks), merged)
-                for block in blocks:
-                    self.drop(block)  # the task has them
-            merged.open = False
-
-        scattering.merge = merge
-        if scattering.windows == 0:
-            merge()
-
-    def _close(self, scatter: bool) -> None:
-        """The window is full."""
-        blocks, self._blocks, nbytes, self._bytes = self._blocks, [], self._bytes, 0
-        if not blocks:
-            return
-        total = sum(block.rows for block in blocks)
-        seed = (self.seed, self.index, self._epoch, self._number)
-        self._number += 1
-        count = max(1, round(nbytes / self.target))
-        group = Group()
-        self.line.items.append(group)
-        scattering = self._scattering
-        if scatter and scattering is None:
-            scattering = self._scattering = _Scattering([{} for _ in range(self._partitions)])
-        if scatter and scattering is not None:
-            scattering.windows += 1
-
-        def gather(deal: Order) -> None:
-            order = deal.made[0]
-            keys, rows = tuple(block.key for block in blocks), tuple(block.rows for block in blocks)
-            inputs, share = [*blocks, order], nbytes // count
-            if scatter and scattering is not None:
-                self._scatter(scattering, group, keys, rows, inputs, count, share, seed)
-            else:
-                for i in range(count):
-                    recipe = Shuffled(keys, rows, order.key, total * i // count, total * (i + 1) // count)
-                    self.ask(Order(self, recipe, (*seed, i), inputs, estimate=self.expected(share)), group)
-            group.open = False
-            for block in blocks:
-                self.drop(block)
-
-        deal = Order(
-            self, Deal(total, (*seed, 1)), seed, plain=True, inner=True, estimate=total * 8, when_done=gather
-        )
-        self.ask(deal, group, first=True)
-
-    def _scatter(
-        self,
-        to: _Scattering,
-        group: Group,
-        keys: tuple[str, ...],
-        rows: tuple[int, ...],
-        inputs: list[Block],
-        count: int,
-        share: int,
-        seed: tuple[int, ...],
-    ) -> None:
-        pieces, total, left, window = to.pieces, sum(rows), count, seed[-1]
-        shares = np.random.default_rng((*seed, 0)).multinomial(total, [1 / len(pieces)] * len(pieces))
-        ends = [0, *np.cumsum(shares).tolist()]
-
-        def scattered(order: Order, chosen: list[int]) -> None:
-            nonlocal left
-            for number, block in zip(chosen, order.made, strict=True):
-                block.uses += 1
-                pieces[number][window] = block
-            left -= 1
-            if left == 0:
-                to.one_is_done()
-
-        for i in range(count):
-            first, last = len(pieces) * i // count, len(pieces) * (i + 1) // count
-            chosen = [p for p in range(first, last) if ends[p] < ends[p + 1]]
-            cuts = tuple((ends[p], ends[p + 1]) for p in chosen)
-            recipe = Shuffled(keys, rows, inputs[-1].key, ends[first], ends[last], cuts)
-            order = Order(self, recipe, (*seed, i), inputs, plain=True, inner=True, estimate=share)
-            order.when_done = lambda done, chosen=chosen: scattered(done, chosen)  # type: ignore[misc]
-            self.ask(order, group)
 
 
 class Zipper(Operator):

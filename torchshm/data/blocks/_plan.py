@@ -7,8 +7,8 @@ or a place where rows change company, and all functions up to the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torchshm.data.blocks._sources import Source
@@ -18,7 +18,7 @@ from torchshm.data.blocks._sources import Source
 class Step:
     """A function of the user's, and what it is called with."""
 
-    kind: str  # map_batches, filter, flat_map, write
+    kind: str  # map_batches, filter, flat_map
     fn: Callable[..., Any]
     batch_size: int | None = None
     batch_format: str | None = "numpy"
@@ -82,7 +82,7 @@ class Zip(Node):
 class Stage:
     """A source, or a place where rows change company, and the functions that follow it."""
 
-    kind: str  # read, shuffle, scatter, repartition, repeat, zip
+    kind: str  # read, shuffle, repartition, repeat, zip
     inputs: list[int]
     steps: list[Step] = field(default_factory=list)
     source: Source | None = None
@@ -150,20 +150,3 @@ def _lower(last: Node, stages: list[Stage]) -> int:
         else:
             raise TypeError(node)
     return here
-
-
-def sources(last: Node) -> Iterator[Source]:
-    for node in nodes_of(last):
-        if isinstance(node, Read):
-            yield node.source
-        elif isinstance(node, Zip):
-            yield from sources(node.other)
-
-
-def with_source(last: Node, source: Source) -> Node:
-    """The same plan over another source; of one that has no zip."""
-    nodes = nodes_of(last)
-    made: Node = Read(None, source)
-    for node in nodes[1:]:
-        made = replace(node, before=made)
-    return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
+import multiprocessing.pool
 import multiprocessing.process
 import multiprocessing.util
 import os
@@ -15,25 +16,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from torchshm._store import Store
-from torchshm.data.blocks._executor import Job, alive, announcement, serve
+from torchshm.data.blocks._executor import Job, serve
 from torchshm.data.blocks._home import Home, client
+from torchshm.data.blocks._outlet import alive, announcement
 from torchshm.errors import StoreUnavailableError, TorchshmError
 
 _START = 60.0  # s for an executor to be ready
 _END = 5.0  # s for it to end
 _DYING = 0.1  # s for workers to die with it
 _LOOK = 0.25  # s between looks at whether it still lives
-
-
-class RemoteTraceback(Exception):
-    """The cause of an exception that a worker raised: its traceback there."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
-
-    def __str__(self) -> str:
-        return f'\n"""\n{self.text}\n"""'
 
 
 def raised(pickled: bytes, text: str) -> BaseException:
@@ -44,7 +35,7 @@ def raised(pickled: bytes, text: str) -> BaseException:
             error = pickle.loads(pickled)
     if error is None:
         error = TorchshmError("a worker raised what can't be pickled; its traceback is above")
-    error.__cause__ = RemoteTraceback(text)
+    error.__cause__ = multiprocessing.pool.RemoteTraceback(text)  # type: ignore[attr-defined]
     return error
 
 
@@ -55,7 +46,7 @@ def _call(payload: bytes, control: Any, owner: int) -> None:
 class Run:
     """The executor of a job, a child of this process, with which it ends."""
 
-    def __init__(self, job: Job, home: Home | None, start_method: str | None) -> None:
+    def __init__(self, job: Job, home: Home, start_method: str | None) -> None:
         method = start_method or multiprocessing.get_start_method()
         method = "fork" if method == "fork" else "spawn"
         context = multiprocessing.get_context(method)
@@ -133,7 +124,7 @@ def _pickled(job: Job) -> bytes:
         ) from error
 
 
-def _end(process: Any, control: Any, home: Home | None, prefix: str, owner: int) -> None:
+def _end(process: Any, control: Any, home: Home, prefix: str, owner: int) -> None:
     if os.getpid() != owner:  # a forked child has nothing to end
         return
     with contextlib.suppress(OSError):
@@ -145,8 +136,7 @@ def _end(process: Any, control: Any, home: Home | None, prefix: str, owner: int)
     control.close()
     if process.exitcode:
         time.sleep(_DYING)
-    if home is not None:
-        home.leave(prefix)
+    home.leave(prefix)
 
 
 class Consumer:

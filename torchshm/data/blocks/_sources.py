@@ -13,14 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_ROWS_LIKE = "row"
-
 
 class Source(ABC):
     """Tasks 0, 1, ..., `len(self)`; any process may run any of them, again and again, with the same result."""
 
     label: str = "read"
-    format: str = "numpy"
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -69,7 +66,6 @@ class XarraySource(Source):
     """Slices of a Dataset along a dimension; what it has not loaded is read by the worker."""
 
     label = "from_xarray"
-    format = "xarray"
 
     def __init__(self, dataset: Any, dim: str, cuts: Sequence[int] | None = None) -> None:
         self._dataset, self._dim = dataset, dim
@@ -101,7 +97,6 @@ class NetcdfSource(Source):
     """Slices of NetCDF files along a dimension, by xarray; a file is opened by the worker that reads from it."""
 
     label = "read_netcdf"
-    format = "xarray"
 
     def __init__(
         self,
@@ -166,7 +161,6 @@ class ParquetSource(Source):
     """Row groups of Parquet files, as Arrow tables."""
 
     label = "read_parquet"
-    format = "arrow"
 
     def __init__(
         self,

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torchshm.data.blocks._formats import convert, format_of, mode_for
+from torchshm.data.blocks._functions import batches, check_batch_size
 from torchshm.data.blocks._run import Consumer, Run
-from torchshm.data.blocks._tasks import batches, check_batch_size
 
 
 class Shard:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch.utils.data
 
 from torchshm.data.blocks._formats import convert, format_of
-from torchshm.data.blocks._tasks import batches
+from torchshm.data.blocks._functions import batches
 
 if TYPE_CHECKING:
     from torchshm.data.blocks._dataset import Dataset

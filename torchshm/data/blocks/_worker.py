@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from torchshm.data.blocks._tasks import Kitchen, Made, Outcome, Task
+from torchshm.data.blocks._recipes import Made, Outcome, Task
+from torchshm.data.blocks._tasks import Kitchen
 
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG; of the executor's only thread
 
@@ -77,22 +78,14 @@ class _Worker:
             self._hear()
 
     def _do(self, task: Task) -> Outcome:
-        outcome = Outcome(task.number, task.attempt)
+        outcome = Outcome()
         begun = time.perf_counter()
         try:
             self._kitchen.run(task, self._tell, outcome)
         except Exception as error:
             outcome.error = failure(error, f"in {self._kitchen.label(task)}")
         outcome.seconds = time.perf_counter() - begun
-        outcome.private = _private()
         return outcome
-
-
-def _private() -> int:
-    """Bytes of memory that are this process's own."""
-    with open("/proc/self/statm") as file:
-        _, resident, shared = map(int, file.read().split()[:3])
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def failure(error: BaseException, where: str = "") -> tuple[bytes, str]:

@@ -1,0 +1,135 @@
+"""Cutter: blocks of about the same size, out of values of any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from torchshm._store import Store
+from torchshm.data.blocks._formats import format_of
+from torchshm.data.blocks._recipes import Made
+
+_ROOMY = 0.75  # a block that fills less than that of its memory is moved to memory of its size
+
+
+class Cutter:
+    """Makes blocks of about `target` bytes of the values that it gets, in the store's memory, and saves them."""
+
+    def __init__(
+        self, store: Store, prefix: str, target: int, skip: int, tell: Callable[[Made], None]
+    ) -> None:
+        self._store, self._prefix, self._target, self._skip, self._tell = store, prefix, target, skip, tell
+        self._count = 0
+        self._block: dict[str, Any] | None = None  # arrays that are being filled
+        self._filled = self._capacity = 0
+        self._kept: list[Any] = []  # values of other formats
+        self._kept_bytes = 0
+
+    def add(self, value: Any, expected: int = 0) -> None:
+        """`expected`: rows that are still to come, as far as is known, these among them."""
+        found = format_of(value)
+        rows = found.rows(value)
+        if rows == 0:
+            return
+        plain = found.name == "numpy" and not any(array.dtype.hasobject for array in value.values())
+        if not plain:
+            self._add_other(found, value, rows)
+            return
+        begin = 0
+        while begin < rows:
+            if self._block is not None and not _alike(self._block, value):
+                self._end_block()
+            if self._block is None:
+                self._begin_block(value, rows - begin, max(expected - begin, 0), found.nbytes(value) / rows)
+            block = self._block
+            assert block is not None
+            count = min(rows - begin, self._capacity - self._filled)
+            for name, array in value.items():
+                block[name][self._filled : self._filled + count] = array[begin : begin + count]
+            self._filled += count
+            begin += count
+            if self._filled == self._capacity:
+                self._end_block()
+
+    def _begin_block(self, value: Any, rows: int, expected: int, per_row: float) -> None:
+        self._flush_other()
+        fits = max(1, int(self._target / max(per_row, 1e-9)))
+        # What is left over is shared out rather than made a small block.
+        wanted = max(rows, expected)
+        self._capacity = fits if wanted > fits * 1.5 or not expected else min(wanted, int(fits * 1.5) + 1)
+        with self._store.storage():
+            self._block = {
+                name: np.empty((self._capacity, *array.shape[1:]), array.dtype)
+                for name, array in value.items()
+            }
+        self._filled = 0
+
+    def _end_block(self) -> None:
+        block, filled = self._block, self._filled
+        self._block, self._filled = None, 0
+        if block is None or filled == 0:
+            return
+        if filled < self._capacity:
+            block = {name: array[:filled] for name, array in block.items()}
+            if filled < _ROOMY * self._capacity:
+                with self._store.storage():
+                    moved = {name: np.empty(array.shape, array.dtype) for name, array in block.items()}
+                for name, array in block.items():
+                    moved[name][...] = array
+                block = moved
+        self._save(block, filled, sum(array.nbytes for array in block.values()))
+
+    def _add_other(self, found: Any, value: Any, rows: int) -> None:
+        self._end_block()
+        if self._kept and format_of(self._kept[0]).name != found.name:
+            self._flush_other()
+        nbytes = found.nbytes(value)
+        if nbytes > 1.5 * self._target and rows > 1:
+            self._flush_other()
+            step = max(1, int(rows * self._target / nbytes))
+            for begin in range(0, rows, step):
+                self._kept = [found.slice(value, begin, min(begin + step, rows))]
+                self._flush_other()
+            return
+        self._kept.append(value)
+        self._kept_bytes += nbytes
+        if self._kept_bytes >= self._target:
+            self._flush_other()
+
+    def _flush_other(self) -> None:
+        kept, self._kept, self._kept_bytes = self._kept, [], 0
+        if not kept:
+            return
+        found = format_of(kept[0])
+        value = found.concat(kept) if len(kept) > 1 else kept[0]
+        if found.rows(value):
+            self._save(value, found.rows(value), found.nbytes(value))
+
+    def end(self) -> None:
+        self._end_block()
+        self._flush_other()
+
+    def whole(self, values: Sequence[Any], rows: int) -> None:
+        """A block of its own, whatever its size."""
+        self._target = 1 << 62
+        for value in values:
+            self.add(value, rows)
+        self.end()
+
+    def _save(self, value: Any, rows: int, nbytes: int) -> None:
+        number = self._count
+        self._count += 1
+        if number < self._skip:
+            return
+        key = f"{self._prefix}{number}"
+        self._store.save(key, value, policy="spill")
+        self._tell(Made(key, rows, nbytes))
+
+
+def _alike(block: dict[str, Any], value: dict[str, Any]) -> bool:
+    return block.keys() == value.keys() and all(
+        block[name].dtype == array.dtype and block[name].shape[1:] == array.shape[1:]
+        for name, array in value.items()
+    )

@@ -76,12 +76,13 @@ def allow_time(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(_PATIENCE + 30), append=False)
 
 
-def run_apart(item: pytest.Item) -> bool:
+def run_apart(item: pytest.Item, next_item: pytest.Item | None) -> bool:
     """Whether the test has been dealt with."""
     if not _is_apart(item):
         return False
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     call = pytest.CallInfo.from_call(lambda: _repeat(item), "call")
     item.ihook.pytest_runtest_logreport(report=pytest.TestReport.from_item_and_call(item, call))
+    item.ihook.pytest_runtest_teardown(item=item, nextitem=next_item)  # of modules and sessions that end here
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True

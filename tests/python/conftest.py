@@ -18,6 +18,19 @@ import torchshm
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "apart: the module's tests run in a process of their own")
+    # Where stores are found. From the start: a fork server keeps the environment that it began with. Short: sockets allow 107 bytes.
+    folder = tempfile.mkdtemp(prefix="stores", dir="/tmp")
+    before = os.environ.get("XDG_RUNTIME_DIR")
+    os.environ["XDG_RUNTIME_DIR"] = folder
+
+    def end():
+        if before is None:
+            os.environ.pop("XDG_RUNTIME_DIR", None)
+        else:
+            os.environ["XDG_RUNTIME_DIR"] = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+    config.add_cleanup(end)
 
 
 def pytest_collection_modifyitems(items):
@@ -25,7 +38,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_protocol(item, nextitem):
-    return run_apart(item) or None
+    return run_apart(item, nextitem) or None
 
 
 def pytest_collection_finish():
@@ -102,16 +115,8 @@ def way(request, registered):
 
 @pytest.fixture(scope="session")
 def runtime():
-    """Where the stores of this session are found, by this process and its children. Short: sockets allow 107 bytes."""
-    before = os.environ.get("XDG_RUNTIME_DIR")
-    folder = tempfile.mkdtemp(prefix="stores", dir="/tmp")
-    os.environ["XDG_RUNTIME_DIR"] = folder
-    yield Path(folder)
-    if before is None:
-        del os.environ["XDG_RUNTIME_DIR"]
-    else:
-        os.environ["XDG_RUNTIME_DIR"] = before
-    shutil.rmtree(folder, ignore_errors=True)
+    """Where the stores of this session are found, by this process and its children."""
+    return Path(os.environ["XDG_RUNTIME_DIR"])
 
 
 @pytest.fixture(scope="session")

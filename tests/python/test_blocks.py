@@ -20,7 +20,7 @@ ROWS = 20_000
 
 def little(dataset, **more):
     """In small blocks, so that there are many."""
-    return dataset.options(**{"memory": "64MiB", "block_size": "100KiB", "num_workers": 2, "seed": 1, **more})
+    return dataset.options(**{"memory": "96MiB", "block_size": "100KiB", "num_workers": 2, "seed": 1, **more})
 
 
 def numbered(rows=ROWS):

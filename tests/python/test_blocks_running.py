@@ -64,8 +64,8 @@ def job(spill, rows=ROWS, width=64, **more):
 
 
 def test_four_times_the_memory_is_shuffled_by_way_of_the_disk(spill):
-    rows = 4 * (32 << 20) // 520
-    dataset = job(spill, rows, memory="32MiB", block_size="1MiB").shuffle()
+    rows = 4 * (64 << 20) // 520
+    dataset = job(spill, rows, memory="64MiB", block_size="1MiB").shuffle()
     found = np.zeros(rows, bool)
     most, home = 0, None
     for batch in dataset.iter_batches(1000):
@@ -74,7 +74,7 @@ def test_four_times_the_memory_is_shuffled_by_way_of_the_disk(spill):
         home = home or next(each for each in _homes() if each.shares)
         most = max(most, home.store.info()["committed_bytes"])
     assert found.all()
-    assert most <= 32 << 20
+    assert most <= 64 << 20
     assert dataset._statistics["spills"] > 0
 
 
@@ -112,7 +112,7 @@ def test_an_iterator_that_never_ends_is_bounded_too(spill):
             n += 1000
 
     dataset = blocks.from_iter(forever, batched=True).options(
-        memory="32MiB", block_size="1MiB", num_workers=2, spill=spill
+        memory="64MiB", block_size="1MiB", num_workers=2, spill=spill
     )
     taken = dataset.map_batches(lambda batch: {"i": batch["i"]}).shuffle(window="1MiB").iter_batches(1000)
     for _ in range(200):

@@ -11,10 +11,10 @@ import numpy as np
 
 from torchshm._size import parse_limit, parse_size
 from torchshm.data.blocks import _plan
-from torchshm.data.blocks._executor import Job
 from torchshm.data.blocks._formats import convert, format_of, mode_for
 from torchshm.data.blocks._functions import batches, check_batch_size
 from torchshm.data.blocks._home import home
+from torchshm.data.blocks._job import BLOCK, Job
 from torchshm.data.blocks._report import describe_plan, describe_run
 from torchshm.data.blocks._run import Consumer, Run
 from torchshm.data.blocks._sources import Source
@@ -200,6 +200,19 @@ class Dataset:
 
     # ---- running it
 
+    def _job(self, workers: int | None = None) -> Job:
+        options, stages = self._options, _plan.lower(self._last)
+        seed = options.get("seed")
+        return Job(
+            stages=stages,
+            memory=options.get("memory") or parse_limit("25%"),
+            workers=workers or options.get("num_workers") or len(os.sched_getaffinity(0)),
+            seed=int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed,
+            block_size=options.get("block_size", BLOCK),
+            epochs=_epochs(stages),
+            retries=options.get("max_retries", 3),
+        )
+
     def _run(
         self,
         shards: int = 1,
@@ -209,32 +222,16 @@ class Dataset:
         name: str | None = None,
         prefix: str | None = None,
     ) -> Run:
-        options = self._options
-        memory = options.get("memory") or parse_limit("25%")
-        stages = _plan.lower(self._last)
-        place = home(options.get("spill"), memory, name)
-        seed = options.get("seed")
-        job = Job(
-            store=place.store.name,
-            prefix="",
-            directory=place.directory,
-            stages=stages,
-            memory=memory,
-            workers=workers or options.get("num_workers") or len(os.sched_getaffinity(0)),
-            seed=int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed,
-            target=options.get("block_size") or 128 << 20,
-            epoch=epoch,
-            epochs=_epochs(stages),
-            shards=shards,
-            equal=equal,
-            retries=options.get("max_retries", 3),
-        )
+        job = self._job(workers)
+        job.epoch, job.shards, job.equal = epoch, shards, equal
+        place = home(self._options.get("spill"), job.memory, name)
+        job.store, job.directory = place.store.name, place.directory
         if prefix is not None:  # a loader asks for its next epoch when it has all of the last one
             for before in list(place.shares):
                 place.leave(before)
         job.prefix = place.enter(job.limit, prefix)
         try:
-            return Run(job, place, options.get("start_method"))
+            return Run(job, place, self._options.get("start_method"))
         except BaseException:
             place.leave(job.prefix)
             raise
@@ -263,6 +260,7 @@ class Dataset:
                 yield format_of(value).slice(value, begin, end)
             complete = True
         finally:
+            consumer.leave()
             if run is not None:
                 if complete:
                     run.finish()
@@ -376,16 +374,8 @@ class Dataset:
 
     def explain(self) -> str:
         """Describe the plan: its stages, with the functions that are fused; after a run also what each has done and cost."""
-        text = describe_plan(_plan.lower(self._last), self._job_facts())
+        text = describe_plan(self._job())
         return text if self._statistics is None else f"{text}\n\n{describe_run(self._statistics)}"
-
-    def _job_facts(self) -> dict[str, Any]:
-        options = self._options
-        return {
-            "memory": options.get("memory") or parse_limit("25%"),
-            "workers": options.get("num_workers") or len(os.sched_getaffinity(0)),
-            "block": options.get("block_size") or 128 << 20,
-        }
 
 
 def _epochs(stages: list[_plan.Stage]) -> dict[int, int | None]:

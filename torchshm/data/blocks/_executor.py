@@ -14,17 +14,17 @@ import os
 import shutil
 import signal
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torchshm.data._job import tidy
 from torchshm.data.blocks import _home
 from torchshm.data.blocks import _operators as op
+from torchshm.data.blocks._job import Job
 from torchshm.data.blocks._outlet import Outlet, alive
-from torchshm.data.blocks._plan import Stage, Step
-from torchshm.data.blocks._recipes import Made, Outcome, Task
+from torchshm.data.blocks._plan import Step
+from torchshm.data.blocks._recipes import GoOn, Made, Outcome, Task
 from torchshm.data.blocks._shuffler import Shuffler
 from torchshm.data.blocks._sources import Source
 from torchshm.data.blocks._tasks import Kitchen
@@ -38,37 +38,9 @@ _TELL = 0.2  # s between statistics
 _TRIES, _DYING = 20, 0.1  # s between them
 _GRACE = 1.0  # s for a worker to end by itself
 _CREDIT = 2  # blocks that a task may make before it asks
-_BLOCK = 128 << 20
-_PRIVATE = 24 << 20  # bytes of memory that a worker has for itself, about
-# Parts of the memory that a block and a window may be: whatever the number of workers, which the order of rows must not depend on.
-_SHARES, _WINDOWS = 32, 5
+_DEEP = 4  # tasks of one worker, of which all but one wait
 # Of the store's limit, what may be in use when a task is begun: of the last stage, of those before.
 _ROOM, _EARLY = 0.9, 0.65
-
-
-@dataclass
-class Job:
-    """What is to be executed, and with how much."""
-
-    store: str
-    prefix: str  # of all its names there
-    directory: str  # that values go to, in case the store's owner dies
-    stages: list[Stage]
-    memory: int
-    workers: int
-    seed: int
-    target: int = _BLOCK
-    epoch: int = 0
-    epochs: dict[int, int | None] = field(default_factory=dict)  # of each reader
-    shards: int = 1
-    equal: bool = True
-    retries: int = 3
-    ahead: int = 2  # blocks that wait for each consumer
-
-    @property
-    def limit(self) -> int:
-        """Bytes of blocks: what workers have beside them is theirs."""
-        return max(self.memory - self.workers * _PRIVATE, self.memory // 2)
 
 
 class Failure(Exception):
@@ -92,7 +64,7 @@ def serve(job: Job, control: Any, owner: int, inherited: Any) -> None:
     executor = None
     try:
         executor = Executor(job, control, owner)
-        control.send(("ready", executor.limit))
+        control.send(("ready", job.limit))
         executor.run()
     except BaseException as error:
         with contextlib.suppress(OSError, ValueError):
@@ -102,13 +74,38 @@ def serve(job: Job, control: Any, owner: int, inherited: Any) -> None:
             executor.close()
 
 
+@dataclass(eq=False)
+class Doing:
+    """A task that a worker is at."""
+
+    order: op.Order
+    owed: int = 0  # blocks that it has made since it was last told to go on
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it waits to be told so."""
+        return self.owed >= _CREDIT
+
+
 class Hand:
     """A worker as the executor sees it."""
 
     def __init__(self, number: int, process: Any, link: Any) -> None:
         self.number, self.process, self.link = number, process, link
-        self.orders: deque[op.Order] = deque()  # the first one is being done
-        self.owed = 0  # blocks that its task has made since it was last told to go on
+        self.doing: list[Doing] = []  # the last one; those before wait for it
+
+    @property
+    def stuck(self) -> bool:
+        return bool(self.doing) and self.doing[-1].stuck
+
+    @property
+    def working(self) -> bool:
+        return bool(self.doing) and not self.doing[-1].stuck
+
+    def send(self, message: Any) -> None:
+        """To the worker; that it has died is seen elsewhere."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.link.send(message)
 
 
 class Executor:
@@ -117,18 +114,14 @@ class Executor:
     def __init__(self, job: Job, control: Any, owner: int) -> None:
         self._job, self._control = job, control
         self._owner = os.pidfd_open(owner)
-        self.limit = job.limit
-        self._target = min(job.target, max(job.memory // _SHARES, 1 << 16))
         self._store = _home.client(job.store, _CONNECT)
-        self._alive = self._store._core.lock(
-            alive(job.prefix)
-        )  # free when this process has gone, however it went
+        # Free when this process has gone, however it went.
+        self._alive = self._store._core.lock(alive(job.prefix))
         self._alive.try_acquire(False)
         self._context = multiprocessing.get_context("fork")
         self._hands: list[Hand] = []
         self._live: dict[str, op.Block] = {}
-        self._bytes = self._promised = 0
-        self.most = 0
+        self._bytes = self._promised = self._most = 0
         self._numbers = 0
         self._stopped = False
         self._began = time.monotonic()
@@ -136,60 +129,34 @@ class Executor:
         self._before = self._store.info()
         self._finish = self._orphaned = False
         self._listening = True
+        self._recipes: list[tuple[Source | None, Sequence[Step]]] = [
+            (None if stage.source is None else stage.source.plan(job.target), stage.steps)
+            for stage in job.stages
+        ]
         self._outlet: Outlet
         self._outlets: list[Outlet] = []  # of epochs before, of which somebody has not taken everything
-        self._read_plan()
         self._begin(job.epoch)
         for number in range(job.workers):
             self._hands.append(self._hire(number))
 
     # ---- the plan
 
-    def _read_plan(self) -> None:
-        self._recipes: list[tuple[Source | None, Sequence[Step]]] = [
-            (None if stage.source is None else stage.source.plan(self._target), stage.steps)
-            for stage in self._job.stages
-        ]
-
     def _begin(self, epoch: int) -> None:
         """Put up the operators of an epoch."""
         job = self._job
         self._operators: list[op.Operator] = []
-        window = job.memory // _WINDOWS
-        first = epoch * max([each or 1 for each in job.epochs.values()], default=1)
-        sizes: list[int | None] = []  # of what each stage makes
+        # What is before a zip, of each of its sides.
+        self._sides: list[tuple[op.Zipper, int, set[int]]] = []
+        above: list[set[int]] = []  # of each stage, those before it, and itself
         for index, stage in enumerate(job.stages):
-            source = self._recipes[index][0]
-            seed = job.seed if stage.seed is None else stage.seed
-            common = (index, stage.label, self._release, self._target, seed)
-            made: op.Operator
-            if source is not None:
-                several = [source.nbytes(number) for number in range(len(source))]
-                size = None if None in several else sum(each or 0 for each in several)
-                reader = op.Reader(*common, several, job.epochs.get(index, 1), first)
-                reader.ahead = job.workers * 2
-                made = reader
-            else:
-                size = sizes[stage.inputs[0]]
-                if stage.kind == "shuffle":
-                    # As many as it has blocks, as far as is known beforehand.
-                    several_blocks = -(-(64 * self._target if size is None else size) // self._target)
-                    partitions = max(1, several_blocks) if stage.window is None else 0
-                    made = Shuffler(*common, min(stage.window or window, window), partitions, first)
-                elif stage.kind == "repartition":
-                    made = op.Regrouper(*common, stage.rows, stage.blocks, first)
-                elif stage.kind == "zip":
-                    made = op.Zipper(*common, first)
-                else:
-                    made = op.Repeater(*common)
-            sizes.append(size)
+            made = self._operator(index, epoch)
+            above.append({index}.union(*(above[before] for before in stage.inputs)))
             for side, before in enumerate(stage.inputs):
-                above = self._operators[before]
-                above.follower = (
-                    made.push if side == 0 or not isinstance(made, op.Zipper) else _to_side(made, side)
-                )
-                above.after_end, above.after_flush = made.end, made.flush
+                self._connect(self._operators[before], made, side)
+                if isinstance(made, op.Zipper):
+                    self._sides.append((made, side, above[before]))
             self._operators.append(made)
+        self._before_each = [stages - {index} for index, stages in enumerate(above)]
         if epoch != job.epoch:
             self._outlets.append(self._outlet)
         self._outlet = Outlet(
@@ -197,6 +164,44 @@ class Executor:
         )
         last = self._operators[-1]
         last.follower, last.after_end = self._outlet.push, self._outlet.end
+        # What only passes on has no tasks.
+        self._last = next(each for each in reversed(self._operators) if not isinstance(each, op.Repeater))
+
+    def _operator(self, index: int, epoch: int) -> op.Operator:
+        job, stage, source = self._job, self._job.stages[index], self._recipes[index][0]
+        first = epoch * max([each or 1 for each in job.epochs.values()], default=1)
+        common = (index, stage.label, self._release, job.target, job.seed)
+        if source is not None:
+            sizes = [source.nbytes(number) for number in range(len(source))]
+            return op.Reader(*common, sizes, job.epochs.get(index, 1), first, job.workers * 2)
+        if stage.kind == "shuffle":
+            drawn = job.seed if stage.seed is None else stage.seed
+            return Shuffler(*common, drawn, job.window(stage.window), stage.window is not None, first)
+        if stage.kind == "repartition":
+            return op.Regrouper(*common, stage.rows, stage.blocks, first)
+        if stage.kind == "zip":
+            return op.Zipper(*common, first)
+        return op.Repeater(*common, stage.times)
+
+    @staticmethod
+    def _connect(above: op.Operator, below: op.Operator, side: int) -> None:
+        if isinstance(below, op.Zipper):
+            above.follower = lambda block: below.push_to(side, block)
+            above.after_flush = lambda epoch: below.flush_to(side, epoch)
+            above.after_end = lambda: below.end_of(side)
+        else:
+            above.follower, above.after_flush, above.after_end = below.push, below.flush, below.end
+
+    def _held(self) -> set[int]:
+        """Stages whose blocks would only wait: for those of the other side of a zip, or for a stage that has enough to do."""
+        held: set[int] = set()
+        for operator in self._operators:
+            if operator.crowded():
+                held |= self._before_each[operator.index]
+        for zipper, side, before in self._sides:
+            if zipper.ahead(side):
+                held |= before
+        return held
 
     # ---- memory
 
@@ -211,8 +216,12 @@ class Executor:
         if block.uses == 0:
             self._release(block)
 
-    def _room_for(self, nbytes: int, last: bool) -> bool:
-        return self._bytes + self._promised + nbytes <= (_ROOM if last else _EARLY) * self.limit
+    def _may_make(self, operator: op.Operator, nbytes: int) -> bool:
+        """Whether there is room for so much more of a stage, and somebody to take it."""
+        last = operator is self._last
+        if last and self._outlet.full():
+            return False
+        return self._bytes + self._promised + nbytes <= (_ROOM if last else _EARLY) * self._job.limit
 
     # ---- workers
 
@@ -230,38 +239,39 @@ class Executor:
         return Hand(number, process, here)
 
     def _choose(self, order: op.Order) -> Hand | None:
-        """Of those that have nothing to do, the worker that made the largest part of what goes in."""
-        idle = [hand for hand in self._hands if not hand.orders]
-        if not idle:
-            return None
-        made = dict.fromkeys((hand.number for hand in idle), 0)
+        """Of those that have nothing to do, the worker that made the largest part of what goes in; else of those that wait to go on with
+        an earlier stage."""
+        free = [hand for hand in self._hands if not hand.doing] or [
+            hand
+            for hand in self._hands
+            if hand.stuck
+            and len(hand.doing) < _DEEP
+            and hand.doing[-1].order.operator.index < order.operator.index
+        ]
+        made = dict.fromkeys((hand.number for hand in free), 0)
         for block in order.inputs:
             if block.maker in made:
                 made[block.maker] += block.nbytes
-        return max(idle, key=lambda hand: made[hand.number])
+        return max(free, key=lambda hand: made[hand.number], default=None)
+
+    def _starving(self) -> bool:
+        """Whether a consumer has nothing and nobody works at it: then something is done whether there is room or not."""
+        return self._outlet.wanting() and not any(hand.working for hand in self._hands)
 
     def _dispatch(self) -> None:
-        while True:
-            busy = any(hand.orders for hand in self._hands)
-            starving = not busy and self._outlet.wanting()
-            order = self._next_order(starving)
-            if order is None:
-                return
-            hand = self._choose(order)
-            if hand is None:
-                return
+        while (order := self._next_order()) is not None and (hand := self._choose(order)) is not None:
             order.operator.waiting.remove(order)
             self._give(hand, order)
 
-    def _next_order(self, starving: bool) -> op.Order | None:
+    def _next_order(self) -> op.Order | None:
         """The last stage that can do something: what is nearest to being done with comes first."""
+        starving, held = self._starving(), self._held()
         for operator in reversed(self._operators):
             operator.refill()
-            if not operator.waiting:
-                continue
-            order, last = operator.waiting[0], operator is self._operators[-1]
-            if starving or (self._room_for(order.estimate, last) and not (last and self._outlet.full())):
-                return order
+            if operator.waiting and operator.index not in held:
+                order = operator.waiting[0]
+                if starving or self._may_make(operator, order.estimate):
+                    return order
         return None
 
     def _give(self, hand: Hand, order: op.Order) -> None:
@@ -277,31 +287,54 @@ class Executor:
             seed=order.seed,
             prefix=f"{self._job.prefix}b{order.number}.{order.attempts}.",
             plain=order.plain,
-            target=self._target,
+            whole=order.whole,
+            target=self._job.target,
             skip=len(order.made),
         )
-        hand.orders.append(order)
+        hand.doing.append(Doing(order))
         self._promised += order.estimate
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            hand.link.send((task, _CREDIT))
+        hand.send((task, _CREDIT))
+
+    def _go_on(self) -> None:
+        """Let tasks make further blocks, where there is room; where nothing else goes on, one of the last stage that has any."""
+        held = self._held()
+        for hand in self._hands:
+            if hand.doing and hand.doing[-1].owed:
+                operator = hand.doing[-1].order.operator
+                if operator.index not in held and self._may_make(operator, 0):
+                    self._let_go_on(hand)
+        if self._starving():
+            stuck = [hand for hand in self._hands if hand.stuck]
+            free = [hand for hand in stuck if hand.doing[-1].order.operator.index not in held] or stuck
+            if free:
+                self._let_go_on(max(free, key=lambda hand: self._urgency(hand.doing[-1].order)))
+
+    @staticmethod
+    def _urgency(order: op.Order) -> tuple[int, int]:
+        return order.operator.index, -order.number
+
+    def _let_go_on(self, hand: Hand) -> None:
+        doing = hand.doing[-1]
+        hand.send(GoOn(doing.order.number, doing.owed))
+        doing.owed = 0
 
     def _hear(self, hand: Hand) -> None:
         message = hand.link.recv()
-        order = hand.orders[0]
+        doing = hand.doing[-1]
+        order = doing.order
         if isinstance(message, Made):
             block = op.Block(message.key, message.rows, message.nbytes, hand.number)
             self._live[block.key] = block
             self._bytes += block.nbytes
-            self.most = max(self.most, self._bytes)
+            self._most = max(self._most, self._bytes)
             kept = min(order.estimate, block.nbytes)  # of what was promised to it
             order.estimate -= kept
             self._promised -= kept
+            doing.owed += 1
             order.operator.made(order, block)
-            hand.owed += 1
             return
         assert isinstance(message, Outcome)
-        hand.orders.popleft()
-        hand.owed = 0
+        hand.doing.pop()
         self._promised -= order.estimate
         if message.error is not None:
             raise Failure(*message.error)
@@ -314,37 +347,36 @@ class Executor:
     def _lose(self, hand: Hand) -> None:
         """A worker has died. What it was at is done again by others, from the block on that is missing."""
         with contextlib.suppress(OSError, EOFError):
-            while hand.orders and hand.link.poll():  # what it said before it died
+            while hand.doing and hand.link.poll():  # what it said before it died
                 self._hear(hand)
         hand.process.join()
         code = hand.process.exitcode
-        orders, hand.orders = list(hand.orders), deque()
+        lost, hand.doing = [doing.order for doing in hand.doing], []
         hand.link.close()
-        for order in orders:
+        for order in lost:
             self._promised -= order.estimate
-        if orders:
-            begun = orders[0]
+            self._forget_untold(order)
+        if lost:
+            begun = lost[-1]
             begun.operator.progress.retries += 1
-            told = {block.key for block in begun.made}
-            for key in self._store.keys(f"{self._job.prefix}b{begun.number}.{begun.attempts}."):
-                if key not in told:
-                    with contextlib.suppress(KeyError):
-                        self._store.remove(key)
             if begun.attempts > self._job.retries:
-                how = (
-                    f"signal {-code} ({signal.Signals(-code).name})"
-                    if code and code < 0
-                    else f"exit code {code}"
-                )
                 raise RuntimeError(
                     f"task {begun.number} of stage {begun.operator.index}, {begun.operator.progress.label}, was begun "
-                    f"{begun.attempts} times, and each time the worker died; the last one by {how}. {_hint(code)}"
+                    f"{begun.attempts} times, and each time the worker died; the last one by {_how(code)}. {_hint(code)}"
                 )
-            for order in orders[1:]:
-                order.attempts -= 1
-            for order in reversed(orders):
-                order.operator.waiting.appendleft(order)
+        for order in lost[:-1]:  # they only waited
+            order.attempts -= 1
+        for order in lost:
+            order.operator.waiting.appendleft(order)
         self._hands[hand.number] = self._hire(hand.number)
+
+    def _forget_untold(self, order: op.Order) -> None:
+        """Remove what its worker saved and did not live to tell."""
+        told = {block.key for block in order.made}
+        for key in self._store.keys(f"{self._job.prefix}b{order.number}.{order.attempts}."):
+            if key not in told:
+                with contextlib.suppress(KeyError):
+                    self._store.remove(key)
 
     # ---- the loop
 
@@ -393,6 +425,9 @@ class Executor:
             operator.refill()
         while not self._stopped:
             self._look()
+            if self._outlet.left():
+                self._abandon()
+                return
             self._dispatch()
             self._go_on()
             self._tell()
@@ -401,18 +436,29 @@ class Executor:
                 return
             self._wait(_LOOK if self._outlet.waiting() else _WATCH)
 
+    def _abandon(self) -> None:
+        """Nobody wants the rest of this epoch."""
+        deadline = time.monotonic() + _GRACE
+        while any(hand.working for hand in self._hands) and time.monotonic() < deadline and not self._stopped:
+            self._wait(_LOOK)
+        for number, hand in enumerate(self._hands):
+            if hand.doing:
+                hand.process.kill()
+                hand.process.join()
+                for doing in hand.doing:
+                    self._forget_untold(doing.order)
+                hand.link.close()
+                self._hands[number] = self._hire(number)
+        self._promised = 0
+        announced = {block.key for outlet in self._outlets for block in outlet.blocks()}
+        for block in [each for each in self._live.values() if each.key not in announced]:
+            self._release(block)
+
     def _wait(self, seconds: float) -> None:
         links = {hand.link: hand for hand in self._hands}
-        ready = multiprocessing.connection.wait(
-            [
-                *links,
-                *(hand.process.sentinel for hand in self._hands),
-                *([self._control] if self._listening else []),
-                self._owner,
-            ],
-            seconds,
-        )
         sentinels = {hand.process.sentinel: hand for hand in self._hands}
+        control = [self._control] if self._listening else []
+        ready = multiprocessing.connection.wait([*links, *sentinels, *control, self._owner], seconds)
         lost = [sentinels[each] for each in ready if each in sentinels]
         if self._owner in ready:
             self._stopped = self._orphaned = True
@@ -433,33 +479,20 @@ class Executor:
         for hand in lost:
             self._lose(hand)
 
-    def _go_on(self) -> None:
-        """Lets tasks make further blocks, where there is room."""
-        for hand in self._hands:
-            if not hand.owed or not hand.orders:
-                continue
-            last = hand.orders[0].operator is self._operators[-1]
-            stuck = all(not other.orders or other.owed >= _CREDIT for other in self._hands)
-            if (stuck and self._outlet.wanting()) or (
-                self._room_for(0, last) and not (last and self._outlet.full())
-            ):
-                for _ in range(hand.owed):
-                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                        hand.link.send(None)
-                hand.owed = 0
-
     def _clear(self) -> None:
         """Nobody will come for what is left."""
         for key in self._store.keys(self._job.prefix):
             with contextlib.suppress(KeyError):
                 self._store.remove(key)
 
+    # ---- what it says
+
     def statistics(self) -> dict[str, Any]:
         info = self._store.info()
         return {
             "seconds": time.monotonic() - self._began,
-            "limit": self.limit,
-            "most": self.most,
+            "limit": self._job.limit,
+            "most": self._most,
             "spills": info["spills"] - self._before["spills"],
             "restores": info["restores"] - self._before["restores"],
             "stages": [vars(operator.progress) for operator in self._operators],
@@ -510,8 +543,8 @@ class Executor:
                 time.sleep(_DYING)
 
 
-def _to_side(zipper: op.Zipper, side: int) -> Any:
-    return lambda block: zipper.push_to(side, block)
+def _how(code: int | None) -> str:
+    return f"signal {-code} ({signal.Signals(-code).name})" if code and code < 0 else f"exit code {code}"
 
 
 def _hint(code: int | None) -> str:

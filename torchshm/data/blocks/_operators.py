@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torchshm.data.blocks._recipes import Gather, Part, Read, Recipe, Zipped
+
+
+_ENOUGH = 8  # blocks
 
 
 @dataclass
@@ -34,6 +38,9 @@ class Block:
     nbytes: int
     maker: int = -1  # the worker
     uses: int = 0
+    reach: float | None = (
+        None  # what part of its source has been read when it is there, at least; None: not known
+    )
 
 
 @dataclass(eq=False)
@@ -45,6 +52,7 @@ class Order:
     seed: tuple[int, ...]
     inputs: list[Block] = field(default_factory=list)
     plain: bool = False  # without the functions of the stage
+    whole: bool = False  # one block, whatever its size
     inner: bool = False  # what it makes is the operator's own, and does not go on
     estimate: int = 0  # bytes that it makes
     when_done: Callable[[Order], None] | None = None
@@ -120,13 +128,22 @@ class Operator(ABC):
     def refill(self) -> None:  # noqa: B027 - most only do as they are told
         """Ask for more where that is this operator's own decision."""
 
+    def crowded(self) -> bool:
+        """Whether what comes before should wait: there is enough to do here."""
+        return False
+
     def made(self, order: Order, block: Block) -> None:
+        block.reach = self.reach(order)
         order.made.append(block)
         if not order.inner:
             self.progress.blocks += 1
             self.progress.rows += block.rows
             self.progress.nbytes += block.nbytes
         self.advance()
+
+    def reach(self, order: Order) -> float | None:
+        """That of the blocks that a task makes."""
+        return max((block.reach for block in order.inputs if block.reach is not None), default=None)
 
     def done(self, order: Order) -> None:
         order.done = True
@@ -172,6 +189,13 @@ class Operator(ABC):
         return True
 
 
+class Regrouping(Operator):
+    """One that needs the next rows alone; what is read long before would only lie there."""
+
+    def crowded(self) -> bool:
+        return sum(order.estimate for order in self.waiting) > _ENOUGH * self.target
+
+
 class Reader(Operator):
     """A source's tasks, in order, once for each epoch."""
 
@@ -185,18 +209,33 @@ class Reader(Operator):
         sizes: Sequence[int | None],
         epochs: int | None,
         first: int,
+        ahead: int,
     ) -> None:
+        """ahead: how many tasks wait for workers."""
         super().__init__(index, label, release, target, seed)
         self._sizes, self._epochs, self._first = list(sizes), epochs, first
         self._epoch = self._next = 0
         self._over = False
-        self.ahead = 1
+        self._ahead = ahead
+        # A single task says nothing of how far it is.
+        several = len(self._sizes) > 1
+        weights = [1.0 if None in self._sizes else float(size or 0) for size in self._sizes]
+        total = sum(weights)
+        self._ends = [end / total for end in itertools.accumulate(weights)] if several and total else []
 
     def push(self, block: Block) -> None:
         raise AssertionError("nothing comes before a source")
 
+    def reach(self, order: Order) -> float | None:
+        if not self._ends:
+            return None
+        assert isinstance(order.recipe, Read)
+        number = order.recipe.number
+        # At least the tasks before it; of the first one, half: what is taken for less only divides more finely.
+        return self._ends[number - 1] if number else self._ends[0] / 2
+
     def refill(self) -> None:
-        while not self._over and len(self.waiting) < self.ahead:
+        while not self._over and len(self.waiting) < self._ahead:
             epoch = self._first + self._epoch
             if self._next < len(self._sizes):
                 number = self._next
@@ -219,7 +258,7 @@ class Reader(Operator):
                 self.end()
 
 
-class Regrouper(Operator):
+class Regrouper(Regrouping):
     """Consecutive rows in blocks of another size: so many rows each, so many blocks in all, or each block as it is."""
 
     def __init__(
@@ -250,7 +289,10 @@ class Regrouper(Operator):
     def _group(self, rows: int) -> None:
         parts, inputs, used_up = take_rows(self._pending, rows)
         self._count -= rows
-        self.ask(Order(self, Gather(parts), (self.seed, self.index, self._first, self._number), inputs))
+        seed = (self.seed, self.index, self._first, self._number)
+        self.ask(
+            Order(self, Gather(parts), seed, inputs, whole=self._rows is not None or self._blocks is not None)
+        )
         self._number += 1
         for block in used_up:
             self.drop(block)
@@ -295,17 +337,18 @@ def take_rows(
     return tuple(parts), inputs, used_up
 
 
-class Zipper(Operator):
+class Zipper(Regrouping):
     """Rows of two sides next to each other, in blocks as the left side has them."""
 
     def __init__(self, index: int, label: str, release: Release, target: int, seed: int, first: int) -> None:
         super().__init__(index, label, release, target, seed)
         self._first = first
         self._sides: tuple[deque[tuple[Block, int]], ...] = (deque(), deque())
-        self._counts = [0, 0]
+        self._counts = [0, 0]  # rows that wait for those of the other side
         self._totals = [0, 0]
-        self._ends = self._flushes = 0
-        self._number = 0
+        self._epochs: tuple[list[int], ...] = ([], [])  # the totals as each of them ended
+        self._ended = [False, False]
+        self._flushed = self._number = 0
 
     def push(self, block: Block) -> None:
         self.push_to(0, block)
@@ -319,41 +362,60 @@ class Zipper(Operator):
             first, begin = self._sides[0][0]
             rows = first.rows - begin
             if self._counts[1] < rows:
-                return
+                break
             self._pair(rows)
+        self._check()
+
+    def ahead(self, side: int) -> bool:
+        """Whether more of that side would only lie there."""
+        return self._counts[side] > self._counts[1 - side]
 
     def _pair(self, rows: int) -> None:
         taken = [take_rows(side, rows) for side in self._sides]
         self._counts = [count - rows for count in self._counts]
-        recipe = Zipped(taken[0][0], taken[1][0])
-        self.ask(
-            Order(
-                self, recipe, (self.seed, self.index, self._first, self._number), [*taken[0][1], *taken[1][1]]
-            )
-        )
+        seed = (self.seed, self.index, self._first, self._number)
+        self.ask(Order(self, Zipped(taken[0][0], taken[1][0]), seed, [*taken[0][1], *taken[1][1]]))
         self._number += 1
         for _, _, used_up in taken:
             for block in used_up:
                 self.drop(block)
 
-    def flush(self, epoch: int) -> None:
-        self._flushes += 1
-        if self._flushes % 2 == 0:
-            super().flush(epoch)
+    def _check(self) -> None:
+        """One side must not have rows that the other, which has ended, has nothing for."""
+        for side in (0, 1):
+            if self._ended[side] and self._totals[1 - side] > self._totals[side]:
+                raise _unequal(self._totals, None if self._ended[1 - side] else 1 - side)
 
-    def end(self) -> None:
-        self._ends += 1
-        if self._ends < 2:
-            return
-        if self._totals[0] != self._totals[1]:
-            raise ValueError(
-                f"zip: the left side has {self._totals[0]} rows, the right side {self._totals[1]}"
-            )
-        super().end()
+    def flush_to(self, side: int, epoch: int) -> None:
+        self._epochs[side].append(self._totals[side])
+        if len(self._epochs[0]) > self._flushed < len(self._epochs[1]):
+            totals = [epochs[self._flushed] for epochs in self._epochs]
+            if totals[0] != totals[1]:
+                raise _unequal(totals)
+            self._flushed += 1
+            self.flush(epoch)
+
+    def end_of(self, side: int) -> None:
+        self._ended[side] = True
+        self._check()
+        if all(self._ended):
+            self.end()
+
+
+def _unequal(totals: list[int], going_on: int | None = None) -> ValueError:
+    """going_on: the side that may have more."""
+    left, right = (f"{'at least ' if side == going_on else ''}{total}" for side, total in enumerate(totals))
+    return ValueError(f"zip: the left side has {left} rows, the right side {right}")
 
 
 class Repeater(Operator):
     """Passes on what comes, epoch after epoch; the reader runs as many."""
+
+    def __init__(
+        self, index: int, label: str, release: Release, target: int, seed: int, times: int | None
+    ) -> None:
+        super().__init__(index, label, release, target, seed)
+        self._times, self._flushes = times, 0
 
     def push(self, block: Block) -> None:
         block.uses += 1
@@ -365,4 +427,7 @@ class Repeater(Operator):
         self.in_turn(go_on)
 
     def flush(self, epoch: int) -> None:
-        pass  # what follows sees one long epoch
+        """What follows sees all times as one long epoch."""
+        self._flushes += 1
+        if self._times is not None and self._flushes % self._times == 0:
+            super().flush(epoch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,11 @@ from torchshm.data.blocks._operators import Block
 def alive(prefix: str) -> str:
     """The lock that the executor holds as long as it lives."""
     return f"{prefix}alive"
+
+
+def farewell(prefix: str, shard: int) -> str:
+    """The name by which a consumer says that it wants nothing more of an epoch; the prefix is that of its announcements."""
+    return f"{prefix}.{shard}.left"
 
 
 def announcement(prefix: str, shard: int, number: int) -> str:
@@ -30,34 +37,45 @@ class Outlet:
     """Announces blocks to consumers, in order, and sees which of them they have taken."""
 
     def __init__(
-        self, store: Store, say: Any, prefix: str, shards: int, equal: bool, ahead: int, drop: Any
+        self,
+        store: Store,
+        say: Callable[[str, dict[str, Any]], None],
+        prefix: str,
+        shards: int,
+        equal: bool,
+        ahead: int,
+        drop: Callable[[Block], None],
     ) -> None:
-        self._say = say
-        self._store, self._prefix, self._equal, self._ahead, self._drop = store, prefix, equal, ahead, drop
-        self._shards: list[deque[_Announced]] = [deque() for _ in range(shards)]
+        self._store, self._say, self._prefix, self._drop = store, say, prefix, drop
+        self._equal, self._ahead = equal and shards > 1, ahead
+        # None: its consumer has left.
+        self._shards: list[deque[_Announced] | None] = [deque() for _ in range(shards)]
         self._numbers = [0] * shards
         self._next = 0
-        self._last: list[str] = []
+        self._last: dict[int, str] = {}  # of each shard, what ends it
         self._ended = False
 
     def push(self, block: Block) -> None:
-        if len(self._shards) > 1 and self._equal:
-            share = block.rows // len(self._shards)
-            for shard in range(len(self._shards)):
+        block.uses += 1
+        shards = len(self._shards)
+        if self._equal:
+            share = block.rows // shards
+            for shard in range(shards):
                 if share:
                     self._announce(shard, block, shard * share, (shard + 1) * share)
-            if not share:
-                block.uses += 1
-                self._drop(block)
-            return
-        self._announce(self._next, block, 0, block.rows)
-        self._next = (self._next + 1) % len(self._shards)
+        else:
+            self._announce(self._next, block, 0, block.rows)
+            self._next = (self._next + 1) % shards
+        self._drop(block)
 
     def _announce(self, shard: int, block: Block, begin: int, end: int) -> None:
+        waiting = self._shards[shard]
+        if waiting is None or shard in self._last:  # it has left, or was told of an error
+            return
         block.uses += 1
         name = announcement(self._prefix, shard, self._numbers[shard])
         self._numbers[shard] += 1
-        self._shards[shard].append(_Announced(block, name))
+        waiting.append(_Announced(block, name))
         self._say(name, {"key": block.key, "begin": begin, "end": end})
 
     def end(self) -> None:
@@ -72,29 +90,54 @@ class Outlet:
 
     def _to_all(self, value: dict[str, Any]) -> None:
         for shard, number in enumerate(self._numbers):
-            name = announcement(self._prefix, shard, number)
-            self._last.append(name)
-            self._say(name, value)
+            if self._shards[shard] is not None:
+                self._last[shard] = announcement(self._prefix, shard, number)
+                self._say(self._last[shard], value)
 
     def look(self) -> None:
-        for shard in self._shards:
-            while shard and not self._store.contains(shard[0].name):
-                self._drop(shard.popleft().block)
+        """See what was taken, and who has left."""
+        for shard, waiting in enumerate(self._shards):
+            if waiting is None:
+                continue
+            while waiting and not self._store.contains(waiting[0].name):
+                self._drop(waiting.popleft().block)
+            if self._store.contains(farewell(self._prefix, shard)):
+                self._shards[shard] = None
+                for each in waiting:
+                    self._remove(each.name)
+                    self._drop(each.block)
+                self._remove(self._last.pop(shard, None))
+
+    def _remove(self, name: str | None) -> None:
+        if name is not None:
+            with contextlib.suppress(KeyError):
+                self._store.remove(name)
+
+    def _there(self) -> list[deque[_Announced]]:
+        return [waiting for waiting in self._shards if waiting is not None]
+
+    def blocks(self) -> list[Block]:
+        """Those that wait to be taken."""
+        return [each.block for waiting in self._there() for each in waiting]
 
     def full(self) -> bool:
         """Whether consumers have enough to do: none of them has less than it should."""
-        return min(map(len, self._shards)) >= self._ahead
+        return min(map(len, self._there()), default=self._ahead) >= self._ahead
 
     def wanting(self) -> bool:
         """Whether a consumer has nothing."""
-        return not self._ended and not all(self._shards)
+        return not self._ended and not all(self._there())
 
     def waiting(self) -> bool:
-        return any(self._shards)
+        return any(self._there())
+
+    def left(self) -> bool:
+        """Whether all consumers have."""
+        return not self._there()
 
     def over(self) -> bool:
         return self._ended
 
     def empty(self) -> bool:
         """Whether the consumers have everything, and know that it was all."""
-        return not any(self._shards) and not any(map(self._store.contains, self._last))
+        return not self.waiting() and not any(map(self._store.contains, self._last.values()))

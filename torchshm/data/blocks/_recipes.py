@@ -76,8 +76,17 @@ class Task:
     seed: tuple[int, ...]
     prefix: str  # of the names of its blocks
     plain: bool = False  # without the stage's functions
+    whole: bool = False  # one block, whatever its size
     target: int = 0
     skip: int = 0  # so many of its blocks have been made by attempts before
+
+
+@dataclass(frozen=True)
+class GoOn:
+    """To a task that has made as many blocks as it might: it may make more."""
+
+    number: int
+    blocks: int
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torchshm._size import format_size
-from torchshm.data.blocks._plan import Stage
+from torchshm.data.blocks._job import Job
 
 
-def describe_plan(stages: Sequence[Stage], facts: dict[str, Any]) -> str:
+def describe_plan(job: Job) -> str:
     lines = [
-        f"{facts['workers']} workers, {format_size(facts['memory'])} of memory, blocks of about {format_size(facts['block'])}"
+        f"{job.workers} workers, {format_size(job.memory)} of memory, blocks of about {format_size(job.target)}"
     ]
-    for number, stage in enumerate(stages):
+    for number, stage in enumerate(job.stages):
         after = (
             f", after {' and '.join(map(str, stage.inputs))}"
             if stage.inputs and stage.inputs != [number - 1]

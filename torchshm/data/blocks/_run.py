@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from torchshm._store import Store
-from torchshm.data.blocks._executor import Job, serve
+from torchshm.data.blocks._executor import serve
 from torchshm.data.blocks._home import Home, client
-from torchshm.data.blocks._outlet import alive, announcement
+from torchshm.data.blocks._job import Job
+from torchshm.data.blocks._outlet import alive, announcement, farewell
 from torchshm.errors import StoreUnavailableError, TorchshmError
 
 _START = 60.0  # s for an executor to be ready
@@ -183,6 +184,13 @@ class Consumer:
         with store.lock(name):
             if store.get(name, 0) < self._epoch:
                 store.save(name, self._epoch, overwrite=True, policy="pin")
+
+    def leave(self) -> None:
+        """Want nothing more of this epoch."""
+        if self._store is not None and not self._over:
+            with contextlib.suppress(TorchshmError):
+                name = farewell(f"{self._prefix}{self._epoch}", self._shard)
+                self._store.save(name, True, overwrite=True, policy="pin", timeout=_LOOK)
 
     def look(self) -> dict[str, Any] | None:
         """How far the execution is."""

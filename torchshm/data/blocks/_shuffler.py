@@ -10,6 +10,10 @@ import numpy as np
 from torchshm.data.blocks._operators import Block, Group, Operator, Order, Release
 from torchshm.data.blocks._recipes import Deal, Merge, Shuffled
 
+# Where nobody knows how much is to come, so many, and of a window at least so many bytes in each.
+_PARTITIONS, _FEWEST, _PIECE = 256, 16, 256 << 10
+_LEAST_PIECE = 64 << 10  # bytes of a window in a partition, where it is known
+
 
 @dataclass(eq=False)
 class _Scattering:
@@ -39,13 +43,14 @@ class Shuffler(Operator):
         release: Release,
         target: int,
         seed: int,
+        drawn: int,
         window: int,
-        partitions: int,
+        windowed: bool,
         first: int,
     ) -> None:
-        """partitions: 0 where each window is shuffled for itself."""
+        """drawn: the seed of the order; windowed: whether each window is shuffled for itself."""
         super().__init__(index, label, release, target, seed)
-        self._window, self._partitions, self._epoch = window, partitions, first
+        self._drawn, self._window, self._windowed, self._epoch = drawn, window, windowed, first
         self._blocks: list[Block] = []
         self._bytes = self._number = 0
         self._scattering: _Scattering | None = None
@@ -55,7 +60,7 @@ class Shuffler(Operator):
         self._blocks.append(block)
         self._bytes += block.nbytes
         if self._bytes >= self._window:
-            self._close(scatter=self._partitions > 0)
+            self._close(scatter=not self._windowed)
 
     def flush(self, epoch: int) -> None:
         self._all()
@@ -80,9 +85,9 @@ class Shuffler(Operator):
             for number, several in enumerate(scattering.pieces):
                 blocks = [several[window] for window in sorted(several)]
                 if blocks:
-                    seed = (self.seed, self.index, epoch, number)
-                    keys = tuple(block.key for block in blocks)
-                    self.ask(Order(self, Merge(keys, (*seed, 2)), seed, blocks), merged)
+                    place = (self.index, epoch, number)
+                    recipe = Merge(tuple(block.key for block in blocks), (self._drawn, *place, 2))
+                    self.ask(Order(self, recipe, (self.seed, *place), blocks), merged)
                 for block in blocks:
                     self.drop(block)  # the task has them
             merged.open = False
@@ -97,14 +102,15 @@ class Shuffler(Operator):
         if not blocks:
             return
         total = sum(block.rows for block in blocks)
-        seed = (self.seed, self.index, self._epoch, self._number)
+        place = (self.index, self._epoch, self._number)
+        drawn, seed = (self._drawn, *place), (self.seed, *place)
         self._number += 1
         count = max(1, round(nbytes / self.target))
         group = Group()
         self.line.items.append(group)
         scattering = self._scattering
         if scatter and scattering is None:
-            scattering = self._scattering = _Scattering([{} for _ in range(self._partitions)])
+            scattering = self._scattering = _Scattering([{} for _ in range(self._partitions(blocks, nbytes))])
         if scatter and scattering is not None:
             scattering.windows += 1
 
@@ -113,7 +119,7 @@ class Shuffler(Operator):
             keys, rows = tuple(block.key for block in blocks), tuple(block.rows for block in blocks)
             inputs, share = [*blocks, order], nbytes // count
             if scatter and scattering is not None:
-                self._scatter(scattering, group, keys, rows, inputs, count, share, seed)
+                self._scatter(scattering, group, keys, rows, inputs, count, share, drawn)
             else:
                 for i in range(count):
                     recipe = Shuffled(keys, rows, order.key, total * i // count, total * (i + 1) // count)
@@ -123,9 +129,16 @@ class Shuffler(Operator):
                 self.drop(block)
 
         deal = Order(
-            self, Deal(total, (*seed, 1)), seed, plain=True, inner=True, estimate=total * 8, when_done=gather
+            self, Deal(total, (*drawn, 1)), seed, plain=True, inner=True, estimate=total * 8, when_done=gather
         )
         self.ask(deal, group, first=True)
+
+    def _partitions(self, blocks: list[Block], nbytes: int) -> int:
+        """As many as all rows will have blocks, by the first window of them; fewer where the pieces would be very small."""
+        known = [block.reach for block in blocks if block.reach]
+        if not known:
+            return max(_FEWEST, min(_PARTITIONS, nbytes // _PIECE))
+        return max(1, min(-(-int(nbytes / max(known)) // self.target), nbytes // _LEAST_PIECE))
 
     def _scatter(
         self,
@@ -136,10 +149,10 @@ class Shuffler(Operator):
         inputs: list[Block],
         count: int,
         share: int,
-        seed: tuple[int, ...],
+        drawn: tuple[int, ...],
     ) -> None:
-        pieces, total, left, window = to.pieces, sum(rows), count, seed[-1]
-        shares = np.random.default_rng((*seed, 0)).multinomial(total, [1 / len(pieces)] * len(pieces))
+        pieces, total, left, window = to.pieces, sum(rows), count, drawn[-1]
+        shares = np.random.default_rng((*drawn, 0)).multinomial(total, [1 / len(pieces)] * len(pieces))
         ends = [0, *np.cumsum(shares).tolist()]
 
         def scattered(order: Order, chosen: list[int]) -> None:
@@ -156,6 +169,6 @@ class Shuffler(Operator):
             chosen = [p for p in range(first, last) if ends[p] < ends[p + 1]]
             cuts = tuple((ends[p], ends[p + 1]) for p in chosen)
             recipe = Shuffled(keys, rows, inputs[-1].key, ends[first], ends[last], cuts)
-            order = Order(self, recipe, (*seed, i), inputs, plain=True, inner=True, estimate=share)
+            order = Order(self, recipe, (*drawn, i), inputs, plain=True, inner=True, estimate=share)
             order.when_done = lambda done, chosen=chosen: scattered(done, chosen)  # type: ignore[misc]
             self.ask(order, group)

@@ -38,6 +38,7 @@ class Shard:
                 yield format_of(value).slice(value, begin, end)
         finally:
             self._statistics = consumer.look()
+            consumer.leave()
 
     def iter_blocks(self, *, batch_format: str | None = None) -> Iterator[Any]:
         """Yields this shard's part of each block."""

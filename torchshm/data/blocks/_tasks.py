@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from torchshm._store import Store
+from torchshm.data.blocks import _random
 from torchshm.data.blocks._cutter import Cutter
 from torchshm.data.blocks._formats import Indices, convert, format_of, same_columns
 from torchshm.data.blocks._functions import CACHED, apply
@@ -54,7 +55,7 @@ class Kitchen:
             return
         if task.plain:
             steps = ()
-        _seed(task.seed)
+        _random.seed(task.seed)
         cutter = Cutter(self._store, task.prefix, task.target, task.skip, tell)
         if isinstance(recipe, Shuffled) and recipe.cuts:
             for begin, end in recipe.cuts:
@@ -68,6 +69,10 @@ class Kitchen:
             # Filters, and functions that promise not to write, may hand on what they got.
             theirs = all(before.zero_copy or before.kind == "filter" for before in steps[:number])
             values = apply(step, values, first=theirs and not isinstance(recipe, (Shuffled, Merge)))
+        if task.whole:
+            several = list(values)
+            cutter.whole(several, sum(format_of(value).rows(value) for value in several))
+            return
         done = 0
         for value in values:
             cutter.add(value, max(expected - done, 0))
@@ -170,16 +175,3 @@ def gather(found: Any, values: Sequence[Any], starts: Indices, order: Indices) -
                 out[places[i]] = value[name][order[places[i]] - starts[i]]
         made[name] = out
     return made
-
-
-def _seed(seed: tuple[int, ...]) -> None:
-    """The generators that functions use without asking, so that a task gives the same result wherever it runs, and again."""
-    import random
-    import sys
-
-    words = np.random.SeedSequence(seed).generate_state(4)
-    random.seed(int(words[0]))
-    np.random.seed(words[1:])  # noqa: NPY002 - what functions use
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.manual_seed(int(words[0]))

@@ -7,14 +7,14 @@ import ctypes
 import os
 import pickle
 import signal
-import sys
 import time
 import traceback
-from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torchshm.data.blocks._recipes import Made, Outcome, Task
+from torchshm.data.blocks import _random
+from torchshm.data.blocks._recipes import GoOn, Made, Outcome, Task
 from torchshm.data.blocks._tasks import Kitchen
 
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG; of the executor's only thread
@@ -30,9 +30,8 @@ def worker(link: Any, others: Sequence[Any], kitchen: Kitchen, executor: int) ->
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in others:
         other.close()
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(1)  # there are as many workers as the user wants cores to be busy
+    # There are as many workers as the user wants cores to be busy.
+    _random.when_torch_is_there(lambda torch: torch.set_num_threads(1))
     with contextlib.suppress(_Gone):
         _Worker(link, kitchen).run()
 
@@ -41,18 +40,22 @@ class _Gone(BaseException):
     """The executor has."""
 
 
+@dataclass
+class _Doing:
+    number: int
+    credit: int  # blocks that it may make before it has to wait
+    waited: float = 0.0  # s
+
+
 class _Worker:
+    """Does tasks; where one has made as much as it may, others are put in between until it may go on."""
+
     def __init__(self, link: Any, kitchen: Kitchen) -> None:
         self._link, self._kitchen = link, kitchen
-        self._tasks: deque[tuple[Task, int]] = deque()
-        self._credit = 0
 
     def run(self) -> None:
         while True:
-            while not self._tasks:
-                self._hear()
-            task, self._credit = self._tasks.popleft()
-            self._say(self._do(task))
+            self._hear(None)
 
     def _say(self, message: Made | Outcome) -> None:
         try:
@@ -60,31 +63,39 @@ class _Worker:
         except OSError:
             raise _Gone from None
 
-    def _hear(self) -> None:
+    def _hear(self, stuck: _Doing | None) -> None:
         try:
             message = self._link.recv()
         except (EOFError, OSError):
             raise _Gone from None
-        if message is None:
-            self._credit += 1
+        if isinstance(message, GoOn):
+            if stuck is not None and message.number == stuck.number:  # else it came too late
+                stuck.credit += message.blocks
+        elif stuck is None:
+            self._say(self._do(*message))
         else:
-            self._tasks.append(message)
+            with _random.kept():
+                outcome = self._do(*message)
+            self._say(outcome)
 
-    def _tell(self, made: Made) -> None:
-        """Says it, and waits where the task has made as much as it may."""
-        self._say(made)
-        self._credit -= 1
-        while self._credit <= 0:
-            self._hear()
-
-    def _do(self, task: Task) -> Outcome:
+    def _do(self, task: Task, credit: int) -> Outcome:
         outcome = Outcome()
         begun = time.perf_counter()
+        doing = _Doing(task.number, credit)
+
+        def tell(made: Made) -> None:
+            self._say(made)
+            doing.credit -= 1
+            since = time.perf_counter()
+            while doing.credit <= 0:
+                self._hear(doing)
+            doing.waited += time.perf_counter() - since
+
         try:
-            self._kitchen.run(task, self._tell, outcome)
+            self._kitchen.run(task, tell, outcome)
         except Exception as error:
             outcome.error = failure(error, f"in {self._kitchen.label(task)}")
-        outcome.seconds = time.perf_counter() - begun
+        outcome.seconds = time.perf_counter() - begun - doing.waited
         return outcome
 
 

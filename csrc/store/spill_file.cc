@@ -423,9 +423,9 @@ Status SpillDirectory::write(const SpillHead& head, const std::vector<const std:
   return fill(head, *shape, blocks, *part);
 }
 
-Result<SpillReader> SpillDirectory::open(uint64_t id, bool first) {
+Result<SpillReader> SpillDirectory::open(uint64_t id, bool unread) {
   // A synced file has not been in the page cache yet, and most values come back once at most: what reads it again finds it there.
-  const bool past_cache = read_past_cache_.load() || (first && synced_) || !memory_to_spare();
+  const bool past_cache = read_past_cache_.load() || (unread && synced_) || !memory_to_spare();
   auto opened = os::File::open(fd(), spill_name(id), past_cache);
   if (!opened) {
     if (!is_missing(opened.status())) return std::move(opened.status());

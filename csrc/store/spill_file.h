@@ -68,9 +68,9 @@ class SpillDirectory {
   // what was there before. The blocks must not change meanwhile. REQUIRES: head.pool_id == pool_id()
   Status write(const SpillHead& head, const std::vector<const std::byte*>& blocks);
   // kMissing; kCorrupt when its head is damaged, or another value's, or the file has not its size. kCorrupt also when it was discarded meanwhile,
-  // here and in what the reader reads: who is told so looks whether it still is the file of the value that he wants. first: nobody has read
+  // here and in what the reader reads: who is told so looks whether it still is the file of the value that he wants. unread: nobody has read
   // the file before.
-  Result<SpillReader> open(uint64_t id, bool first = false);
+  Result<SpillReader> open(uint64_t id, bool unread = false);
   // True when there was one. Who reads it goes on to the end.
   bool remove(uint64_t id);
   // The same at once and for little: the file may be written anew for another value. If it is not, where it lay is given back by the next

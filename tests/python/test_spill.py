@@ -1,7 +1,9 @@
 """A store that holds more than its memory: what goes, in which order, and that it comes back, whoever dies."""
 
+import ctypes
 import errno
 import gc
+import mmap
 import os
 import signal
 import subprocess
@@ -142,6 +144,44 @@ def test_four_times_the_limit_is_all_there(store, big):
     # What comes back unchanged keeps its file, and goes again without writing it.
     assert figures["written"] <= 32
     assert len(store) == 32 and sorted(store) == sorted(f"k{i}" for i in range(32))
+
+
+def cached(path):
+    """Pages of a file that are in the page cache."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+        start = np.frombuffer(pages, np.uint8).ctypes.data
+        found = (ctypes.c_ubyte * -(-len(pages) // mmap.PAGESIZE))()
+        assert ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(start), len(pages), found) == 0
+        return sum(page & 1 for page in found)
+
+
+def goes_past_the_page_cache(folder):
+    try:
+        os.close(os.open(folder / "direct", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    (folder / "direct").unlink()
+    return True
+
+
+def test_a_file_is_read_through_the_page_cache_from_the_second_time_on(quiet, tmp_path):
+    quiet["value"] = array(7)
+    for i in range(8):
+        quiet[f"filler{i}"] = array(i)
+    for file in tmp_path.rglob("*.spill"):  # of a file system that can't be written past the page cache
+        with open(file, "rb") as opened:
+            os.fdatasync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert where(quiet, "value") == ["disk"] and is_array(quiet["value"], 7)
+    files = list(tmp_path.rglob("*.spill"))
+    first = max(map(cached, files))
+    for i in range(8):
+        quiet[f"filler{i}"] = array(i)
+    assert where(quiet, "value") == ["disk"] and is_array(quiet["value"], 7)
+    second = max(cached(f) for f in files if f.exists())
+    if goes_past_the_page_cache(tmp_path):
+        assert first == 0
+    assert second >= 8 * MIB // mmap.PAGESIZE
 
 
 def test_what_is_removed_or_replaced_leaves_no_file(store, big):

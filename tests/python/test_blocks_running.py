@@ -104,6 +104,16 @@ def test_memory_goes_back_when_a_run_has_ended(spill):
     assert home.store.info()["committed_bytes"] < 4 << 20
 
 
+def test_a_loop_that_keeps_all_is_told_so(spill, monkeypatch):
+    from torchshm.data.blocks import _run
+
+    monkeypatch.setattr(_run, "_KEEPING", 2.0)
+    kept = []
+    with pytest.raises(torchshm.PoolFullError, match=r"keeps arrays of .* MiB.* Copy what has to stay"):
+        kept.extend(job(spill, 400_000, block_size="1MiB").iter_blocks())
+    kept.clear()
+
+
 def test_an_iterator_that_never_ends_is_bounded_too(spill):
     def forever():
         n = 0

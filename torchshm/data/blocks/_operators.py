@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from torchshm.data.blocks._recipes import Gather, Part, Read, Recipe, Zipped
 
-
 _ENOUGH = 8  # blocks
 
 

@@ -15,17 +15,20 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+from torchshm._size import format_size
 from torchshm._store import Store
 from torchshm.data.blocks._executor import serve
 from torchshm.data.blocks._home import Home, client
 from torchshm.data.blocks._job import Job
 from torchshm.data.blocks._outlet import alive, announcement, farewell
-from torchshm.errors import StoreUnavailableError, TorchshmError
+from torchshm.errors import PoolFullError, StoreUnavailableError, TorchshmError
 
 _START = 60.0  # s for an executor to be ready
 _END = 5.0  # s for it to end
 _DYING = 0.1  # s for workers to die with it
 _LOOK = 0.25  # s between looks at whether it still lives
+_KEEPING = 30.0  # s without a block, after which a consumer looks whether it keeps too much itself
+_FULL = 0.8  # of the limit: with less in use, that is not what it waits for
 
 
 def raised(pickled: bytes, text: str) -> BaseException:
@@ -200,6 +203,7 @@ class Consumer:
         return self.statistics
 
     def _next(self, store: Store, name: str) -> dict[str, Any]:
+        late = time.monotonic() + _KEEPING
         while True:
             try:
                 found: dict[str, Any] = store.load(name, timeout=_LOOK)
@@ -207,11 +211,26 @@ class Consumer:
             except TimeoutError:
                 if not self._alive():
                     break
+                if time.monotonic() > late:
+                    self._check_kept(store)
+                    late += _KEEPING
         raise TorchshmError(
             f"the process that executes the plan ({self._name}) has died"
             + self._how()
             + "; iterate again to begin anew"
         )
+
+    @staticmethod
+    def _check_kept(store: Store) -> None:
+        """Raise PoolFullError when nothing can come because this process has kept what came before."""
+        info = store.info()
+        limit = info["limit_bytes"]
+        kept = sum(each["held_bytes"] for each in info["processes"] if each["pid"] == os.getpid())
+        if kept > limit // 2 and info["committed_bytes"] > limit * _FULL:
+            raise PoolFullError(
+                f"no block has come for {_KEEPING:.0f} s: this process keeps arrays of {format_size(kept)} that came before, of "
+                f"{format_size(limit)} that there are for all blocks. Copy what has to stay, or give more memory="
+            )
 
     def _alive(self) -> bool:
         if self._run is not None and self._run.owner == os.getpid():

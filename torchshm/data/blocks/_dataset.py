@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from torchshm._size import parse_limit, parse_size
 from torchshm.data.blocks import _plan
-from torchshm.data.blocks._formats import convert, format_of, mode_for
-from torchshm.data.blocks._functions import batches, check_batch_size
+from torchshm.data.blocks._formats import format_of, handed_out, mode_for
+from torchshm.data.blocks._functions import check_batch_size, handed_batches
 from torchshm.data.blocks._home import home
 from torchshm.data.blocks._job import BLOCK, Job
 from torchshm.data.blocks._report import describe_plan, describe_run
 from torchshm.data.blocks._run import Consumer, Run
-from torchshm.data.blocks._sources import Source
+from torchshm.data.blocks._sources import Source, only_once
 from torchshm.data.blocks._split import Shard
 
 BatchFormat = Literal["numpy", "torch", "arrow", "pandas", "xarray"]
+_FORMATS = get_args(BatchFormat)
 
 
 class Dataset:
@@ -155,9 +156,9 @@ class Dataset:
         if not callable(fn):
             raise TypeError(f"{kind} takes a function, not {type(fn).__name__}")
         check_batch_size(batch_size)
-        if batch_format not in ("numpy", "torch", "arrow", "pandas", "xarray", None):
+        if batch_format not in (*_FORMATS, None):
             raise ValueError(
-                f"batch_format is one of 'numpy', 'torch', 'arrow', 'pandas', 'xarray' and None, not {batch_format!r}"
+                f"batch_format is one of {', '.join(map(repr, _FORMATS))} and None, not {batch_format!r}"
             )
         step = _plan.Step(kind, fn, batch_size, batch_format, tuple(args), dict(kwargs or {}), zero_copy)
         return self._then(_plan.Apply(self._last, step))
@@ -200,14 +201,18 @@ class Dataset:
 
     # ---- running it
 
-    def _job(self, workers: int | None = None) -> Job:
+    def _once(self) -> str:
+        """Why there is no second epoch; nothing where there is one."""
+        return "; ".join(only_once(source) for source in _once_sources(_plan.lower(self._last)))
+
+    def _job(self, workers: int | None = None, seed: int | None = None) -> Job:
         options, stages = self._options, _plan.lower(self._last)
-        seed = options.get("seed")
+        seed = options.get("seed") if seed is None else seed
         return Job(
             stages=stages,
             memory=options.get("memory") or parse_limit("25%"),
             workers=workers or options.get("num_workers") or len(os.sched_getaffinity(0)),
-            seed=int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed,
+            seed=drawn_seed() if seed is None else seed,
             block_size=options.get("block_size", BLOCK),
             epochs=_epochs(stages),
             retries=options.get("max_retries", 3),
@@ -221,8 +226,10 @@ class Dataset:
         workers: int | None = None,
         name: str | None = None,
         prefix: str | None = None,
+        seed: int | None = None,
     ) -> Run:
-        job = self._job(workers)
+        job = self._job(workers, seed)
+        _check_once(job.stages)
         job.epoch, job.shards, job.equal = epoch, shards, equal
         place = home(self._options.get("spill"), job.memory, name)
         job.store, job.directory = place.store.name, place.directory
@@ -237,9 +244,13 @@ class Dataset:
             raise
 
     def _blocks(
-        self, workers: int | None = None, epoch: int = 0, batch_format: str | None = None
+        self,
+        workers: int | None = None,
+        epoch: int = 0,
+        batch_format: str | None = None,
+        seed: int | None = None,
     ) -> Iterator[Any]:
-        run = self._run(workers=workers, epoch=epoch)
+        run = self._run(workers=workers, epoch=epoch, seed=seed)
         with contextlib.closing(run):
             consumer = Consumer(run.job.store, run.job.prefix, 0, epoch, run, mode=mode_for(batch_format))
             try:
@@ -249,10 +260,10 @@ class Dataset:
                 self._statistics = consumer.look()
 
     def _shared_blocks(
-        self, name: str, prefix: str, epoch: int, shard: int, shards: int, batch_format: str | None
+        self, name: str, prefix: str, epoch: int, shard: int, shards: int, batch_format: str | None, seed: int
     ) -> Iterator[Any]:
         """A part of the blocks of an execution that the process with the first part runs."""
-        run = self._run(shards, False, epoch, name=name, prefix=prefix) if shard == 0 else None
+        run = self._run(shards, False, epoch, name=name, prefix=prefix, seed=seed) if shard == 0 else None
         consumer = Consumer(name, prefix, shard, epoch, run, mode=mode_for(batch_format))
         complete = False
         try:
@@ -270,7 +281,7 @@ class Dataset:
     def iter_blocks(self, *, batch_format: BatchFormat | None = None) -> Iterator[Any]:
         """Run the plan; yields each block as it is, or as `batch_format` says. Arrays are read-only, tensors copy-on-write."""
         for value in self._blocks(batch_format=batch_format):
-            yield convert(value, batch_format)
+            yield handed_out(value, batch_format)
 
     def iter_batches(
         self,
@@ -300,10 +311,8 @@ class Dataset:
             keeps all batches keeps all blocks.
         """
         check_batch_size(batch_size)
-        for batch in batches(self._blocks(num_workers, batch_format=batch_format), batch_size, cached=False):
-            if drop_last and batch_size is not None and format_of(batch).rows(batch) < batch_size:
-                return
-            yield convert(batch, batch_format)
+        values = self._blocks(num_workers, batch_format=batch_format)
+        yield from handed_batches(values, batch_size, batch_format, drop_last)
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         """Run the plan; yields each row as a dict."""
@@ -345,7 +354,8 @@ class Dataset:
         if ranks < 1:
             raise ValueError(f"split() takes a number of 1 or more, not {ranks}")
         run = self._run(ranks, equal)
-        return [Shard((run.job.store, run.job.prefix), rank, ranks, run) for rank in range(ranks)]
+        once = self._once()
+        return [Shard((run.job.store, run.job.prefix), rank, ranks, run, once) for rank in range(ranks)]
 
     def to_dataset(
         self, batch_size: int | None = None, *, batch_format: BatchFormat = "torch", drop_last: bool = False
@@ -362,13 +372,47 @@ class Dataset:
         Notes
         -----
         Workers of a DataLoader get the blocks of one execution in turn; they only hand them on, so one or two are enough, and the plan's
-        own ``num_workers`` do the work. Its state is the epoch and the batches that were yielded: to go on from there, what
-        comes before is made again with the same seed, which must be given.
+        own ``num_workers`` do the work. Its state is the seed, the epoch and the batches that were yielded: to go on from there, what
+        comes before is made again and passed over. Where no seed is given, one is drawn here.
+
+        Raises
+        ------
+        ValueError
+            For tables without a `batch_size`: single rows are dicts.
         """
         from torchshm.data.blocks._torch import IterableDataset
 
         check_batch_size(batch_size)
+        _check_rows(batch_size, batch_format)
         return IterableDataset(self, batch_size, batch_format, drop_last)
+
+    def to_node(
+        self, batch_size: int | None = None, *, batch_format: BatchFormat = "torch", drop_last: bool = False
+    ) -> Any:
+        """A :class:`torchdata.nodes.BaseNode`, for torchdata's Loader, Prefetcher and the like; of torchdata 0.10 or newer.
+
+        Parameters
+        ----------
+        batch_size, batch_format, drop_last : optional
+            As in :meth:`to_dataset`.
+
+        Notes
+        -----
+        Each reset is the next epoch, of the seed that was given or, once, drawn. Its state is that of :meth:`to_dataset`.
+
+        Raises
+        ------
+        ImportError
+            Where torchdata has no nodes.
+        """
+        try:
+            from torchshm.data.blocks._node import Node
+        except ImportError as error:
+            raise ImportError(
+                f"to_node() needs torchdata.nodes: pip install 'torchdata>=0.10' ({error})"
+            ) from error
+
+        return Node(self.to_dataset(batch_size, batch_format=batch_format, drop_last=drop_last))
 
     # ---- seen
 
@@ -393,3 +437,34 @@ def _epochs(stages: list[_plan.Stage]) -> dict[int, int | None]:
 
     visit(len(stages) - 1, 1)
     return times
+
+
+def _check_rows(batch_size: int | None, batch_format: str) -> None:
+    if batch_format not in _FORMATS:
+        raise ValueError(f"batch_format is one of {', '.join(map(repr, _FORMATS))}, not {batch_format!r}")
+    if batch_size is None and batch_format not in ("numpy", "torch"):
+        raise ValueError(
+            f"single rows are dicts, of numpy or torch: give a batch_size for batch_format={batch_format!r}"
+        )
+
+
+def drawn_seed() -> int:
+    """One that nobody gave."""
+    return int(np.random.SeedSequence().generate_state(1)[0])
+
+
+def _once_sources(stages: list[_plan.Stage]) -> list[Source]:
+    return [stage.source for stage in stages if stage.source is not None and stage.source.once]
+
+
+def _check_once(stages: list[_plan.Stage]) -> None:
+    """Raise ValueError where a source would be gone through again that can't be."""
+    times = _epochs(stages)
+    seen: list[Source] = []
+    for index, stage in enumerate(stages):
+        source = stage.source
+        if source is None or not source.once:
+            continue
+        if times[index] != 1 or any(source is each for each in seen):
+            raise ValueError(only_once(source))
+        seen.append(source)

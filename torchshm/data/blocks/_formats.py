@@ -5,6 +5,7 @@ Whatever a format's library is, it is imported when such a value is met, or aske
 
 from __future__ import annotations
 
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,7 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from torchshm.data.blocks._rows import column, size_of
+
 Indices = npt.NDArray[np.integer[Any]]
+_ROWS = "torchshm_rows"
+"""The attribute of an xarray.Dataset that names the dimension of its rows; consumers do not see it."""
 
 
 class Format(ABC):
@@ -75,7 +80,10 @@ class NumpyFormat(Format):
         return len(next(iter(value.values()))) if value else 0
 
     def nbytes(self, value: Any) -> int:
-        return sum(array.nbytes for array in value.values())
+        return sum(
+            array.nbytes + (size_of(array.reshape(-1)) if array.dtype.hasobject else 0)
+            for array in value.values()
+        )
 
     def slice(self, value: Any, begin: int, end: int) -> Any:
         return {name: array[begin:end] for name, array in value.items()}
@@ -128,21 +136,18 @@ class ArrowFormat(Format):
         return pa.concat_tables(values, promote_options="default").combine_chunks()
 
     def to_numpy(self, value: Any) -> dict[str, npt.NDArray[Any]]:
-        return {name: value.column(name).to_numpy() for name in value.column_names}
+        found = {}
+        for name in value.column_names:
+            chunks = value.column(name)
+            several = _has_shape(chunks.type)
+            array = _of_shape(chunks.combine_chunks()) if several else None
+            found[name] = chunks.to_numpy() if array is None else array
+        return found
 
     def from_numpy(self, arrays: dict[str, npt.NDArray[Any]]) -> Any:
         import pyarrow as pa
 
-        columns = {}
-        for name, array in arrays.items():
-            if array.ndim <= 1:
-                columns[name] = pa.array(array)
-            elif array.ndim == 2:
-                columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
-            else:
-                tensor = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(array))
-                columns[name] = tensor
-        return pa.table(columns)
+        return pa.table({name: _to_arrow(array) for name, array in arrays.items()})
 
     def merge(self, values: Sequence[Any]) -> Any:
         merged = values[0]
@@ -150,6 +155,60 @@ class ArrowFormat(Format):
             for name in value.column_names:
                 merged = merged.append_column(_free(name, merged.column_names), value.column(name))
         return merged
+
+
+def _to_arrow(array: npt.NDArray[Any]) -> Any:
+    """A row with two dimensions or more is a tensor of fixed shape, one with a single one a list of fixed size."""
+    import pyarrow as pa
+
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if array.ndim <= 1:
+        return pa.array(array)
+    rows, *shape = array.shape
+    flat = pa.array(array.reshape(-1))
+    if 0 in shape:  # lists, whose number does not follow from that of their values
+        kind, inner = flat.type, flat
+        for number in reversed(range(len(shape))):
+            kind = pa.list_(kind, shape[number])
+            inner = pa.FixedSizeListArray.from_buffers(
+                kind, rows * math.prod(shape[:number]), [None], children=[inner]
+            )
+        return inner
+    lists = pa.FixedSizeListArray.from_arrays(flat, math.prod(shape))
+    if len(shape) == 1:
+        return lists
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(flat.type, shape), lists)
+
+
+def _has_shape(kind: Any) -> bool:
+    """Whether all rows of that type have the same shape, of one dimension or more."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_fixed_size_list(kind)) or isinstance(kind, pa.FixedShapeTensorType)
+
+
+def _of_shape(array: Any) -> npt.NDArray[Any] | None:
+    """Rows of the same shape as one array; None where one is null."""
+    import pyarrow as pa
+
+    if array.null_count:
+        return None
+    kind, rows = array.type, len(array)
+    if isinstance(kind, pa.FixedShapeTensorType):
+        if kind.permutation not in (None, list(range(len(kind.shape)))):
+            moved: npt.NDArray[Any] = array.to_numpy_ndarray()
+            return moved
+        shape, array = tuple(kind.shape), array.storage
+        if array.null_count:
+            return None
+    else:
+        shape = (kind.list_size,)
+    flat = array.flatten()
+    if flat.null_count:
+        return None
+    values = _of_shape(flat) if _has_shape(flat.type) else flat.to_numpy(zero_copy_only=False)
+    return None if values is None else values.reshape(rows, *shape, *values.shape[1:])
 
 
 class PandasFormat(Format):
@@ -199,7 +258,8 @@ class XarrayFormat(Format):
         return xr is not None and isinstance(value, xr.Dataset)
 
     def dim(self, value: Any) -> str:
-        return str(value.attrs.get("torchshm_rows") or next(iter(value.sizes)))
+        named = value.attrs.get(_ROWS)
+        return named if named in value.sizes else str(next(iter(value.sizes)))
 
     def rows(self, value: Any) -> int:
         return int(value.sizes[self.dim(value)])
@@ -243,11 +303,33 @@ class XarrayFormat(Format):
             name: (("row", *(f"{name}_{i}" for i in range(1, array.ndim))), array)
             for name, array in arrays.items()
         }
-        return xr.Dataset(variables, attrs={"torchshm_rows": "row"})
+        return xr.Dataset(variables, attrs={_ROWS: "row"})
 
 
+def with_rows(dataset: Any, dim: str) -> Any:
+    """The dataset, and in it along which dimension its rows lie."""
+    return dataset.assign_attrs({_ROWS: dim})
+
+
+def with_rows_of(value: Any, given: Any) -> Any:
+    """What a function made of a batch; of datasets the rows lie along the same dimension, whatever the function did with the attributes.
+
+    A dimension that it renamed is known by its place.
+    """
+    if not (FORMATS["xarray"].matches(value) and FORMATS["xarray"].matches(given)):
+        return value
+    if value.attrs.get(_ROWS) in value.sizes:
+        return value
+    before, after = list(given.sizes), list(value.sizes)
+    dim = _XARRAY.dim(given)
+    if dim not in after and len(before) == len(after):
+        dim = after[before.index(dim)]
+    return with_rows(value, dim) if dim in after else value
+
+
+_XARRAY = XarrayFormat()
 FORMATS: dict[str, Format] = {
-    each.name: each for each in (NumpyFormat(), ArrowFormat(), PandasFormat(), XarrayFormat())
+    each.name: each for each in (NumpyFormat(), ArrowFormat(), PandasFormat(), _XARRAY)
 }
 
 
@@ -268,7 +350,7 @@ def format_of(value: Any) -> Format:
 
 
 def checked(value: Any, what: str) -> Any:
-    """A value that a user's function returned, its columns as arrays.
+    """A value of the user's, its columns as arrays; `what` says where it is from: "f returned".
 
     Raises
     ------
@@ -278,13 +360,18 @@ def checked(value: Any, what: str) -> Any:
     try:
         found = format_of(value)
     except TypeError as error:
-        raise TypeError(f"{what} returned {type(value).__name__}: {error}") from None
+        raise TypeError(f"{what} {type(value).__name__}: {error}") from None
+    if found.name == "xarray" and not value.sizes:
+        raise ValueError(f"{what} a Dataset without a dimension, and so without rows")
     if found.name != "numpy":
         return value
-    arrays = {str(name): np.asarray(array) for name, array in value.items()}
+    arrays = {
+        str(name): column(array) if isinstance(array, (list, tuple)) else np.asarray(array)
+        for name, array in value.items()
+    }
     lengths = {name: len(array) if array.ndim else None for name, array in arrays.items()}
     if len(set(lengths.values())) > 1 or None in lengths.values():
-        raise ValueError(f"{what} returned columns that differ in their numbers of rows: {lengths}")
+        raise ValueError(f"{what} columns that differ in their numbers of rows: {lengths}")
     return arrays
 
 
@@ -309,6 +396,15 @@ def convert(value: Any, name: str | None) -> Any:
     if name not in FORMATS:
         raise ValueError(f"batch_format is one of {', '.join([*FORMATS, 'torch'])} and None, not {name!r}")
     return FORMATS[name].from_numpy(found.to_numpy(value))
+
+
+def handed_out(value: Any, name: str | None) -> Any:
+    """The value for a consumer, in the format of that name, and without what it tells functions only."""
+    found = convert(value, name)
+    if FORMATS["xarray"].matches(found) and _ROWS in found.attrs:
+        found = found.copy(deep=False)
+        del found.attrs[_ROWS]
+    return found
 
 
 def mode_for(name: str | None) -> str | None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from torchshm.data.blocks._formats import checked, convert, format_of
+from torchshm.data.blocks._formats import checked, convert, format_of, handed_out, with_rows_of
 from torchshm.data.blocks._plan import Step
-from torchshm.data.blocks._sources import stack
+from torchshm.data.blocks._rows import stack
 
 CACHED = 1 << 20
 """Bytes of a batch where the user gives no size: what stays in a core's cache from one function to the next."""
@@ -55,6 +55,19 @@ def batches(values: Iterator[Any], size: int | None, cached: bool) -> Iterator[A
         yield format_of(kept[0]).concat(kept) if len(kept) > 1 else kept[0]
 
 
+def handed_batches(
+    values: Iterator[Any], size: int | None, name: str | None, drop_last: bool = False, skip: int = 0
+) -> Iterator[Any]:
+    """Batches for a consumer, in the format of that name, but for so many first ones."""
+    for batch in batches(values, size, cached=False):
+        if drop_last and size is not None and format_of(batch).rows(batch) < size:
+            return
+        if skip:
+            skip -= 1
+            continue
+        yield handed_out(batch, name)
+
+
 def _writable(value: Any) -> Any:
     """The batch in memory of its own: what a function writes to it is nobody else's."""
     if format_of(value).name != "numpy":
@@ -71,13 +84,14 @@ def apply(step: Step, values: Iterator[Any], first: bool) -> Iterator[Any]:
         if not mine and isinstance(given, dict) and step.batch_format != "torch":
             given = {name: array if array.flags.writeable else array.copy() for name, array in given.items()}
         if step.kind == "map_batches":
-            yield checked(_untorched(step.fn(given, *step.args, **step.kwargs)), step.label)
+            made = checked(_untorched(step.fn(given, *step.args, **step.kwargs)), f"{step.label} returned")
+            yield with_rows_of(made, given)
         elif step.kind == "filter":
             yield _filtered(step, batch, step.fn(given, *step.args, **step.kwargs))
         else:
-            made = [new for row in rows_of(given) for new in step.fn(row, *step.args, **step.kwargs)]
-            if made:
-                yield stack(made)
+            rows = [new for row in rows_of(given) for new in step.fn(row, *step.args, **step.kwargs)]
+            if rows:
+                yield stack(rows)
 
 
 def _untorched(value: Any) -> Any:

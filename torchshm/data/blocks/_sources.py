@@ -13,11 +13,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from torchshm.data.blocks._formats import FORMATS, checked, with_rows
+from torchshm.data.blocks._rows import stack
+
 
 class Source(ABC):
     """Tasks 0, 1, ..., `len(self)`; any process may run any of them, again and again, with the same result."""
 
     label: str = "read"
+    once: bool = False
+    """Whether its rows can be had only one time; `again` says what to do about it."""
+    again: str = ""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -35,6 +41,11 @@ class Source(ABC):
         return None
 
 
+def only_once(source: Source) -> str:
+    """What is said to who wants its rows a second time."""
+    return f"the rows of {source.label} can be had only once: {source.again}"
+
+
 class ArraySource(Source):
     """Slices of arrays in this process's memory, which workers inherit, or of memory maps."""
 
@@ -46,7 +57,7 @@ class ArraySource(Source):
         self._cuts = list(cuts) if cuts is not None else [0, self._rows]
 
     def plan(self, target: int) -> Source:
-        per_row = sum(array.nbytes for array in self._arrays.values()) / max(self._rows, 1)
+        per_row = FORMATS["numpy"].nbytes(self._arrays) / max(self._rows, 1)
         rows = max(1, int(target / per_row)) if per_row else max(1, self._rows)
         return ArraySource(self._arrays, [*range(0, self._rows, rows), self._rows] if self._rows else [0])
 
@@ -59,7 +70,7 @@ class ArraySource(Source):
 
     def nbytes(self, task: int) -> int | None:
         begin, end = self._cuts[task], self._cuts[task + 1]
-        return sum(array[begin:end].nbytes for array in self._arrays.values())
+        return FORMATS["numpy"].nbytes({name: array[begin:end] for name, array in self._arrays.items()})
 
 
 class XarraySource(Source):
@@ -86,11 +97,6 @@ class XarraySource(Source):
     def nbytes(self, task: int) -> int | None:
         part = self._cuts[task + 1] - self._cuts[task]
         return int(self._dataset.nbytes * part / max(self._rows, 1))
-
-
-def with_rows(dataset: Any, dim: str) -> Any:
-    """The dataset, and in it along which dimension its rows lie."""
-    return dataset.assign_attrs(torchshm_rows=dim)
 
 
 class NetcdfSource(Source):
@@ -295,9 +301,11 @@ class IteratorSource(Source):
     """What a function or an iterable yields, in its order, by one worker after another: a single task that goes on and on."""
 
     label = "from_iter"
+    again = "give from_iter a function that makes an iterator, or a list"
 
     def __init__(self, make: Callable[[], Iterator[Any]] | Iterable[Any], rows: int, batched: bool) -> None:
         self._make, self._rows, self._batched = make, rows, batched
+        self.once = isinstance(make, Iterator) and iter(make) is make
 
     def __len__(self) -> int:
         return 1
@@ -310,7 +318,7 @@ class IteratorSource(Source):
                 if rows:
                     yield stack(rows)
                     rows = []
-                yield item
+                yield checked(item, "the iterable of from_iter yielded")
                 continue
             rows.append(item)
             if len(rows) == self._rows:
@@ -323,27 +331,6 @@ class IteratorSource(Source):
 def is_table(item: Any) -> bool:
     """Whether an item has rows of its own, as tables of all libraries have."""
     return type(item).__module__.partition(".")[0] in ("pyarrow", "pandas", "xarray")
-
-
-def stack(rows: Sequence[Any]) -> dict[str, npt.NDArray[Any]]:
-    """Rows, each a dict or one value, as columns."""
-    if isinstance(rows[0], Mapping):
-        names = list(rows[0])
-        for number, row in enumerate(rows):
-            if list(row) != names:
-                raise ValueError(f"row {number} has the columns {list(row)}, the first one has {names}")
-        return {name: column([row[name] for row in rows]) for name in names}
-    return {"item": column(rows)}
-
-
-def column(values: Sequence[Any]) -> npt.NDArray[Any]:
-    """One array of the values: as NumPy stacks them, or of objects where they have different shapes."""
-    try:
-        return np.stack([np.asarray(value) for value in values])
-    except ValueError:
-        made = np.empty(len(values), object)
-        made[:] = list(values)
-        return made
 
 
 def expand(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], ending: str) -> list[str]:

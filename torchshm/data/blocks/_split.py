@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torchshm.data.blocks._formats import convert, format_of, mode_for
-from torchshm.data.blocks._functions import batches, check_batch_size
+from torchshm.data.blocks._formats import format_of, handed_out, mode_for
+from torchshm.data.blocks._functions import check_batch_size, handed_batches
 from torchshm.data.blocks._run import Consumer, Run
 
 
@@ -17,18 +17,23 @@ class Shard:
     when all shards there have gone.
     """
 
-    def __init__(self, where: tuple[str, str], shard: int, count: int, run: Run | None) -> None:
+    def __init__(
+        self, where: tuple[str, str], shard: int, count: int, run: Run | None, once: str = ""
+    ) -> None:
         self._where, self._shard, self._count, self._run = where, shard, count, run
+        self._once = once  # why there is no second epoch
         self._epoch = 0
         self._statistics: dict[str, Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _shard, (self._where, self._shard, self._count, self._epoch)
+        return _shard, (self._where, self._shard, self._count, self._epoch, self._once)
 
     def __repr__(self) -> str:
         return f"<torchshm.data.blocks.Shard {self._shard} of {self._count}, of {self._where[0]}>"
 
     def _blocks(self, batch_format: str | None) -> Iterator[Any]:
+        if self._once and self._epoch:
+            raise ValueError(self._once)
         epoch, self._epoch = self._epoch, self._epoch + 1
         consumer = Consumer(
             *self._where, self._shard, epoch, self._run, first=epoch == 0, mode=mode_for(batch_format)
@@ -43,20 +48,17 @@ class Shard:
     def iter_blocks(self, *, batch_format: str | None = None) -> Iterator[Any]:
         """Yields this shard's part of each block."""
         for value in self._blocks(batch_format):
-            yield convert(value, batch_format)
+            yield handed_out(value, batch_format)
 
     def iter_batches(
         self, batch_size: int | None = 256, *, batch_format: str | None = "numpy", drop_last: bool = False
     ) -> Iterator[Any]:
         """Yields batches of this shard's rows, as :meth:`Dataset.iter_batches`."""
         check_batch_size(batch_size)
-        for batch in batches(self._blocks(batch_format), batch_size, cached=False):
-            if drop_last and batch_size is not None and format_of(batch).rows(batch) < batch_size:
-                return
-            yield convert(batch, batch_format)
+        yield from handed_batches(self._blocks(batch_format), batch_size, batch_format, drop_last)
 
 
-def _shard(where: tuple[str, str], shard: int, count: int, epoch: int) -> Shard:
-    made = Shard(where, shard, count, None)
+def _shard(where: tuple[str, str], shard: int, count: int, epoch: int, once: str) -> Shard:
+    made = Shard(where, shard, count, None, once)
     made._epoch = epoch
     return made

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from torchshm._size import parse_limit, parse_size
-from torchshm.data.blocks import _plan
+from torchshm.data.blocks import _plan, _writers
 from torchshm.data.blocks._formats import format_of, handed_out, mode_for
 from torchshm.data.blocks._functions import check_batch_size, handed_batches
 from torchshm.data.blocks._home import home
@@ -249,7 +249,7 @@ class Dataset:
         epoch: int = 0,
         batch_format: str | None = None,
         seed: int | None = None,
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         run = self._run(workers=workers, epoch=epoch, seed=seed)
         with contextlib.closing(run):
             consumer = Consumer(run.job.store, run.job.prefix, 0, epoch, run, mode=mode_for(batch_format))
@@ -413,6 +413,93 @@ class Dataset:
             ) from error
 
         return Node(self.to_dataset(batch_size, batch_format=batch_format, drop_last=drop_last))
+
+    # ---- files
+
+    def write_parquet(
+        self, folder: str | os.PathLike[str], *, overwrite: bool = False, **options: Any
+    ) -> list[str]:
+        """Run the plan; its workers write each block as a file of a folder.
+
+        Parameters
+        ----------
+        folder : path
+            It is made where there is none.
+        overwrite : bool
+            Whether files ``part-*.parquet`` of before are replaced, when the new ones are complete.
+        **options
+            Those of :func:`pyarrow.parquet.write_table`.
+
+        Returns
+        -------
+        list of str
+            The paths of ``part-00000.parquet`` and so on, in the order of the rows. Nothing has such a name before all is written.
+
+        Raises
+        ------
+        FileExistsError
+            When Parquet files are in the folder already.
+        """
+        _writers.need_arrow()
+        drafts = _writers.parquet_drafts(folder, overwrite)
+        step = _plan.Step(
+            "map_batches", _writers.PartWriter(drafts, options), batch_format="arrow", zero_copy=True
+        )
+        whole = _plan.Repartition(self._last, None, None)  # each block as it is
+        with drafts, contextlib.closing(self._then(_plan.Apply(whole, step))._blocks()) as written:
+            return _writers.publish_parts(drafts, written, overwrite)
+
+    def write_npy(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, str]:
+        """Run the plan; write each column as an array, ``<column>.npy`` in a folder. Only a block at a time is in memory.
+
+        Parameters
+        ----------
+        folder : path
+            It is made where there is none.
+        overwrite : bool
+            Whether files of these names are replaced, when the new ones are complete.
+
+        Returns
+        -------
+        dict of str to str
+            The path of each column, for ``np.load(path, mmap_mode="r")``; none where there are no rows.
+
+        Raises
+        ------
+        FileExistsError
+            When .npy files are in the folder already.
+        TypeError
+            For columns of objects.
+        ValueError
+            When a column's dtype or shape is not the same in all blocks, or its name can't be a file's.
+        """
+        return _writers.write_npy(lambda: self._blocks(batch_format="numpy"), folder, overwrite)
+
+    def write_zarr(
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, rows_per_chunk: int | None = None
+    ) -> None:
+        """Run the plan; write a Zarr group with an array for each column, or with the variables of xarray datasets.
+
+        Parameters
+        ----------
+        path : path
+            Of the group. Nothing is there before all is written.
+        overwrite : bool
+            Whether a Zarr group that is there is replaced, when the new one is complete.
+        rows_per_chunk : int, optional
+            Default: the rows of the first block.
+
+        Raises
+        ------
+        FileExistsError
+            When something is there already, with `overwrite` also when it is no Zarr group.
+        TypeError
+            For columns of objects.
+        ValueError
+            When a column's dtype or shape is not the same in all blocks, or its name can't be a file's.
+        """
+        check_batch_size(rows_per_chunk, "rows_per_chunk")
+        _writers.write_zarr(self._blocks, path, overwrite, rows_per_chunk)
 
     # ---- seen
 

@@ -15,10 +15,10 @@ CACHED = 1 << 20
 """Bytes of a batch where the user gives no size: what stays in a core's cache from one function to the next."""
 
 
-def check_batch_size(size: int | None) -> None:
+def check_batch_size(size: int | None, name: str = "batch_size") -> None:
     """Raise ValueError for what is none."""
     if size is not None and size < 1:
-        raise ValueError(f"batch_size is 1 or more, or None, not {size}")
+        raise ValueError(f"{name} is 1 or more, or None, not {size}")
 
 
 def batches(values: Iterator[Any], size: int | None, cached: bool) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from torchshm._store import Store
 from torchshm.data.blocks import _sources
 from torchshm.data.blocks._dataset import Dataset
 
@@ -26,6 +27,7 @@ __all__ = [
     "Dataset",
     "from_arrays",
     "from_iter",
+    "from_store",
     "from_xarray",
     "read_netcdf",
     "read_npy",
@@ -81,6 +83,34 @@ def from_iter(
         How many single rows are put together before a function sees them.
     """
     return Dataset._of(_sources.IteratorSource(items, rows_per_batch, batched))
+
+
+def from_store(
+    store: Store | str,
+    keys: Iterable[str] | None = None,
+    *,
+    consume: bool = False,
+    allow_pickle: bool = False,
+) -> Dataset:
+    """A dataset of values that lie in a store by their names: dicts of arrays, tables, or arrays, as column ``data``.
+
+    Parameters
+    ----------
+    store : torchshm.Store or str
+        The store, or its name.
+    keys : iterable of str, optional
+        In the order of the rows. Default: all names that there are when the plan is run, sorted.
+    consume : bool
+        Take the values out: a name is removed when its rows are in blocks of the plan, so that the store becomes empty as it is read. What
+        the loop does not get, since it ends early, is gone with the rest of the plan; a worker that is killed loses nothing. There
+        is no second epoch.
+    allow_pickle : bool
+        Also read what :meth:`torchshm.Store.load` loads with it alone: tables of Arrow, pandas and xarray. It runs code that the saver
+        chose.
+    """
+    name = store if isinstance(store, str) else store.name
+    several = [keys] if isinstance(keys, str) else None if keys is None else list(keys)
+    return Dataset._of(_sources.StoreSource(name, several, consume, allow_pickle))
 
 
 def read_netcdf(

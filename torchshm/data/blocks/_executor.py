@@ -173,7 +173,7 @@ class Executor:
         common = (index, stage.label, self._release, job.target, job.seed)
         if source is not None:
             sizes = [source.nbytes(number) for number in range(len(source))]
-            return op.Reader(*common, sizes, job.epochs.get(index, 1), first, job.workers * 2)
+            return op.Reader(*common, sizes, job.epochs.get(index, 1), first, job.workers * 2, source.done)
         if stage.kind == "shuffle":
             drawn = job.seed if stage.seed is None else stage.seed
             return Shuffler(*common, drawn, job.window(stage.window), stage.window is not None, first)

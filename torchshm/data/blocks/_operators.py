@@ -209,10 +209,12 @@ class Reader(Operator):
         epochs: int | None,
         first: int,
         ahead: int,
+        source_done: Callable[[int], None],
     ) -> None:
         """ahead: how many tasks wait for workers."""
         super().__init__(index, label, release, target, seed)
         self._sizes, self._epochs, self._first = list(sizes), epochs, first
+        self._source_done = source_done
         self._epoch = self._next = 0
         self._over = False
         self._ahead = ahead
@@ -232,6 +234,11 @@ class Reader(Operator):
         number = order.recipe.number
         # At least the tasks before it; of the first one, half: what is taken for less only divides more finely.
         return self._ends[number - 1] if number else self._ends[0] / 2
+
+    def done(self, order: Order) -> None:
+        if isinstance(order.recipe, Read):
+            self._source_done(order.recipe.number)
+        super().done(order)
 
     def refill(self) -> None:
         while not self._over and len(self.waiting) < self._ahead:

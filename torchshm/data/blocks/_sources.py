@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import os
@@ -13,8 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from torchshm._store import Store
 from torchshm.data.blocks._formats import FORMATS, checked, with_rows
+from torchshm.data.blocks._home import client
 from torchshm.data.blocks._rows import stack
+
+_CONNECT = 10.0  # s for a store that a plan reads from
 
 
 class Source(ABC):
@@ -39,6 +44,9 @@ class Source(ABC):
     def nbytes(self, task: int) -> int | None:
         """About how much a task yields; None: not known."""
         return None
+
+    def done(self, task: int) -> None:  # noqa: B027 - most have nothing to do
+        """Called by the executor when all that a task yields is in blocks, and it will not be read again."""
 
 
 def only_once(source: Source) -> str:
@@ -331,6 +339,56 @@ class IteratorSource(Source):
 def is_table(item: Any) -> bool:
     """Whether an item has rows of its own, as tables of all libraries have."""
     return type(item).__module__.partition(".")[0] in ("pyarrow", "pandas", "xarray")
+
+
+class StoreSource(Source):
+    """Values of a store, a task for each name. Where they are consumed a name goes when its rows are in blocks of this plan."""
+
+    label = "from_store"
+    again = "consume=True takes the values out of the store; leave it out"
+
+    def __init__(
+        self,
+        store: str,
+        keys: Sequence[str] | None,
+        consume: bool,
+        allow_pickle: bool,
+        sizes: Sequence[int] = (),
+    ) -> None:
+        self._store, self._keys, self._allow_pickle = store, keys, allow_pickle
+        self._sizes = list(sizes)
+        self.once = consume
+
+    def _client(self) -> Store:
+        return client(self._store, _CONNECT)
+
+    def plan(self, target: int) -> Source:
+        store = self._client()
+        keys = store.keys() if self._keys is None else self._keys
+        missing = [key for key in keys if not store.contains(key)]
+        if missing:
+            raise KeyError(f"the store {self._store} has no {', '.join(map(repr, missing[:5]))}")
+        sizes = [store.info(key)["bytes"] for key in keys]
+        return StoreSource(self._store, keys, self.once, self._allow_pickle, sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def read(self, task: int) -> Iterator[Any]:
+        assert self._keys is not None
+        key = self._keys[task]
+        value = self._client().load(key, allow_pickle=self._allow_pickle)
+        if hasattr(value, "__array__") and not is_table(value):
+            value = {"data": value}
+        yield checked(value, f"the store's {key!r} holds")
+
+    def nbytes(self, task: int) -> int | None:
+        return self._sizes[task]
+
+    def done(self, task: int) -> None:
+        if self.once and self._keys is not None:
+            with contextlib.suppress(KeyError):  # somebody else was faster
+                self._client().remove(self._keys[task])
 
 
 def expand(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], ending: str) -> list[str]:

@@ -43,6 +43,7 @@ def values(dataset, name="item"):
         [["a", 1], ["b", 2]],
         [["a\0", "b"], ["c", "d"]],
         [2**63, -1],
+        [2**53 + 1, 0.5],
         [2**70, 1],
         [np.uint64(2**63), np.int64(-1)],
         [datetime.date(2024, 1, 1), None],
@@ -70,6 +71,15 @@ def test_what_numpy_has_a_type_for_is_an_array_of_it():
     assert column([np.array([b"a"]), np.array([b"b"])]).dtype == "S1"
     assert column([np.array([1]), np.array(["a"])]).dtype == object
     assert column([np.datetime64("2024-01-01"), np.datetime64("NaT")]).dtype.kind == "M"
+
+
+def test_rows_of_other_types_that_come_later_stay_what_they_are():
+    given = [*range(1500), *(f"w{n}" for n in range(1500)), *(n / 2 for n in range(1500)), b"end\0", None]
+    dataset = little(blocks.from_iter(given, rows_per_batch=500))
+    assert values(dataset) == given
+    assert [row for batch in dataset.iter_batches(700) for row in batch["item"]] == given
+    shuffled = [row for batch in dataset.shuffle().iter_batches(700) for row in batch["item"]]
+    assert len(shuffled) == len(given) and set(shuffled) == set(given)
 
 
 def test_bytes_come_back_from_workers_with_the_nuls_at_their_end():

@@ -156,10 +156,7 @@ class Dataset:
         if not callable(fn):
             raise TypeError(f"{kind} takes a function, not {type(fn).__name__}")
         check_batch_size(batch_size)
-        if batch_format not in (*_FORMATS, None):
-            raise ValueError(
-                f"batch_format is one of {', '.join(map(repr, _FORMATS))} and None, not {batch_format!r}"
-            )
+        _check_format(batch_format)
         step = _plan.Step(kind, fn, batch_size, batch_format, tuple(args), dict(kwargs or {}), zero_copy)
         return self._then(_plan.Apply(self._last, step))
 
@@ -358,7 +355,11 @@ class Dataset:
         return [Shard((run.job.store, run.job.prefix), rank, ranks, run, once) for rank in range(ranks)]
 
     def to_dataset(
-        self, batch_size: int | None = None, *, batch_format: BatchFormat = "torch", drop_last: bool = False
+        self,
+        batch_size: int | None = None,
+        *,
+        batch_format: BatchFormat | None = "torch",
+        drop_last: bool = False,
     ) -> Any:
         """A :class:`torch.utils.data.IterableDataset` for DataLoader and for torchdata's StatefulDataLoader.
 
@@ -387,7 +388,11 @@ class Dataset:
         return IterableDataset(self, batch_size, batch_format, drop_last)
 
     def to_node(
-        self, batch_size: int | None = None, *, batch_format: BatchFormat = "torch", drop_last: bool = False
+        self,
+        batch_size: int | None = None,
+        *,
+        batch_format: BatchFormat | None = "torch",
+        drop_last: bool = False,
     ) -> Any:
         """A :class:`torchdata.nodes.BaseNode`, for torchdata's Loader, Prefetcher and the like; of torchdata 0.10 or newer.
 
@@ -526,9 +531,13 @@ def _epochs(stages: list[_plan.Stage]) -> dict[int, int | None]:
     return times
 
 
-def _check_rows(batch_size: int | None, batch_format: str) -> None:
-    if batch_format not in _FORMATS:
-        raise ValueError(f"batch_format is one of {', '.join(map(repr, _FORMATS))}, not {batch_format!r}")
+def _check_format(name: str | None) -> None:
+    if name not in (*_FORMATS, None):
+        raise ValueError(f"batch_format is one of {', '.join(map(repr, _FORMATS))} and None, not {name!r}")
+
+
+def _check_rows(batch_size: int | None, batch_format: str | None) -> None:
+    _check_format(batch_format)
     if batch_size is None and batch_format not in ("numpy", "torch"):
         raise ValueError(
             f"single rows are dicts, of numpy or torch: give a batch_size for batch_format={batch_format!r}"

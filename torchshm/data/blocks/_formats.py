@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from torchshm.data.blocks._rows import column, size_of
+from torchshm.data.blocks._rows import column, common_dtype, size_of
 
 Indices = npt.NDArray[np.integer[Any]]
 _ROWS = "torchshm_rows"
@@ -93,7 +93,11 @@ class NumpyFormat(Format):
 
     def concat(self, values: Sequence[Any]) -> Any:
         same_columns(values)
-        return {name: np.concatenate([value[name] for value in values]) for name in values[0]}
+        columns = {name: [value[name] for value in values] for name in values[0]}
+        return {
+            name: np.concatenate(several, dtype=common_dtype(several), casting="unsafe")
+            for name, several in columns.items()
+        }
 
     def to_numpy(self, value: Any) -> dict[str, npt.NDArray[Any]]:
         return dict(value)

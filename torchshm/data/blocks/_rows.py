@@ -12,6 +12,10 @@ import numpy.typing as npt
 _SAMPLE = 64
 """Values that are looked at for the size of all."""
 _DEEP = 3  # lists in lists, for their size
+_NUMBERS = set("biufc")
+_FLOATS = {float, complex, np.float16, np.float32, np.float64, np.complex64, np.complex128}
+_EXACT = 1 << 53
+"""As far as each integer is a float64."""
 
 
 def stack(rows: Sequence[Any]) -> dict[str, npt.NDArray[Any]]:
@@ -36,20 +40,33 @@ def column(values: Sequence[Any]) -> npt.NDArray[Any]:
         return np.asarray(values)
     if types == {str}:
         made = None if any(value.endswith("\0") for value in values) else np.array(values)
-    elif types <= {bool, int, float, complex}:
+    elif types <= {bool, int, float, complex} or (
+        len(types) == 1 and issubclass(next(iter(types)), (np.number, np.bool_))
+    ):
         made = np.array(values)
     else:
         try:
             arrays = [_array(value) for value in values]
             kinds = {array.dtype.kind for array in arrays}
-            if len(kinds) == 1 or kinds <= set("biufc"):
+            if len(kinds) == 1 or kinds <= _NUMBERS:
                 made = np.stack(arrays)
         except (ValueError, TypeError):
             pass
-    # Large integers that have no type of their own together become floats.
-    if made is not None and made.dtype.kind == "f" and types <= {bool, int, np.int64, np.uint64}:
-        made = None
+    if made is not None and made.dtype.kind in "fc" and not types <= _FLOATS and any(map(_is_large, values)):
+        made = None  # integers that no float is equal to
     return objects(values) if made is None else made
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and abs(int(value)) > _EXACT
+
+
+def common_dtype(arrays: Sequence[npt.NDArray[Any]]) -> np.dtype[Any]:
+    """Of all rows of these, as NumPy has it, but that numbers do not become strings."""
+    kinds = {array.dtype.kind for array in arrays}
+    if len(kinds) == 1 or kinds <= _NUMBERS:
+        return np.result_type(*arrays)
+    return np.dtype(object)
 
 
 def objects(values: Sequence[Any]) -> npt.NDArray[Any]:

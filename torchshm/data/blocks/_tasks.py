@@ -26,6 +26,7 @@ from torchshm.data.blocks._recipes import (
     Task,
     Zipped,
 )
+from torchshm.data.blocks._rows import common_dtype
 from torchshm.data.blocks._sources import Source
 
 
@@ -169,7 +170,7 @@ def gather(found: Any, values: Sequence[Any], starts: Indices, order: Indices) -
     made = {}
     same_columns(values)
     for name, array in values[0].items():
-        out = np.empty((len(order), *array.shape[1:]), np.result_type(*(value[name] for value in values)))
+        out = np.empty((len(order), *array.shape[1:]), common_dtype([value[name] for value in values]))
         for i, value in enumerate(values):
             if len(places[i]):
                 out[places[i]] = value[name][order[places[i]] - starts[i]]

@@ -24,7 +24,12 @@ class IterableDataset(torch.utils.data.IterableDataset[Any]):
     """
 
     def __init__(
-        self, dataset: Dataset, batch_size: int | None, batch_format: str, drop_last: bool, epoch: int = 0
+        self,
+        dataset: Dataset,
+        batch_size: int | None,
+        batch_format: str | None,
+        drop_last: bool,
+        epoch: int = 0,
     ) -> None:
         self._dataset, self._batch_size, self._batch_format = dataset, batch_size, batch_format
         self._drop_last, self._epoch = drop_last, epoch

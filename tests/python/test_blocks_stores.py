@@ -99,7 +99,7 @@ def test_what_has_no_rows_is_refused_by_its_name(store, value):
 
 def test_a_store_becomes_empty_as_it_is_read(parts):
     full = parts.info()["live_bytes"]
-    dataset = little(blocks.from_store(parts, consume=True), memory="32MiB")
+    dataset = little(blocks.from_store(parts, consume=True))
     left, memory = [], []
     for number, batch in enumerate(dataset.iter_batches(ROWS)):
         np.testing.assert_array_equal(batch["i"], part(number)["i"])
@@ -115,7 +115,7 @@ def test_a_store_becomes_empty_as_it_is_read(parts):
 
 
 def test_names_go_only_when_their_rows_have_been_read(parts):
-    stream = little(blocks.from_store(parts, consume=True), memory="32MiB").iter_batches(ROWS)
+    stream = little(blocks.from_store(parts, consume=True)).iter_batches(ROWS)
     next(stream)
     time.sleep(0.5)
     left = len(parts)

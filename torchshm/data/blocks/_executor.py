@@ -22,7 +22,7 @@ from torchshm.data._job import tidy
 from torchshm.data.blocks import _home
 from torchshm.data.blocks import _operators as op
 from torchshm.data.blocks._job import Job
-from torchshm.data.blocks._outlet import Outlet, alive
+from torchshm.data.blocks._outlet import Outlet, alive, begun
 from torchshm.data.blocks._plan import Step
 from torchshm.data.blocks._recipes import GoOn, Made, Outcome, Task
 from torchshm.data.blocks._shuffler import Shuffler
@@ -135,6 +135,7 @@ class Executor:
         ]
         self._outlet: Outlet
         self._outlets: list[Outlet] = []  # of epochs before, of which somebody has not taken everything
+        self._say(begun(job.prefix), {})
         self._begin(job.epoch)
         for number in range(job.workers):
             self._hands.append(self._hire(number))

@@ -17,6 +17,11 @@ def alive(prefix: str) -> str:
     return f"{prefix}alive"
 
 
+def begun(prefix: str) -> str:
+    """The name by which an executor says that it holds that lock."""
+    return f"{prefix}begun"
+
+
 def farewell(prefix: str, shard: int) -> str:
     """The name by which a consumer says that it wants nothing more of an epoch; the prefix is that of its announcements."""
     return f"{prefix}.{shard}.left"

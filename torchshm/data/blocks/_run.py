@@ -20,7 +20,7 @@ from torchshm._store import Store
 from torchshm.data.blocks._executor import serve
 from torchshm.data.blocks._home import Home, client
 from torchshm.data.blocks._job import Job
-from torchshm.data.blocks._outlet import alive, announcement, farewell
+from torchshm.data.blocks._outlet import alive, announcement, begun, farewell
 from torchshm.errors import PoolFullError, StoreUnavailableError, TorchshmError
 
 _START = 60.0  # s for an executor to be ready
@@ -161,6 +161,7 @@ class Consumer:
         self._store: Store | None = None
         self.statistics: dict[str, Any] | None = None
         self._over = False
+        self._begun, self._since = False, time.monotonic()
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
         """Each block, and its rows from and to that are this shard's."""
@@ -235,8 +236,13 @@ class Consumer:
     def _alive(self) -> bool:
         if self._run is not None and self._run.owner == os.getpid():
             return self._run.exitcode is None
-        assert self._store is not None
-        lock = self._store._core.lock(alive(self._prefix))
+        store = self._store
+        assert store is not None
+        if not self._begun:
+            # The process with the first shard may not have come to it.
+            self._begun = store.contains(begun(self._prefix))
+            return self._begun or time.monotonic() < self._since + _START
+        lock = store._core.lock(alive(self._prefix))
         if not lock.try_acquire(False):
             return True
         lock.release()

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchshm._figures import Sample, StoreSample, Watcher, hit_rate, rates
-from torchshm._store_commands import Name, size_in_words
+from torchshm._size import format_size
+from torchshm._store_commands import Name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,7 +52,7 @@ def _memory(figures: dict[str, Any]) -> RenderableType:
     ):
         part = int(figures.get(key) or 0)
         share = f"{part / limit:4.0%}" if limit > 0 else ""
-        grid.add_row(kind, _bar(kind, part, limit), f"{size_in_words(part):>10}", share)
+        grid.add_row(kind, _bar(kind, part, limit), f"{format_size(part):>10}", share)
     return grid
 
 
@@ -67,7 +68,7 @@ def _processes(figures: dict[str, Any]) -> RenderableType:
     table.add_column("blocks", justify="right")
     for row in rows[:_MOST_PROCESSES]:
         table.add_row(
-            str(row["pid"]), escape(row["name"]), size_in_words(row["held_bytes"]), str(row["held_blocks"])
+            str(row["pid"]), escape(row["name"]), format_size(row["held_bytes"]), str(row["held_blocks"])
         )
     if len(rows) > _MOST_PROCESSES:
         table.add_row("", f"and {len(rows) - _MOST_PROCESSES} more", "", "")
@@ -103,7 +104,7 @@ def _store(store: StoreSample, before: StoreSample | None) -> RenderableType:
     served = f"served by {store.service_pid}" if store.service_pid else "[yellow]nobody serves it[/]"
     head = (
         f"{served}, names: {store.number('names'):,}, blocks: {store.number('blocks'):,}, "
-        f"limit {size_in_words(store.number('limit_bytes'))}"
+        f"limit {format_size(store.number('limit_bytes'))}"
     )
     lines: list[RenderableType] = [head, _memory(store.figures), _rates_in_words(rates(before, store))]
     if store.number("spilled_names"):
@@ -122,7 +123,7 @@ def draw(now: Sample, before: Sample | None) -> RenderableType:
     earlier = {} if before is None else {store.name: store for store in before.stores}
     parts: list[RenderableType] = [_store(store, earlier.get(store.name)) for store in now.stores]
     for pool in now.pools:
-        head = f"blocks: {pool.figures['blocks']:,}, limit {size_in_words(pool.figures['limit_bytes'])}"
+        head = f"blocks: {pool.figures['blocks']:,}, limit {format_size(pool.figures['limit_bytes'])}"
         body = Group(head, _memory(pool.figures), _processes(pool.figures))
         parts.append(Panel(body, title=f"pool {pool.pool_id:016x}", title_align="left"))
     if not parts:

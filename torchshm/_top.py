@@ -75,6 +75,32 @@ def _processes(figures: dict[str, Any]) -> RenderableType:
     return table
 
 
+def _execution(name: str, statistics: dict[str, Any]) -> RenderableType:
+    """A plan of torchshm.data.blocks: a line for each of its stages."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    head = (
+        f"execution {name}, {statistics['seconds']:.1f} s: {statistics['spills']:,} spilled, "
+        f"{statistics['restores']:,} read back"
+    )
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table.add_column("stage")  # this one alone gets narrower with the terminal
+    for column in ("tasks", "rows", "bytes", "seconds", "retries"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage in statistics["stages"]:
+        table.add_row(
+            Text(stage["label"], no_wrap=True, overflow="ellipsis"),
+            f"{stage['tasks']:,}",
+            f"{stage['rows']:,}",
+            format_size(stage["nbytes"]),
+            f"{stage['seconds']:.1f}",
+            str(stage["retries"]),
+        )
+    return Group(Text(head), table)
+
+
 def _rates_in_words(by_second: dict[str, float]) -> str:
     if not by_second:
         return "rates: from the second look on"
@@ -111,6 +137,7 @@ def _store(store: StoreSample, before: StoreSample | None) -> RenderableType:
         lines.append(f"{store.number('spilled_names'):,} names on disk")
     if errors := store.number("spill_errors"):
         lines.append(f"[bold red]{errors:,} spill errors[/]")
+    lines += [_execution(name, each) for name, each in store.figures.get("executions", {}).items()]
     lines.append(_processes(store.figures))
     return Panel(Group(*lines), title=title, title_align="left")
 

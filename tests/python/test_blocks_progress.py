@@ -60,6 +60,17 @@ def test_it_says_nothing_where_nobody_asked(capsys, monkeypatch, given):
     assert capsys.readouterr().err == ""
 
 
+def test_a_notebook_is_no_terminal_though_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TORCHSHM_PROGRESS", "1")
+    assert job().count() == ROWS
+    assert capsys.readouterr().err == ""
+    assert job(progress=True).count() == ROWS
+    (line, foot) = capsys.readouterr().err.splitlines()
+    assert line.startswith("from_arrays ") and "spilled" in foot and "\x1b" not in line
+
+
 def test_it_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "rich"]:
         monkeypatch.setitem(sys.modules, name, None)

@@ -175,15 +175,19 @@ class _Lines:
 
 def _console(wanted: bool | None) -> Console | None:
     """Where to draw; None: nowhere."""
-    if wanted is None:
-        wanted = os.environ.get("TORCHSHM_PROGRESS", "0") not in ("", "0") and sys.stderr.isatty()
-    if not wanted:
+    if wanted is None and os.environ.get("TORCHSHM_PROGRESS", "0") in ("", "0"):
+        return None
+    if wanted is False or (wanted is None and not sys.stderr.isatty()):
         return None
     try:
         from rich.console import Console
     except ImportError:
         raise ImportError("progress needs rich: pip install 'torchshm[cli]'") from None
-    return Console(stderr=True, force_jupyter=False, width=None if sys.stderr.isatty() else _LOG_WIDTH)
+    if sys.stderr.isatty() and not Console(stderr=True).is_jupyter:  # a notebook says that it is one
+        return Console(stderr=True)
+    if wanted is None:
+        return None
+    return Console(stderr=True, force_jupyter=False, force_terminal=False, width=_LOG_WIDTH)
 
 
 @contextlib.contextmanager

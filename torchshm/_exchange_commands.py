@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from torchshm import _exchange, _snapshot
-from torchshm._store_commands import Json, _fail, _keys, _open, _say, _seconds, _stores, size_in_words
+from torchshm._size import format_size
+from torchshm._store_commands import Json, _fail, _keys, _open, _say, _seconds, _stores
 from torchshm.errors import TorchshmError
 
 Store = Annotated[str, typer.Argument(metavar="NAME", help="The store's name.", autocompletion=_stores)]
@@ -38,7 +39,7 @@ def _progress(what: str) -> Iterator[Callable[[str, int, int, int], None]]:
         task = progress.add_task(what, total=None)
 
         def tell(name: str, nbytes: int, done: int, of: int) -> None:
-            size = f", {size_in_words(nbytes)}" if nbytes else ""
+            size = f", {format_size(nbytes)}" if nbytes else ""
             progress.update(task, description=f"{what} {escape(name)}{size}", completed=done, total=of)
 
         yield tell

@@ -18,10 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchshm import _C, _pools
-from torchshm._store import connect
+from torchshm._store import Store, connect
 from torchshm.errors import TorchshmError
 
 _PATIENCE = 5.0  # s; for an answer of a process that looks, and so for its start
+
+# What torchshm.data.blocks calls its stores, and how the names of statistics end there.
+_OF_BLOCKS, _STATISTICS = "blocks-", ".statistics"
 
 # Of Store.info(): what only goes up. Missing ones count as 0.
 COUNTERS = (
@@ -216,6 +219,16 @@ def _other_pools(known: set[int], looking: set[int]) -> Iterable[PoolSample]:
         yield PoolSample(files.pool_id, time.monotonic(), figures)
 
 
+def _executions(store: Store) -> dict[str, Any]:
+    """What plans of torchshm.data.blocks have done so far whose blocks lie in the store; by the beginning of their names."""
+    found = {}
+    for key in store:
+        if key.endswith(_STATISTICS):
+            with contextlib.suppress(KeyError):  # it has ended
+                found[key.removesuffix(_STATISTICS)] = store.load(key)
+    return found
+
+
 def _look(name: str) -> None:
     """Tell a store's figures, a line for each line that is read. Without this process, as if it were not there."""
     try:
@@ -223,8 +236,13 @@ def _look(name: str) -> None:
     except (TorchshmError, ValueError) as error:
         print(json.dumps({"why": str(error)}), flush=True)
         return
+    loads = 0  # by this process, which are not what the store is used for
     for _ in sys.stdin:
         row = store.info()
+        row["loads"] -= loads
+        if name.startswith(_OF_BLOCKS):
+            row["executions"] = _executions(store)
+            loads += len(row["executions"])
         row["processes"] = [each for each in row["processes"] if each["pid"] != os.getpid()]
         row["leases"] = len(row["processes"])
         print(json.dumps(row), flush=True)

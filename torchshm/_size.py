@@ -72,8 +72,8 @@ def _share(text: object, percent: float) -> int:
 
 def format_size(nbytes: float) -> str:
     """Bytes for a reader, as in ``1.5 MiB``."""
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if nbytes < 1024:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
-    return f"{nbytes:.1f} GiB"
+    return f"{nbytes:.1f} TiB"

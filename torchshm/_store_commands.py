@@ -20,7 +20,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from torchshm import _C
-from torchshm._size import parse_limit
+from torchshm._size import format_size, parse_limit
 from torchshm._store import Store, connect, start
 from torchshm.errors import StoreUnavailableError, TorchshmError
 
@@ -125,15 +125,6 @@ def _group(text: str | None) -> int | None:
         return grp.getgrnam(text).gr_gid
     except KeyError:
         raise typer.BadParameter(f"no group named {text!r}") from None
-
-
-def size_in_words(n: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} TiB"
 
 
 def _age(seconds: float) -> str:
@@ -353,8 +344,8 @@ def ls(
                 str(s["pid"]),
                 str(s["clients"]),
                 str(s["names"]),
-                size_in_words(s["live_bytes"]),
-                size_in_words(s["limit_bytes"]),
+                format_size(s["live_bytes"]),
+                format_size(s["limit_bytes"]),
             ]
             if "names" in s
             else [s["name"], "not served", "", "", "", ""]
@@ -379,7 +370,7 @@ def ls(
             [
                 f["key"],
                 f["kind"],
-                size_in_words(f["bytes"]),
+                format_size(f["bytes"]),
                 _age(now - f["created"]),
                 "" if f["expires_in"] is None else _age(f["expires_in"]),
                 str(f["pid"]),
@@ -407,12 +398,12 @@ def info(
         typer.echo(json.dumps(figures))
         return
     rows = [
-        [f"process {each['pid']} ({each['name']})", size_in_words(each["held_bytes"])]
+        [f"process {each['pid']} ({each['name']})", format_size(each["held_bytes"])]
         for each in figures.pop("processes", [])
     ]
     _table(
         ["", ""],
-        [[k, size_in_words(v) if k.endswith("bytes") else str(v)] for k, v in figures.items()] + rows,
+        [[k, format_size(v) if k.endswith("bytes") else str(v)] for k, v in figures.items()] + rows,
     )
 
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchshm._figures import Sample, StoreSample, Watcher, hit_rate, rates
-from torchshm._store_commands import Name, size_in_words
+from torchshm._size import format_size
+from torchshm._store_commands import Name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,7 +52,7 @@ def _memory(figures: dict[str, Any]) -> RenderableType:
     ):
         part = int(figures.get(key) or 0)
         share = f"{part / limit:4.0%}" if limit > 0 else ""
-        grid.add_row(kind, _bar(kind, part, limit), f"{size_in_words(part):>10}", share)
+        grid.add_row(kind, _bar(kind, part, limit), f"{format_size(part):>10}", share)
     return grid
 
 
@@ -67,11 +68,37 @@ def _processes(figures: dict[str, Any]) -> RenderableType:
     table.add_column("blocks", justify="right")
     for row in rows[:_MOST_PROCESSES]:
         table.add_row(
-            str(row["pid"]), escape(row["name"]), size_in_words(row["held_bytes"]), str(row["held_blocks"])
+            str(row["pid"]), escape(row["name"]), format_size(row["held_bytes"]), str(row["held_blocks"])
         )
     if len(rows) > _MOST_PROCESSES:
         table.add_row("", f"and {len(rows) - _MOST_PROCESSES} more", "", "")
     return table
+
+
+def _execution(name: str, statistics: dict[str, Any]) -> RenderableType:
+    """A plan of torchshm.data.blocks: a line for each of its stages."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    head = (
+        f"execution {name}, {statistics['seconds']:.1f} s: {statistics['spills']:,} spilled, "
+        f"{statistics['restores']:,} read back"
+    )
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table.add_column("stage")  # this one alone gets narrower with the terminal
+    for column in ("tasks", "rows", "bytes", "seconds", "retries"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage in statistics["stages"]:
+        table.add_row(
+            Text(stage["label"], no_wrap=True, overflow="ellipsis"),
+            f"{stage['tasks']:,}",
+            f"{stage['rows']:,}",
+            format_size(stage["nbytes"]),
+            f"{stage['seconds']:.1f}",
+            str(stage["retries"]),
+        )
+    return Group(Text(head), table)
 
 
 def _rates_in_words(by_second: dict[str, float]) -> str:
@@ -103,13 +130,14 @@ def _store(store: StoreSample, before: StoreSample | None) -> RenderableType:
     served = f"served by {store.service_pid}" if store.service_pid else "[yellow]nobody serves it[/]"
     head = (
         f"{served}, names: {store.number('names'):,}, blocks: {store.number('blocks'):,}, "
-        f"limit {size_in_words(store.number('limit_bytes'))}"
+        f"limit {format_size(store.number('limit_bytes'))}"
     )
     lines: list[RenderableType] = [head, _memory(store.figures), _rates_in_words(rates(before, store))]
     if store.number("spilled_names"):
         lines.append(f"{store.number('spilled_names'):,} names on disk")
     if errors := store.number("spill_errors"):
         lines.append(f"[bold red]{errors:,} spill errors[/]")
+    lines += [_execution(name, each) for name, each in store.figures.get("executions", {}).items()]
     lines.append(_processes(store.figures))
     return Panel(Group(*lines), title=title, title_align="left")
 
@@ -122,7 +150,7 @@ def draw(now: Sample, before: Sample | None) -> RenderableType:
     earlier = {} if before is None else {store.name: store for store in before.stores}
     parts: list[RenderableType] = [_store(store, earlier.get(store.name)) for store in now.stores]
     for pool in now.pools:
-        head = f"blocks: {pool.figures['blocks']:,}, limit {size_in_words(pool.figures['limit_bytes'])}"
+        head = f"blocks: {pool.figures['blocks']:,}, limit {format_size(pool.figures['limit_bytes'])}"
         body = Group(head, _memory(pool.figures), _processes(pool.figures))
         parts.append(Panel(body, title=f"pool {pool.pool_id:016x}", title_align="left"))
     if not parts:

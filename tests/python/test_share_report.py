@@ -144,3 +144,17 @@ def test_report_is_a_table():
     assert "left: " in lines[1]
     assert lines[-1].startswith("moved 8.4 MiB, already there 0 B, left 4.9 KiB")
     assert "8.4 MiB moved" in repr(report)
+
+
+def test_sizes_are_said_in_the_unit_that_fits():
+    from torchshm._size import format_size
+
+    assert [format_size(n) for n in (0, 1023, 1024, 1.5 * 2**20, 2**30, 2**40, 5000 * 2**40)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "1.5 MiB",
+        "1.0 GiB",
+        "1.0 TiB",
+        "5000.0 TiB",
+    ]

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from scripts import PATIENCE
 
-from torchshm import _pools
+from torchshm import _C, _pools
 from torchshm._figures import Sample, StoreSample, Watcher, hit_rate, rates
 
 pytestmark = pytest.mark.apart
@@ -167,7 +167,53 @@ def test_all_pools_of_the_user_are_shown(screen, serve):
         client.stdin.close()
 
 
+PLAN = """
+import sys
+import numpy as np
+from torchshm.data import blocks
+
+plan = blocks.from_arrays({"i": np.arange(4000), "x": np.zeros((4000, 16))}).filter(lambda batch: batch["i"] % 2 == 0)
+plan = plan.shuffle().options(memory="64MiB", block_size="50KiB", num_workers=2)
+taken = iter(plan.iter_batches(100))
+next(taken)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def plan(runtime):
+    """The store of a program whose loop over a plan stands still after the first batch."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PLAN], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as program:
+        program.stdout.readline()
+        (name,) = (each for each in _C.store_names() if each.startswith(f"blocks-{program.pid}-"))
+        yield name
+        program.stdin.close()
+
+
+def test_plans_of_blocks_are_shown_stage_by_stage(screen, plan):
+    screen.type(f"clear; {' '.join(command('top', plan, '--interval', '0.1'))}")
+    shown = screen.shows(f"store {plan}", "execution r0", "retries", " 2,000 ").splitlines()
+    (read,) = (line for line in shown if "from_arrays -> filter(<lambda>)" in line)
+    tasks, rows, _, unit, _, retries, _ = read.split("filter(<lambda>)")[1].split()
+    assert int(tasks) > 5 and rows == "2,000" and unit == "KiB" and retries == "0"
+    assert any(line.split()[1] == "shuffle" for line in shown)
+
+
 # ---- once, and as JSON
+
+
+def test_looking_at_a_plan_is_no_use_of_its_store(plan):
+    with Watcher(plan) as watcher:
+
+        def look():
+            (store,) = watcher.sample().stores
+            return store
+
+        until(lambda: look().figures["executions"]["r0"]["stages"][0]["rows"] == 2000)
+        assert look().number("loads") == look().number("loads")
 
 
 def test_a_look_is_a_line_of_json_with_rates_from_the_second_on(store):

@@ -15,6 +15,7 @@ from torchshm.data.blocks._formats import format_of, handed_out, mode_for
 from torchshm.data.blocks._functions import check_batch_size, handed_batches
 from torchshm.data.blocks._home import home
 from torchshm.data.blocks._job import BLOCK, Job
+from torchshm.data.blocks._progress import shown
 from torchshm.data.blocks._report import describe_plan, describe_run
 from torchshm.data.blocks._run import Consumer, Run
 from torchshm.data.blocks._sources import Source, only_once
@@ -59,6 +60,7 @@ class Dataset:
         seed: int | None = None,
         max_retries: int | None = None,
         start_method: str | None = None,
+        progress: bool | None = None,
     ) -> Dataset:
         """Say with how much the plan is run.
 
@@ -80,6 +82,9 @@ class Dataset:
             How often a task is begun again whose worker was killed. Default: 3.
         start_method : {"fork", "spawn"}, optional
             How the executing processes come to be. Default: multiprocessing's.
+        progress : bool, optional
+            Show on stderr how far each stage is; rich draws it. Where stderr is no terminal the last state is written at the end.
+            Default: only on a terminal, and if the environment's ``TORCHSHM_PROGRESS`` is 1.
         """
         given = {
             "memory": None if memory is None else parse_limit(memory),
@@ -89,6 +94,7 @@ class Dataset:
             "seed": seed,
             "max_retries": max_retries,
             "start_method": start_method,
+            "progress": progress,
         }
         if num_workers is not None and num_workers < 1:
             raise ValueError(f"num_workers is 1 or more, not {num_workers}")
@@ -248,13 +254,14 @@ class Dataset:
         seed: int | None = None,
     ) -> Generator[Any, None, None]:
         run = self._run(workers=workers, epoch=epoch, seed=seed)
-        with contextlib.closing(run):
+        with contextlib.closing(run), shown(self._options.get("progress"), run.job) as tell:
             consumer = Consumer(run.job.store, run.job.prefix, 0, epoch, run, mode=mode_for(batch_format))
             try:
                 for value, begin, end in consumer:
                     yield format_of(value).slice(value, begin, end)
             finally:
                 self._statistics = consumer.look()
+                tell(self._statistics)
 
     def _shared_blocks(
         self, name: str, prefix: str, epoch: int, shard: int, shards: int, batch_format: str | None, seed: int

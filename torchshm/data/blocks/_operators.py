@@ -26,6 +26,7 @@ class Progress:
     bytes_in: int = 0
     seconds: float = 0.0
     retries: int = 0
+    total: int | None = None  # tasks, where that is known beforehand
 
 
 @dataclass(eq=False)
@@ -223,6 +224,7 @@ class Reader(Operator):
         weights = [1.0 if None in self._sizes else float(size or 0) for size in self._sizes]
         total = sum(weights)
         self._ends = [end / total for end in itertools.accumulate(weights)] if several and total else []
+        self.progress.total = None if epochs is None else len(self._sizes) * epochs
 
     def push(self, block: Block) -> None:
         raise AssertionError("nothing comes before a source")

@@ -43,8 +43,8 @@ def describe_run(statistics: dict[str, Any]) -> str:
     return "\n".join(
         [
             *table,
-            f"{statistics['seconds']:.2f} s; most memory of blocks {format_size(statistics['most'])} of "
-            f"{format_size(statistics['limit'])}; "
+            f"{statistics['seconds']:.2f} s; blocks of {format_size(statistics['most'])} at most, in memory and on disk, "
+            f"of which {format_size(statistics['limit'])} may be in memory; "
             f"{statistics['spills']:,} spilled, {statistics['restores']:,} read back",
         ]
     )

@@ -118,7 +118,11 @@ class TorchshmPass(Pass):
         from torchshm.data import blocks
 
         dataset = blocks.read_npy(self._folder).options(
-            memory=self._limit, num_workers=WORKERS, spill=self._spill, seed=1
+            memory=self._limit,
+            num_workers=WORKERS,
+            spill=self._spill,
+            seed=1,
+            start_method="fork",  # as in a program that is started by itself; an arm is spawned
         )
         return dataset.map_batches(scale).shuffle(window=self._limit // 8).iter_batches(BATCH)
 

@@ -9,6 +9,7 @@ in windows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -24,6 +25,7 @@ from benchmarks import disk
 from benchmarks.arms import Arms
 from benchmarks.benchmark import Benchmark
 from benchmarks.figure import Figure, at_least, at_most
+from benchmarks.memory import rollup
 from benchmarks.meter import Meter
 from benchmarks.result import Arm, Result
 from benchmarks.sample import Sample, ratio
@@ -67,23 +69,15 @@ class Watch(threading.Thread):
             own = psutil.Process()
             total = self._shared()
             for process in [own, *own.children(recursive=True)]:
-                total += _private(process.pid)
+                with contextlib.suppress(OSError):  # it has gone
+                    sizes = rollup(process.pid)
+                    total += sizes.get("Pss", 0) - sizes.get("Pss_Shmem", 0)
             self.most = max(self.most, total)
 
     def end(self) -> int:
         self._over.set()
         self.join()
         return self.most
-
-
-def _private(pid: int) -> int:
-    """Pss of what is not shared memory."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    except (OSError, ProcessLookupError):
-        return 0
-    sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
-    return sizes.get("Pss", 0) - sizes.get("Pss_Shmem", 0)
 
 
 class Pass(ABC):
@@ -124,7 +118,11 @@ class TorchshmPass(Pass):
         from torchshm.data import blocks
 
         dataset = blocks.read_npy(self._folder).options(
-            memory=self._limit, num_workers=WORKERS, spill=self._spill, seed=1
+            memory=self._limit,
+            num_workers=WORKERS,
+            spill=self._spill,
+            seed=1,
+            start_method="fork",  # as in a program that is started by itself; an arm is spawned
         )
         return dataset.map_batches(scale).shuffle(window=self._limit // 8).iter_batches(BATCH)
 

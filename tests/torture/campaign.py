@@ -202,6 +202,27 @@ CAMPAIGNS = [
         needs=("dev",),
     ),
     Campaign(
+        "blocks_kill",
+        "workers of blocks killed at random: every row comes, in its order, with its bytes, and nothing is left",
+        [*script("tests/torture/blocks_kill.py"), "--seconds", "10"],
+        [*script("tests/torture/blocks_kill.py"), "--full"],
+        needs=("dev",),
+    ),
+    Campaign(
+        "blocks_kill_stop",
+        "the same with workers and the executor stopped for a while",
+        [*script("tests/torture/blocks_kill.py"), "--stop", "--seconds", "8"],
+        [*script("tests/torture/blocks_kill.py"), "--stop", "--full"],
+        needs=("dev",),
+    ),
+    Campaign(
+        "blocks_kill_owner",
+        "the process that iterates over blocks killed at random: all its processes end, no file of a store or a value is left",
+        [*script("tests/torture/blocks_kill.py"), "--owner", "--seconds", "10"],
+        [*script("tests/torture/blocks_kill.py"), "--owner", "--full"],
+        needs=("dev",),
+    ),
+    Campaign(
         "coverage",
         "branch coverage of base, os and pool; what is not covered has a reason",
         None,

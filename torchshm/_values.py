@@ -391,11 +391,11 @@ def _merge(pieces: list[_Piece]) -> list[tuple[int, int, list[_Piece]]]:
 
 class _Pickler(pickle.Pickler):
     def __init__(self, file: Any, writer: _Writer, buffers: list[int], reducers: dict[type, Any]) -> None:
-        super().__init__(file, 5, buffer_callback=self._out_of_band)
+        super().__init__(file, 5, buffer_callback=functools.partial(_out_of_band, writer, buffers))
         self.dispatch_table = (
             copyreg.dispatch_table | {np.ma.MaskedArray: _reducers._reduce_masked} | reducers
         )
-        self._writer, self._buffers = writer, buffers
+        self._writer = writer
 
     def persistent_id(self, x: Any) -> int | None:
         kind = type(x)
@@ -404,11 +404,13 @@ class _Pickler(pickle.Pickler):
             return self._writer.leaf(x)
         return None
 
-    def _out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
-        index = self._writer.leaf(buffer.raw())
-        if index is not None:
-            self._buffers.append(index)
-        return index is None
+
+def _out_of_band(writer: _Writer, buffers: list[int], buffer: pickle.PickleBuffer) -> bool:
+    # No method of the pickler: it would keep itself, and with it the blocks, until the garbage collector comes.
+    index = writer.leaf(buffer.raw())
+    if index is not None:
+        buffers.append(index)
+    return index is None
 
 
 def _plain(torch: Any, x: Any) -> bool:

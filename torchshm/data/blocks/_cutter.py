@@ -11,6 +11,7 @@ from torchshm._store import Store
 from torchshm.data.blocks._formats import format_of
 from torchshm.data.blocks._recipes import Made
 
+_ALIGNED = 64  # bytes: where columns begin
 _ROOMY = 0.75  # a block that fills less than that of its memory is moved to memory of its size
 
 
@@ -18,9 +19,11 @@ class Cutter:
     """Makes blocks of about `target` bytes of the values that it gets, in the store's memory, and saves them."""
 
     def __init__(
-        self, store: Store, prefix: str, target: int, skip: int, tell: Callable[[Made], None]
+        self, store: Store, prefix: str, target: int, skip: int, tell: Callable[[Made], None], policy: str
     ) -> None:
+        """policy: ``"spill"`` for what goes to disk before what others are about to use."""
         self._store, self._prefix, self._target, self._skip, self._tell = store, prefix, target, skip, tell
+        self._policy = policy
         self._count = 0
         self._block: dict[str, Any] | None = None  # arrays that are being filled
         self._filled = self._capacity = 0
@@ -59,12 +62,21 @@ class Cutter:
         # What is left over is shared out rather than made a small block.
         wanted = max(rows, expected)
         self._capacity = fits if wanted > fits * 1.5 or not expected else min(wanted, int(fits * 1.5) + 1)
-        with self._store.storage():
-            self._block = {
-                name: np.empty((self._capacity, *array.shape[1:]), array.dtype)
-                for name, array in value.items()
-            }
+        self._block = self._blank(value, self._capacity)
         self._filled = 0
+
+    def _blank(self, like: dict[str, Any], rows: int) -> dict[str, Any]:
+        """Columns that lie one after the other in one piece of the store's memory: small ones by themselves would be strewn all over it."""
+        places, nbytes = [], 0
+        for array in like.values():
+            places.append(nbytes)
+            nbytes += -(-rows * array.nbytes // max(len(array), 1) // _ALIGNED) * _ALIGNED
+        with self._store.storage():
+            memory = np.empty(nbytes, np.uint8)
+        return {
+            name: np.ndarray((rows, *array.shape[1:]), array.dtype, memory, place)
+            for (name, array), place in zip(like.items(), places, strict=True)
+        }
 
     def _end_block(self) -> None:
         block, filled = self._block, self._filled
@@ -74,8 +86,7 @@ class Cutter:
         if filled < self._capacity:
             block = {name: array[:filled] for name, array in block.items()}
             if filled < _ROOMY * self._capacity:
-                with self._store.storage():
-                    moved = {name: np.empty(array.shape, array.dtype) for name, array in block.items()}
+                moved = self._blank(block, filled)
                 for name, array in block.items():
                     moved[name][...] = array
                 block = moved
@@ -124,7 +135,7 @@ class Cutter:
         if number < self._skip:
             return
         key = f"{self._prefix}{number}"
-        self._store.save(key, value, policy="spill")
+        self._store.save(key, value, policy=self._policy)
         self._tell(Made(key, rows, nbytes))
 
 

@@ -11,14 +11,12 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
-import shutil
 import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchshm.data._job import tidy
 from torchshm.data.blocks import _home
 from torchshm.data.blocks import _operators as op
 from torchshm.data.blocks._job import Job
@@ -35,7 +33,6 @@ _CONNECT = 30.0  # s
 _LOOK = 0.002  # s between looks at what consumers have taken
 _WATCH = 0.25  # s between looks at anything else
 _TELL = 0.2  # s between statistics
-_TRIES, _DYING = 20, 0.1  # s between them
 _GRACE = 1.0  # s for a worker to end by itself
 _CREDIT = 2  # blocks that a task may make before it asks
 _DEEP = 4  # tasks of one worker, of which all but one wait
@@ -61,9 +58,10 @@ def serve(job: Job, control: Any, owner: int, inherited: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the owner's, who ends this
     # Who gets it with the owner can tidy up after that one.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    watch = os.pidfd_open(owner)
     executor = None
     try:
-        executor = Executor(job, control, owner)
+        executor = Executor(job, control, watch)
         control.send(("ready", job.limit))
         executor.run()
     except BaseException as error:
@@ -72,6 +70,10 @@ def serve(job: Job, control: Any, owner: int, inherited: Any) -> None:
     finally:
         if executor is not None:
             executor.close()
+        # An owner that dies closes its end of the pipe first.
+        gone = executor is None or not executor.listening
+        if multiprocessing.connection.wait([watch], _GRACE if gone else 0):
+            _home.tidy_after(job.store, job.directory)
 
 
 @dataclass(eq=False)
@@ -112,8 +114,9 @@ class Executor:
     """Gives tasks to workers, and what they make to consumers."""
 
     def __init__(self, job: Job, control: Any, owner: int) -> None:
+        """owner: a descriptor of its process."""
         self._job, self._control = job, control
-        self._owner = os.pidfd_open(owner)
+        self._owner = owner
         self._store = _home.client(job.store, _CONNECT)
         # Free when this process has gone, however it went.
         self._alive = self._store._core.lock(alive(job.prefix))
@@ -127,8 +130,8 @@ class Executor:
         self._began = time.monotonic()
         self._told = 0.0
         self._before = self._store.info()
-        self._finish = self._orphaned = False
-        self._listening = True
+        self._finish = False
+        self.listening = True
         self._recipes: list[tuple[Source | None, Sequence[Step]]] = [
             (None if stage.source is None else stage.source.plan(job.target), stage.steps)
             for stage in job.stages
@@ -222,7 +225,8 @@ class Executor:
         last = operator is self._last
         if last and self._outlet.full():
             return False
-        return self._bytes + self._promised + nbytes <= (_ROOM if last else _EARLY) * self._job.limit
+        used = self._bytes - sum(each.aside for each in self._operators) + self._promised
+        return used + nbytes <= (_ROOM if last else _EARLY) * self._job.limit
 
     # ---- workers
 
@@ -271,7 +275,7 @@ class Executor:
             operator.refill()
             if operator.waiting and operator.index not in held:
                 order = operator.waiting[0]
-                if starving or self._may_make(operator, order.estimate):
+                if starving or self._may_make(operator, order.estimate + order.takes_up):
                     return order
         return None
 
@@ -280,6 +284,8 @@ class Executor:
             order.number = self._numbers
             self._numbers += 1
         order.attempts += 1
+        order.operator.aside -= order.takes_up
+        order.takes_up = 0
         task = Task(
             number=order.number,
             attempt=order.attempts,
@@ -458,17 +464,17 @@ class Executor:
     def _wait(self, seconds: float) -> None:
         links = {hand.link: hand for hand in self._hands}
         sentinels = {hand.process.sentinel: hand for hand in self._hands}
-        control = [self._control] if self._listening else []
+        control = [self._control] if self.listening else []
         ready = multiprocessing.connection.wait([*links, *sentinels, *control, self._owner], seconds)
         lost = [sentinels[each] for each in ready if each in sentinels]
         if self._owner in ready:
-            self._stopped = self._orphaned = True
+            self._stopped = True
         if self._control in ready:
             try:
                 self._finish = self._control.recv() == "finish"
                 self._stopped = self._stopped or not self._finish
             except (EOFError, OSError):
-                self._listening = False
+                self.listening = False
                 self._stopped = self._stopped or not self._finish
         for each in ready:
             if each in links and links[each] not in lost:  # type: ignore[index]
@@ -520,7 +526,7 @@ class Executor:
                 return
             except PoolFullError:
                 if multiprocessing.connection.wait([self._owner], 0):
-                    self._orphaned = self._stopped = True
+                    self._stopped = True
                     raise
 
     def close(self) -> None:
@@ -532,16 +538,6 @@ class Executor:
             if hand.process.is_alive():
                 hand.process.kill()
                 hand.process.join()
-        # An owner that has died may be seen to have closed its end of the pipe first.
-        if self._stopped and not self._listening and multiprocessing.connection.wait([self._owner], _GRACE):
-            self._orphaned = True
-        if self._orphaned:  # the store has nobody who serves it, or will
-            tidy(self._job.store)
-            for _ in range(_TRIES):  # others of the store may be leaving it, and removing what is theirs
-                shutil.rmtree(self._job.directory, ignore_errors=True)
-                if not os.path.exists(self._job.directory):
-                    break
-                time.sleep(_DYING)
 
 
 def _how(code: int | None) -> str:

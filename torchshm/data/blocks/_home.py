@@ -7,12 +7,15 @@ sum of theirs, and where each has a prefix of its own.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import itertools
 import multiprocessing.util
 import os
 import shutil
 import tempfile
 import threading
+import time
 from dataclasses import dataclass, field
 
 import torchshm
@@ -21,6 +24,8 @@ from torchshm.data._job import tidy, tidy_dead
 
 PATIENCE = 600.0
 """Seconds that a worker waits for room: the executor sees to it that it comes."""
+_TRIES, _DYING = 20, 0.1  # s between them
+_PREFIX, _OWNER = "torchshm-blocks-", "owner"
 _numbers = itertools.count()
 
 
@@ -30,6 +35,7 @@ class Home:
 
     store: Store
     directory: str
+    lock: int  # a descriptor; open as long as this process lives, or one of its forked children
     shares: dict[str, int] = field(default_factory=dict)
 
     def enter(self, memory: int, prefix: str | None = None) -> str:
@@ -82,7 +88,8 @@ def home(parent: str | None, memory: int, name: str | None = None) -> Home:
         if found is None:
             tidy_dead("blocks-")
             os.makedirs(place, exist_ok=True)
-            directory = tempfile.mkdtemp(prefix="torchshm-blocks-", dir=place)
+            _sweep(place)
+            directory, lock = _make_directory(place)
             try:
                 store = torchshm.start(
                     name or f"blocks-{os.getpid()}-{os.urandom(3).hex()}",
@@ -94,10 +101,47 @@ def home(parent: str | None, memory: int, name: str | None = None) -> Home:
                 )
             except BaseException:
                 shutil.rmtree(directory, ignore_errors=True)
+                os.close(lock)
                 raise
-            found = _homes[place, name] = Home(store, directory)
+            found = _homes[place, name] = Home(store, directory, lock)
             multiprocessing.util.Finalize(None, _close, args=((place, name), os.getpid()), exitpriority=-10)
         return found
+
+
+def _make_directory(place: str) -> tuple[str, int]:
+    """A new directory there, and the descriptor whose lock says that it is in use."""
+    made = tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place)
+    lock = os.open(os.path.join(made, _OWNER), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    directory = os.path.join(place, os.path.basename(made)[1:])
+    os.rename(made, directory)  # locked before anybody can find it
+    return directory, lock
+
+
+def _sweep(place: str) -> None:
+    """Remove the directories of programs that were killed together with all of their processes."""
+    for directory in glob.glob(os.path.join(place, f"{_PREFIX}*")):
+        try:
+            lock = os.open(os.path.join(directory, _OWNER), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:  # another user's, or being removed
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
+        except OSError:
+            pass  # it is in use
+        finally:
+            os.close(lock)
+
+
+def tidy_after(store: str, directory: str) -> None:
+    """Remove what a process has left that served the store and has died, when its workers have ended."""
+    tidy(store)
+    for _ in range(_TRIES):  # others of the store may be leaving it, and removing what is theirs
+        shutil.rmtree(directory, ignore_errors=True)
+        if not os.path.exists(directory):
+            break
+        time.sleep(_DYING)
 
 
 def _close(place: tuple[str, str | None], owner: int) -> None:
@@ -109,6 +153,7 @@ def _close(place: tuple[str, str | None], owner: int) -> None:
             found.store.close()
         tidy(found.store.name)
         shutil.rmtree(found.directory, ignore_errors=True)
+        os.close(found.lock)
 
 
 def client(name: str, timeout: float) -> Store:

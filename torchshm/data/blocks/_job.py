@@ -9,13 +9,13 @@ from torchshm.data.blocks._plan import Stage
 
 BLOCK = 128 << 20
 """Bytes of a block, where the user says nothing."""
-_PRIVATE = 24 << 20  # bytes of memory that a worker has for itself, about
+_PRIVATE = 32 << 20  # bytes of memory that a worker has for itself, about
 # Parts of the memory that a block and a window may be: whatever the number of workers, which the order of rows must not depend on.
 _SHARES, _WINDOWS = 32, 5
 _FULL = 8  # the same for windows of a shuffle of all rows, whose pieces have to lie beside them
 _LEAST = 1 << 16  # bytes of a block
 # Every process has chunks of its own for small values: with less memory they would be all of it.
-_LEAST_MEMORY, _LEAST_PER_WORKER = 32 << 20, 16 << 20
+_LEAST_MEMORY, _LEAST_PER_WORKER = 64 << 20, 32 << 20
 
 
 @dataclass

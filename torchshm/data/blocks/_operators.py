@@ -55,6 +55,7 @@ class Order:
     whole: bool = False  # one block, whatever its size
     inner: bool = False  # what it makes is the operator's own, and does not go on
     estimate: int = 0  # bytes that it makes
+    takes_up: int = 0  # of its inputs, bytes that were laid aside
     when_done: Callable[[Order], None] | None = None
     made: list[Block] = field(default_factory=list)
     passed: int = 0  # of these, how many have gone on
@@ -85,6 +86,7 @@ class Operator(ABC):
         self.after_end: Callable[[], None] = lambda: None
         self.after_flush: Callable[[int], None] = lambda epoch: None
         self.waiting: deque[Order] = deque()
+        self.aside = 0  # bytes of blocks that may as well lie on disk for now
         self.line = Group()
         self._advancing = False
 

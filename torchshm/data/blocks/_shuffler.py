@@ -10,9 +10,9 @@ import numpy as np
 from torchshm.data.blocks._operators import Block, Group, Operator, Order, Release
 from torchshm.data.blocks._recipes import Deal, Merge, Shuffled
 
-# Where nobody knows how much is to come, so many, and of a window at least so many bytes in each.
-_PARTITIONS, _FEWEST, _PIECE = 256, 16, 256 << 10
-_LEAST_PIECE = 64 << 10  # bytes of a window in a partition, where it is known
+_PARTITIONS, _FEWEST = 256, 16  # where nobody knows how much is to come
+# Of a window, bytes in each partition: smaller values share chunks of memory, which none of them can leave alone.
+_PIECE = 520 << 10
 
 
 @dataclass(eq=False)
@@ -87,7 +87,9 @@ class Shuffler(Operator):
                 if blocks:
                     place = (self.index, epoch, number)
                     recipe = Merge(tuple(block.key for block in blocks), (self._drawn, *place, 2))
-                    self.ask(Order(self, recipe, (self.seed, *place), blocks), merged)
+                    order = Order(self, recipe, (self.seed, *place), blocks)
+                    order.takes_up = sum(block.nbytes for block in blocks)
+                    self.ask(order, merged)
                 for block in blocks:
                     self.drop(block)  # the task has them
             merged.open = False
@@ -136,9 +138,11 @@ class Shuffler(Operator):
     def _partitions(self, blocks: list[Block], nbytes: int) -> int:
         """As many as all rows will have blocks, by the first window of them; fewer where the pieces would be very small."""
         known = [block.reach for block in blocks if block.reach]
+        most = max(1, nbytes // _PIECE)
         if not known:
-            return max(_FEWEST, min(_PARTITIONS, nbytes // _PIECE))
-        return max(1, min(-(-int(nbytes / max(known)) // self.target), nbytes // _LEAST_PIECE))
+            return max(_FEWEST, min(_PARTITIONS, most))
+        total = int(nbytes / max(known))
+        return max(min(-(-total // self.target), most), -(-total // self._window))
 
     def _scatter(
         self,
@@ -159,6 +163,7 @@ class Shuffler(Operator):
             nonlocal left
             for number, block in zip(chosen, order.made, strict=True):
                 block.uses += 1
+                self.aside += block.nbytes
                 pieces[number][window] = block
             left -= 1
             if left == 0:

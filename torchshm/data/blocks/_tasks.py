@@ -29,6 +29,8 @@ from torchshm.data.blocks._recipes import (
 from torchshm.data.blocks._rows import common_dtype
 from torchshm.data.blocks._sources import Source
 
+_GATHERED = 16 << 20  # bytes of rows that are put in order in one go
+
 
 class Kitchen:
     """Runs the tasks of one process."""
@@ -57,14 +59,17 @@ class Kitchen:
         if task.plain:
             steps = ()
         _random.seed(task.seed)
-        cutter = Cutter(self._store, task.prefix, task.target, task.skip, tell)
-        if isinstance(recipe, Shuffled) and recipe.cuts:
-            for begin, end in recipe.cuts:
+        # For a core's cache where functions follow, else at most as much as a block.
+        piece = CACHED if steps else max(CACHED, min(_GATHERED, task.target))
+        cuts = recipe.cuts if isinstance(recipe, Shuffled) else ()
+        cutter = Cutter(self._store, task.prefix, task.target, task.skip, tell, "spill" if cuts else "keep")
+        if isinstance(recipe, Shuffled) and cuts:
+            for begin, end in cuts:
                 cutter.whole(
-                    list(self._counted(self._shuffled(recipe, begin, end, False), outcome)), end - begin
+                    list(self._counted(self._shuffled(recipe, begin, end, piece), outcome)), end - begin
                 )
             return
-        values = self._counted(self._values(source, recipe, bool(steps)), outcome)
+        values = self._counted(self._values(source, recipe, piece), outcome)
         expected = self._expected(recipe) if all(step.kind == "map_batches" for step in steps) else 0
         for number, step in enumerate(steps):
             # Filters, and functions that promise not to write, may hand on what they got.
@@ -108,16 +113,16 @@ class Kitchen:
             whole = part.begin == 0 and part.end == found.rows(value)
             yield value if whole else found.slice(value, part.begin, part.end)
 
-    def _values(self, source: Source | None, recipe: Recipe, pieces: bool) -> Iterator[Any]:
+    def _values(self, source: Source | None, recipe: Recipe, piece: int) -> Iterator[Any]:
         if isinstance(recipe, Read):
             assert source is not None
             return source.read(recipe.number)
         if isinstance(recipe, Gather):
             return self._parts(recipe.parts)
         if isinstance(recipe, Shuffled):
-            return self._shuffled(recipe, recipe.begin, recipe.end, pieces)
+            return self._shuffled(recipe, recipe.begin, recipe.end, piece)
         if isinstance(recipe, Merge):
-            return self._merged(recipe, pieces)
+            return self._merged(recipe, piece)
         assert isinstance(recipe, Zipped)
         return self._zipped(recipe)
 
@@ -127,20 +132,18 @@ class Kitchen:
         first = format_of(whole[0])
         yield first.merge([whole[0], convert(whole[1], first.name)])
 
-    def _shuffled(self, recipe: Shuffled, begin: int, end: int, pieces: bool) -> Iterator[Any]:
+    def _shuffled(self, recipe: Shuffled, begin: int, end: int, piece: int) -> Iterator[Any]:
         order = self._load(recipe.order)[begin:end]
-        return self._in_order([self._load(key) for key in recipe.keys], recipe.rows, order, pieces)
+        return self._in_order([self._load(key) for key in recipe.keys], recipe.rows, order, piece)
 
-    def _merged(self, recipe: Merge, pieces: bool) -> Iterator[Any]:
+    def _merged(self, recipe: Merge, piece: int) -> Iterator[Any]:
         values = [self._load(key) for key in recipe.keys]
         rows = tuple(format_of(value).rows(value) for value in values)
         order = np.random.default_rng(recipe.seed).permutation(sum(rows))
-        return self._in_order(values, rows, order, pieces)
+        return self._in_order(values, rows, order, piece)
 
-    def _in_order(
-        self, values: list[Any], rows: Sequence[int], order: Indices, pieces: bool
-    ) -> Iterator[Any]:
-        """Rows of all values in that order; in pieces for a core's cache where functions follow, else in one."""
+    def _in_order(self, values: list[Any], rows: Sequence[int], order: Indices, piece: int) -> Iterator[Any]:
+        """Rows of all values in that order, so many bytes at a time."""
         if not len(order):
             return
         found = format_of(values[0])
@@ -149,7 +152,7 @@ class Kitchen:
         total = sum(found.nbytes(value) for value in values)
         if found.name == "numpy":
             per_row = total / max(sum(rows), 1)
-            step = max(1, int((CACHED if pieces else 16 * CACHED) / max(per_row, 1e-9)))
+            step = max(1, int(piece / max(per_row, 1e-9)))
         for begin in range(0, len(order), step):
             yield gather(found, values, starts, order[begin : begin + step])
 

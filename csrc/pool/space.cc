@@ -18,6 +18,9 @@ constexpr uint64_t kCountTables = uint64_t{128} << 20;  // a limit from which on
 constexpr uint64_t kMostTables = 32;                    // of the limit, the part that it may take away
 constexpr uint64_t kBeyond = 64;                        // of the limit, a part
 
+constexpr uint32_t kSurplus = 32;  // pages of a chunk; fewer are not worth a call
+constexpr uint64_t kScarce = 4;    // of the limit, a part: with less of it left
+
 Status full(const std::string& why) { return Status(Code::kFull, why); }
 
 }  // namespace
@@ -264,6 +267,18 @@ void Space::give_up_pages(uint32_t first, std::vector<Taken>& taken, const std::
   }
 }
 
+// What the last chunk has beyond the block is of use to nobody as long as the block lives: where memory is scarce it goes back.
+void Space::give_up_surplus(uint32_t chunk, uint32_t need, const Taken& taken) {
+  if (taken.word.committed < need + kSurplus) return;
+  const uint64_t limit = this->limit();
+  if (committed() <= limit - limit / kScarce) return;
+  if (!punch(chunk, need * kPage)) return;  // the word still counts what may be there
+  TORCHSHM_POINT("claim.surplus_given_up");
+  ChunkValue next = taken.word;
+  next.committed = need;
+  (void)replace(chunk, taken.word, next);
+}
+
 // The page tables of all members lose what one of them gives back.
 uint16_t& Space::mapped(uint32_t chunk) {
   const uint32_t punched = arena_.block(chunk * kPagesPerChunk).punched.load(std::memory_order_relaxed);
@@ -320,6 +335,7 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
     const bool allowed = held == n && backed;
     if (allowed) backed = back_with_pages(*head, taken, need);
     if (held == n && backed) {
+      give_up_surplus(*head + n - 1, need.back(), taken.back());
       map_pages(*head, need);
       recent_.erase(std::remove(recent_.begin(), recent_.end(), *head), recent_.end());
       if (recent_.size() == kRecent) recent_.erase(recent_.begin());

@@ -19,6 +19,8 @@ namespace {
 constexpr uint64_t kTwoFrom = uint64_t{8} << 20;
 // One call for so much: as much as dd is commonly told. 2 MiB was slower beside others that write to the file system's journal.
 constexpr uint64_t kAtOnce = uint64_t{16} << 20;
+// The same for each of two threads that read past the page cache: a disk that is far away has as much under way as it takes.
+constexpr uint64_t kReadAtOnce = uint64_t{8} << 20;
 // Below it a copy is cheaper than a transfer of its own.
 constexpr uint64_t kStraightFrom = uint64_t{64} << 10;
 
@@ -93,10 +95,10 @@ struct Joined {
 // Gives pieces to the threads until there are none left, or one has failed.
 class Work {
  public:
-  // alone: in one thread, one after the other.
-  Work(const Shape& shape, bool alone) : shape_(shape), alone_(alone) {}
+  // alone: in one thread, one after the other. at_once: pieces.
+  Work(const Shape& shape, bool alone, uint64_t at_once) : shape_(shape), alone_(alone), at_once_(at_once) {}
 
-  // one(piece, begin, end, plan, buffer); from any of the threads.
+  // one(first piece, begin, plan, buffer); from any of the threads.
   template <class One>
   Status run(const Blocks& blocks, const One& one) {
     const auto all = [&] { all_pieces(blocks, one); };
@@ -119,13 +121,14 @@ class Work {
     Plan plan;
     // Relaxed: it only deals out numbers; what the pieces hold is published by the join.
     for (uint64_t piece; !failed_.load(std::memory_order_relaxed) &&
-                         (piece = next_.fetch_add(1, std::memory_order_relaxed)) < shape_.pieces;) {
-      const uint64_t begin = shape_.head_bytes + piece * kPiece, end = std::min(begin + kPiece, shape_.file_bytes);
+                         (piece = next_.fetch_add(at_once_, std::memory_order_relaxed)) < shape_.pieces;) {
+      const uint64_t begin = shape_.head_bytes + piece * kPiece;
+      const uint64_t end = std::min(begin + at_once_ * kPiece, shape_.file_bytes);
       blocks.plan(begin, end, &plan);
       Status status;
       const bool buffered = std::any_of(plan.runs.begin(), plan.runs.end(), [](const Run& run) { return !run.memory; });
       if (buffered && !buffer) {
-        buffer = Buffer(kPiece);
+        buffer = Buffer(at_once_ * kPiece);
         if (!buffer) status = no_memory();
       }
       if (status.ok()) status = one(piece, begin, plan, buffer.data());
@@ -140,6 +143,7 @@ class Work {
 
   const Shape& shape_;
   const bool alone_;
+  const uint64_t at_once_;
   std::atomic<uint64_t> next_{0};
   std::atomic<bool> failed_{false};
   std::mutex mutex_;  // failure_
@@ -290,18 +294,32 @@ Status read_body(os::File& file, const Shape& shape, const std::vector<uint64_t>
                  const std::vector<uint64_t>& checksums, const std::vector<std::byte*>& blocks) {
   const Blocks into(shape, lengths, blocks);
   // Through the page cache the kernel reads ahead of one who goes through the file in order, and two are in each other's way.
-  Work work(shape, !file.direct());
+  Work work(shape, !file.direct(), file.direct() ? kReadAtOnce / kPiece : 1);
   return work.run(into, [&](uint64_t piece, uint64_t begin, const Plan& plan, std::byte* buffer) -> Status {
-    Checksum sum;
+    const auto bytes_of = [&](const Run& run) {
+      return run.memory != nullptr ? run.memory : buffer + (run.begin - begin);
+    };
     for (const Run& run : plan.runs) {
-      std::byte* bytes = run.memory != nullptr ? run.memory : buffer + (run.begin - begin);
-      auto read = file.read_at(bytes, run.end - run.begin, run.begin);
+      auto read = file.read_at(bytes_of(run), run.end - run.begin, run.begin);
       if (!read.ok()) return read;
-      sum.add(bytes, run.end - run.begin);
     }
-    if (sum.value() != checksums[piece]) {
-      return Status(Code::kCorrupt, file.path() + " is damaged between its bytes " + std::to_string(begin) + " and " +
-                                        std::to_string(std::min(begin + kPiece, shape.file_bytes)));
+    Checksum sum;
+    uint64_t from = begin, to = std::min(from + kPiece, shape.file_bytes);  // of the piece
+    for (const Run& run : plan.runs) {
+      for (uint64_t at = run.begin; at < run.end;) {
+        const uint64_t length = std::min(run.end, to) - at;
+        sum.add(bytes_of(run) + (at - run.begin), length);
+        at += length;
+        if (at < to) continue;
+        if (sum.value() != checksums[piece]) {
+          return Status(Code::kCorrupt, file.path() + " is damaged between its bytes " + std::to_string(from) +
+                                            " and " + std::to_string(to));
+        }
+        sum = Checksum();
+        ++piece;
+        from = to;
+        to = std::min(from + kPiece, shape.file_bytes);
+      }
     }
     for (const Part& part : plan.parts) std::memcpy(part.memory, buffer + (part.begin - begin), part.end - part.begin);
     return {};

@@ -16,6 +16,9 @@
 #include "os/fd.h"
 #include "os/futex.h"
 
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
@@ -241,8 +244,9 @@ Status commit(std::byte* at, uint64_t length, Backing backing) {
   return {};
 }
 
-void populate(std::byte* at, uint64_t length) {
-  if (TORCHSHM_INJECT("os.populate") == 0) (void)::madvise(at, length, MADV_POPULATE_WRITE);
+void populate(std::byte* at, uint64_t length, bool to_write) {
+  if (TORCHSHM_INJECT("os.populate") == 0)
+    (void)::madvise(at, length, to_write ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
 }
 
 Status punch(std::byte* at, uint64_t length) {

@@ -74,8 +74,9 @@ enum class Backing : uint8_t {
 };
 Status commit(std::byte* at, uint64_t length, Backing backing = Backing::kAuto);
 
-// Maps existing pages of a kShared mapping in one step instead of one fault each. Best effort.
-void populate(std::byte* at, uint64_t length);
+// Maps existing pages of a kShared mapping in one step instead of one fault each. Best effort. to_write: for a file on a disk, whose pages
+// are told apart by whether they are written to; of a memory file each is writable once it is mapped, and mapping to read is half the work.
+void populate(std::byte* at, uint64_t length, bool to_write);
 
 // Gives the pages of a range of a kShared mapping back to the system; they read as zero afterwards.
 Status punch(std::byte* at, uint64_t length);

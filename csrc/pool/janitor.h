@@ -24,6 +24,7 @@ class Janitor {
   void settle();
 
  private:
+  uint64_t watermark() const;
   void run();
   Space& space_;
   Header& header_;

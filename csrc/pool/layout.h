@@ -64,6 +64,7 @@ struct alignas(64) Header {
   std::atomic<uint32_t> pages;          // a PageKind, which members keep to
   std::atomic<uint32_t> numa_policy;    // an os::Numa::Policy, which members with reserved pages set for themselves
   std::atomic<uint64_t> numa_nodes;     // its nodes, below 64
+  std::atomic<uint64_t> keep_until;     // CLOCK_BOOTTIME, ns: until then the watermark is the limit
 };
 
 // state in the low byte, incarnation above.

@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "base/failpoint.h"
+#include "os/futex.h"
 #include "os/mapping.h"
 #include "pool/member_work.h"
 
@@ -618,6 +619,16 @@ uint64_t Member::trim(uint64_t keep) {
   (void)reap_locked();
   release_empty();
   return work_->space.trim(keep);
+}
+
+void Member::keep_warm(uint64_t time) {
+  arena_.header().keep_until.store(os::boot_time() + time, std::memory_order_relaxed);
+}
+
+void Member::look_at_warm() {
+  const std::lock_guard lock(mutex_);
+  notice_fork();
+  if (!stranded_) work_->janitor.look();
 }
 
 Stats Member::stats() {

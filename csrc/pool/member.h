@@ -123,6 +123,10 @@ class Member final : public FreedSink {
   // were sent, a member.
   uint32_t drop_messages();
   uint64_t trim(uint64_t keep);
+  // What is idle is kept for so many ns from now on, at most a minute: it is about to be needed again.
+  void keep_warm(uint64_t time);
+  // Gives back what is idle beyond the watermark, when the time of keep_warm() is over.
+  void look_at_warm();
   Stats stats();
   // Of the chunks: bytes with pages behind them, and those of them that nobody uses.
   struct Usage {

@@ -305,7 +305,7 @@ void Space::map_pages(uint32_t first, const std::vector<uint32_t>& need) {
       length = (i - from) * kChunk + need[i] * kPage;
       mapped(first + static_cast<uint32_t>(i)) = static_cast<uint16_t>(need[i]);
     }
-    os::populate(arena_.data() + (uint64_t{first} + from) * kChunk, length);
+    os::populate(arena_.data() + (uint64_t{first} + from) * kChunk, length, arena_.on_disk());
   }
 }
 

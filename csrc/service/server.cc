@@ -321,6 +321,7 @@ void Server::serve(int fd) {
 void Server::tidy() {
   (void)member_.reap();
   (void)catalogue_->sweep();
+  member_.look_at_warm();
   const uint64_t now = os::boot_time();
   for (auto at = connections_->open.begin(); at != connections_->open.end();) {
     if (now - at->second.since < kPatience) {

@@ -18,7 +18,9 @@ using pool::Mode;
 
 namespace {
 
-constexpr int kQuietScans = 8;  // tries at a scan during which no file changes hands
+constexpr uint64_t kMoving =
+    uint64_t{10} * 1'000'000'000;  // ns after a value went or came for which freed memory is kept for the next
+constexpr int kQuietScans = 8;     // tries at a scan during which no file changes hands
 
 uint64_t file_of(uint32_t cell, uint32_t life) { return uint64_t{cell} << 32 | life; }
 
@@ -212,10 +214,11 @@ Result<uint64_t> Spill::out(uint32_t cell, uint32_t life, How how) {
     }
     const uint64_t before = std::exchange(what.file, file_of(cell, life));
     told_at.store(shared_writes, std::memory_order_seq_cst);
-    const bool stands = catalogue_.change_standing(cell, life, [&](StandingValue& now) {
-      now.file = what.file;
-      now.flags &= static_cast<uint8_t>(~kReadBack);
-    }) &&
+    const bool stands = catalogue_.change_standing(cell, life,
+                                                   [&](StandingValue& now) {
+                                                     now.file = what.file;
+                                                     now.flags &= static_cast<uint8_t>(~kReadBack);
+                                                   }) &&
                         catalogue_.cell_value(cell).life == life &&
                         catalogue_.cell_value(cell).state == CellState::kStanding;
     TORCHSHM_POINT("spill.file_told");
@@ -244,6 +247,7 @@ Result<uint64_t> Spill::out(uint32_t cell, uint32_t life, How how) {
   if (!gone) return uint64_t{0};
   Catalogue::count(catalogue_.counters().spills);
   Catalogue::count(catalogue_.counters().spilled_bytes, bytes);
+  catalogue_.member().keep_warm(kMoving);
   return bytes;
 }
 
@@ -300,10 +304,12 @@ Status Spill::back(const Entry& entry, bool alone) {
   const std::vector<uint32_t> blocks = making.blocks();
   if (Status named = rename_block(member, text, blocks); !named)
     return fail("reading back", entry.key, std::move(named));
-  Status done = catalogue_.succeed(*found, text, blocks, {entry.created, entry.expires, file, bytes, kReadBack, entry.pid});
+  Status done =
+      catalogue_.succeed(*found, text, blocks, {entry.created, entry.expires, file, bytes, kReadBack, entry.pid});
   if (!done) return done;
   Catalogue::count(catalogue_.counters().restores);
   Catalogue::count(catalogue_.counters().restored_bytes, bytes);
+  catalogue_.member().keep_warm(kMoving);
   catalogue_.ring(entry.key);
   return {};
 }

@@ -399,6 +399,31 @@ TEST(Janitor, GivesBackWhatIsWarmBeyondTheWatermark) {
   EXPECT_LE(member.stats().warm, 8 * kMib);
 }
 
+TEST(Janitor, KeepsWhatIsWarmForAsLongAsItIsTold) {
+  auto made = Member::create(1, {128 * kMib, 8 * kMib});
+  ASSERT_TRUE(made.ok());
+  Member& member = **made;
+  const auto fill_and_free = [&] {
+    std::vector<uint32_t> blocks;
+    for (int i = 0; i < 10; ++i) blocks.push_back(member.allocate(6 * kMib, false)->block);
+    for (const uint32_t block : blocks) member.release(block, Mode::kReadWrite);
+  };
+  member.keep_warm(uint64_t{30} * 1'000'000'000);
+  fill_and_free();
+  member.look_at_warm();
+  ::usleep(200000);
+  EXPECT_EQ(member.stats().warm, 60 * kMib);
+  // Longer than anybody may say: what a boot before has left.
+  member.arena().header().keep_until.store(UINT64_MAX / 2);
+  member.look_at_warm();
+  for (int i = 0; i < 1000 && member.stats().warm > 8 * kMib; ++i) ::usleep(10000);
+  EXPECT_LE(member.stats().warm, 8 * kMib);
+  member.keep_warm(0);
+  fill_and_free();
+  for (int i = 0; i < 1000 && member.stats().warm > 8 * kMib; ++i) ::usleep(10000);
+  EXPECT_LE(member.stats().warm, 8 * kMib);
+}
+
 TEST(Janitor, IsWaitedForWhenItsPagesAreAllThereIs) {
   static std::atomic<int> passed;
   passed = 0;

@@ -212,7 +212,7 @@ TEST(Os, EveryCallThatIsMadeToFailIsAnError) {
     EXPECT_EQ(failing(name, [] { return os::create_memfd("x", kSize).code(); }), Code::kSystem) << name;
   }
   (void)failing("os.populate", [&] {  // best effort: nobody is told
-    os::populate(shared.data(), 4096);
+    os::populate(shared.data(), 4096, false);
     return Code::kOk;
   });
   for (const char* name : {"os.get_seals", "os.fstat"}) {

@@ -83,6 +83,24 @@ TEST_F(SpaceTest, PagesBeyondTheLimitAreNotTakenAndNothingStaysTaken) {
   EXPECT_LE(a.space.committed(), 20 * kMib);
 }
 
+TEST_F(SpaceTest, WhatAChunkHasBeyondItsBlockGoesBackWhereMemoryIsScarce) {
+  const uint32_t whole = a.run(2 * kMib);
+  a.ledger.drop(whole);
+  const uint32_t little = a.run(kMib);  // there is much left
+  EXPECT_EQ(little, whole);
+  EXPECT_EQ(chunk(little / kPagesPerChunk).committed, kPagesPerChunk);
+  a.ledger.drop(little);
+  arena.header().limit.store(2 * kMib);
+  EXPECT_EQ(a.run(kMib), little);
+  EXPECT_EQ(chunk(little / kPagesPerChunk).committed, kPagesPerChunk / 2);
+  EXPECT_EQ(a.space.committed(), kMib);
+  // All of its pages are there still, and more come when they are wanted again.
+  std::memset(arena.data() + uint64_t{little} * kPage, 7, kMib);
+  a.ledger.drop(little);
+  EXPECT_EQ(a.run(2 * kMib), little);
+  EXPECT_EQ(a.space.committed(), 2 * kMib);
+}
+
 TEST_F(SpaceTest, OwnWarmChunksComeFirst) {
   const uint32_t first = a.run(3 * kMib), second = b.run(3 * kMib), third = a.run(5 * kMib);
   a.ledger.drop(first);

@@ -15,7 +15,7 @@ _SHARES, _WINDOWS = 32, 5
 _FULL = 8  # the same for windows of a shuffle of all rows, whose pieces have to lie beside them
 _LEAST = 1 << 16  # bytes of a block
 # Every process has chunks of its own for small values: with less memory they would be all of it.
-_LEAST_MEMORY, _LEAST_PER_WORKER = 64 << 20, 32 << 20
+_LEAST_MEMORY, _LEAST_PER_WORKER = 32 << 20, 16 << 20
 
 
 @dataclass

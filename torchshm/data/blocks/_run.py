@@ -177,6 +177,9 @@ class Consumer:
                     raise raised(found["error"], found["text"])
                 self.statistics, self._over = found["statistics"], True
                 return
+            where = store.info(found["key"])
+            if where["where"] == "disk":
+                self._check_kept(store, where["bytes"])
             value = store.load(found["key"], mode=self._mode, allow_pickle=True)
             store.remove(name)
             yield value, found["begin"], found["end"]
@@ -222,14 +225,16 @@ class Consumer:
         )
 
     @staticmethod
-    def _check_kept(store: Store) -> None:
-        """Raise PoolFullError when nothing can come because this process has kept what came before."""
+    def _check_kept(store: Store, more: int = 0) -> None:
+        """Raise PoolFullError when nothing can come because this process has kept what came before. `more`: bytes that must come back
+        from disk."""
         info = store.info()
         limit = info["limit_bytes"]
         kept = sum(each["held_bytes"] for each in info["processes"] if each["pid"] == os.getpid())
-        if kept > limit // 2 and info["committed_bytes"] > limit * _FULL:
+        full = kept > limit // 2 and info["committed_bytes"] > limit * _FULL
+        if kept + more > limit * _FULL if more else full:
             raise PoolFullError(
-                f"no block has come for {_KEEPING:.0f} s: this process keeps arrays of {format_size(kept)} that came before, of "
+                f"there is no room for the next block: this process keeps arrays of {format_size(kept)} that came before, of "
                 f"{format_size(limit)} that there are for all blocks. Copy what has to stay, or give more memory="
             )
 

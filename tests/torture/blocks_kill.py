@@ -3,9 +3,9 @@
 Plans are drawn from the seed (blocks_plans.py). Each is run undisturbed, and again, with another number of workers, while these are killed;
 both must give the same bytes, and afterwards no process, no file, no name and no memory may be left. With --stop workers and the executor
 are stopped for a while in place of that. With --owner the process that iterates is killed: within ten seconds all of its processes
-have ended, and nothing is left where sockets and spilled values lie. Each plan has a process of its own, which this one watches: one
-that says nothing for most of a minute hangs. A violation says by which seed its plan is drawn, which --plan runs alone; the moments are the
-scheduler's.
+have ended, and what they have left where sockets and spilled values lie the next program removes. Each plan has a process of its own,
+which this one watches: one that says nothing for most of a minute hangs. A violation says by which seed its plan is drawn, which --plan
+runs alone; the moments are the scheduler's.
 
     python tests/torture/blocks_kill.py --minutes 10 --seed 1 --json build/torture/blocks_kill-1.json
 """
@@ -22,6 +22,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -46,6 +48,7 @@ OWNER_LIVES = (0.05, 0.5, 3.0)  # seconds, at most
 MOST = 20  # violations, and it ends
 FAULTS = "faults.txt"
 MODES = ("kill", "stop", "owner")
+NEXT = "import sys; from torchshm.data import blocks; blocks.from_arrays({'i': range(9)}).options(spill=sys.argv[1], num_workers=1).count()"
 
 
 # ---- the process that iterates
@@ -352,6 +355,9 @@ class Campaign:
         self.longest_gone = max(self.longest_gone, time.monotonic() - began)
         if not gone:
             run.wrong.append(f"{GONE_WITHIN:.0f} s after its owner's death there is\n{describe(run.pid)}")
+        if self.files():  # nobody was left to take it away: the next program does
+            self.counts["with files that the next program removed"] += 1
+            subprocess.run([sys.executable, "-c", NEXT, self.spill], check=True)
         if found := self.files():
             run.wrong.append(
                 f"left of an owner that had {len(executors)} executors, {workers} workers and {spilled} values on disk: "

@@ -29,7 +29,7 @@ STEPS = (
     "zip",
     "repeat",
 )
-MEMORY = "48MiB"  # of which half is for blocks: many shuffles go to disk
+MEMORY = "80MiB"  # of which half is for blocks: many shuffles go to disk
 BLOCKS = ("64KiB", "200KiB", "1MiB")
 ROWS = (500, 5_000, 40_000)
 WIDTHS = (1, 30, 200)  # float32 in a row

@@ -58,7 +58,11 @@ def serve(job: Job, control: Any, owner: int, inherited: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the owner's, who ends this
     # Who gets it with the owner can tidy up after that one.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    watch = os.pidfd_open(owner)
+    try:
+        watch = os.pidfd_open(owner)
+    except ProcessLookupError:
+        _home.tidy_after(job.store, job.directory)
+        return
     executor = None
     try:
         executor = Executor(job, control, watch)

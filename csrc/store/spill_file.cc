@@ -350,7 +350,7 @@ std::optional<SpillDirectory::Part> SpillDirectory::take_spare(uint64_t id, uint
     auto same = still_there(fd(), name, (*file)->fd());
     if (!same || !*same) continue;
     (*file)->renamed(path() + "/" + name);
-    return Part{file.take(), std::move(name), true, true};
+    return Part{file.take(), std::move(name), true};
   }
   return std::nullopt;
 }
@@ -371,7 +371,7 @@ Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {
       return std::move(locked.status());
     }
     if (!*locked) continue;  // a sweeper was quicker; it removes the name
-    return Part{file.take(), std::move(name), past_cache, false};
+    return Part{file.take(), std::move(name), past_cache};
   }
 }
 

@@ -110,7 +110,6 @@ class SpillDirectory {
     std::unique_ptr<os::File> file;
     std::string name;
     bool past_cache;  // it should go there
-    bool spare;       // it was another value's before
   };
   Result<Part> make_part(uint64_t id);
   std::optional<Part> take_spare(uint64_t id, uint64_t bytes);

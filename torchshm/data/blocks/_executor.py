@@ -14,11 +14,11 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torchshm.data.blocks import _home
 from torchshm.data.blocks import _operators as op
+from torchshm.data.blocks._hands import CREDIT, Doing, Hand, hire
 from torchshm.data.blocks._job import Job
 from torchshm.data.blocks._outlet import Outlet, alive, begun
 from torchshm.data.blocks._plan import Step
@@ -26,7 +26,7 @@ from torchshm.data.blocks._recipes import GoOn, Made, Outcome, Task
 from torchshm.data.blocks._shuffler import Shuffler
 from torchshm.data.blocks._sources import Source
 from torchshm.data.blocks._tasks import Kitchen
-from torchshm.data.blocks._worker import failure, worker
+from torchshm.data.blocks._worker import failure
 from torchshm.errors import PoolFullError
 
 _CONNECT = 30.0  # s
@@ -34,7 +34,6 @@ _LOOK = 0.002  # s between looks at what consumers have taken
 _WATCH = 0.25  # s between looks at anything else
 _TELL = 0.2  # s between statistics
 _GRACE = 1.0  # s for a worker to end by itself
-_CREDIT = 2  # blocks that a task may make before it asks
 _DEEP = 4  # tasks of one worker, of which all but one wait
 # Of the store's limit, what may be in use when a task is begun: of the last stage, of those before.
 _ROOM, _EARLY = 0.9, 0.65
@@ -80,40 +79,6 @@ def serve(job: Job, control: Any, owner: int, inherited: Any) -> None:
             _home.tidy_after(job.store, job.directory)
 
 
-@dataclass(eq=False)
-class Doing:
-    """A task that a worker is at."""
-
-    order: op.Order
-    owed: int = 0  # blocks that it has made since it was last told to go on
-
-    @property
-    def stuck(self) -> bool:
-        """Whether it waits to be told so."""
-        return self.owed >= _CREDIT
-
-
-class Hand:
-    """A worker as the executor sees it."""
-
-    def __init__(self, number: int, process: Any, link: Any) -> None:
-        self.number, self.process, self.link = number, process, link
-        self.doing: list[Doing] = []  # the last one; those before wait for it
-
-    @property
-    def stuck(self) -> bool:
-        return bool(self.doing) and self.doing[-1].stuck
-
-    @property
-    def working(self) -> bool:
-        return bool(self.doing) and not self.doing[-1].stuck
-
-    def send(self, message: Any) -> None:
-        """To the worker; that it has died is seen elsewhere."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.link.send(message)
-
-
 class Executor:
     """Gives tasks to workers, and what they make to consumers."""
 
@@ -125,7 +90,6 @@ class Executor:
         # Free when this process has gone, however it went.
         self._alive = self._store._core.lock(alive(job.prefix))
         self._alive.try_acquire(False)
-        self._context = multiprocessing.get_context("fork")
         self._hands: list[Hand] = []
         self._live: dict[str, op.Block] = {}
         self._bytes = self._promised = self._most = 0
@@ -235,17 +199,8 @@ class Executor:
     # ---- workers
 
     def _hire(self, number: int) -> Hand:
-        here, there = self._context.Pipe()
         others = [hand.link for hand in self._hands if not hand.link.closed]
-        process = self._context.Process(
-            target=worker,
-            args=(there, [here, *others, self._control], Kitchen(self._store, self._recipes), os.getpid()),
-            name=f"torchshm-blocks-{number}",
-            daemon=True,
-        )
-        process.start()
-        there.close()
-        return Hand(number, process, here)
+        return hire(number, Kitchen(self._store, self._recipes), [*others, self._control])
 
     def _choose(self, order: op.Order) -> Hand | None:
         """Of those that have nothing to do, the worker that made the largest part of what goes in; else of those that wait to go on with
@@ -304,7 +259,7 @@ class Executor:
         )
         hand.doing.append(Doing(order))
         self._promised += order.estimate
-        hand.send((task, _CREDIT))
+        hand.send((task, CREDIT))
 
     def _go_on(self) -> None:
         """Let tasks make further blocks, where there is room; where nothing else goes on, one of the last stage that has any."""
@@ -454,8 +409,7 @@ class Executor:
             self._wait(_LOOK)
         for number, hand in enumerate(self._hands):
             if hand.doing:
-                hand.process.kill()
-                hand.process.join()
+                hand.kill()
                 for doing in hand.doing:
                     self._forget_untold(doing.order)
                 hand.link.close()
@@ -540,8 +494,7 @@ class Executor:
         for hand in self._hands:
             hand.process.join(max(0.0, deadline - time.monotonic()))
             if hand.process.is_alive():
-                hand.process.kill()
-                hand.process.join()
+                hand.kill()
 
 
 def _how(code: int | None) -> str:

@@ -34,6 +34,9 @@ _LOOK = 0.002  # s between looks at what consumers have taken
 _WATCH = 0.25  # s between looks at anything else
 _TELL = 0.2  # s between statistics
 _GRACE = 1.0  # s for a worker to end by itself
+_BEHIND = (
+    3  # tasks of a stage for each worker: where one takes long, what others make after it only lies there
+)
 _DEEP = 4  # tasks of one worker, of which all but one wait
 # Of the store's limit, what may be in use when a task is begun: of the last stage, of those before.
 _ROOM, _EARLY = 0.9, 0.65
@@ -234,15 +237,20 @@ class Executor:
             operator.refill()
             if operator.waiting and operator.index not in held:
                 order = operator.waiting[0]
-                if starving or self._may_make(operator, order.estimate + order.takes_up):
+                if starving or (
+                    operator.behind() < _BEHIND * len(self._hands)
+                    and self._may_make(operator, order.estimate + order.takes_up)
+                ):
                     return order
         return None
 
     def _give(self, hand: Hand, order: op.Order) -> None:
         if order.number < 0:
+            order.operator.underway += 1
             order.number = self._numbers
             self._numbers += 1
         order.attempts += 1
+        order.begun = True
         order.operator.aside -= order.takes_up
         order.takes_up = 0
         task = Task(
@@ -333,6 +341,7 @@ class Executor:
         for order in lost[:-1]:  # they only waited
             order.attempts -= 1
         for order in lost:
+            order.begun = False
             order.operator.waiting.appendleft(order)
         self._hands[hand.number] = self._hire(hand.number)
 

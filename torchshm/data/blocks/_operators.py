@@ -59,6 +59,7 @@ class Order:
     when_done: Callable[[Order], None] | None = None
     made: list[Block] = field(default_factory=list)
     passed: int = 0  # of these, how many have gone on
+    begun: bool = False  # a worker has it
     done: bool = False
     attempts: int = 0
     number: int = -1
@@ -88,6 +89,7 @@ class Operator(ABC):
         self.waiting: deque[Order] = deque()
         self.aside = 0  # bytes of blocks that may as well lie on disk for now
         self.line = Group()
+        self.underway = 0  # orders that were begun, and of which not all has gone on
         self._advancing = False
 
     # ---- from above
@@ -129,6 +131,13 @@ class Operator(ABC):
 
     def refill(self) -> None:  # noqa: B027 - most only do as they are told
         """Ask for more where that is this operator's own decision."""
+
+    def behind(self) -> int:
+        """Orders that were begun, or done, and wait for one before them that somebody is at."""
+        group: Item = self.line
+        while isinstance(group, Group) and group.items:
+            group = group.items[0]
+        return self.underway if isinstance(group, Order) and group.begun and not group.done else 0
 
     def crowded(self) -> bool:
         """Whether what comes before should wait: there is enough to do here."""
@@ -185,6 +194,7 @@ class Operator(ABC):
                 if not first.done:
                     return False
                 group.items.popleft()
+                self.underway -= 1
             else:
                 group.items.popleft()
                 first()

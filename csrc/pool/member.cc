@@ -628,7 +628,9 @@ void Member::keep_warm(uint64_t time) {
 void Member::look_at_warm() {
   const std::lock_guard lock(mutex_);
   notice_fork();
-  if (!stranded_) work_->janitor.look();
+  if (stranded_) return;
+  arena_.header().idle_estimate.store(work_->space.idle(), std::memory_order_relaxed);  // deaths let it drift
+  work_->janitor.look();
 }
 
 Stats Member::stats() {

@@ -230,7 +230,12 @@ Status Space::back_with_pages(uint32_t first, const std::vector<Taken>& taken, c
   if (growth == 0) return {};
   // Reserved huge pages are no longer part of what the machine has left, and a disk's pages are not memory.
   const bool apart = arena_.on_disk() || backing() == os::Backing::kReserved;
-  if (Status enough = apart ? Status() : check_headroom(growth); !enough) return enough;
+  if (Status enough = apart ? Status() : check_headroom(growth); !enough) {
+    // What is warm elsewhere is as good, once the system has it.
+    const uint64_t warm = idle();
+    if (trim(warm - std::min(warm, growth + kReserve)) == 0) return enough;
+    if (enough = check_headroom(growth); !enough) return enough;
+  }
   arena_.lease(slot_).grown.fetch_add(growth, std::memory_order_relaxed);
   TORCHSHM_POINT("claim.growth_told");
   // Neighbouring ranges in one call.
@@ -269,9 +274,12 @@ void Space::give_up_pages(uint32_t first, std::vector<Taken>& taken, const std::
 
 // What the last chunk has beyond the block is of use to nobody as long as the block lives: where memory is scarce it goes back.
 void Space::give_up_surplus(uint32_t chunk, uint32_t need, const Taken& taken) {
-  if (taken.word.committed < need + kSurplus) return;
+  // A disk's pages are not memory; and what is to stay warm as a whole is not cut.
+  if (taken.word.committed < need + kSurplus || arena_.on_disk()) return;
   const uint64_t limit = this->limit();
-  if (committed() <= limit - limit / kScarce) return;
+  if (arena_.header().warm.load(std::memory_order_relaxed) >= arena_.header().limit.load(std::memory_order_relaxed))
+    return;
+  if (committed() - idle() <= limit - limit / kScarce) return;
   if (!punch(chunk, need * kPage)) return;  // the word still counts what may be there
   TORCHSHM_POINT("claim.surplus_given_up");
   ChunkValue next = taken.word;

@@ -294,7 +294,8 @@ Status read_body(os::File& file, const Shape& shape, const std::vector<uint64_t>
                  const std::vector<uint64_t>& checksums, const std::vector<std::byte*>& blocks) {
   const Blocks into(shape, lengths, blocks);
   // Through the page cache the kernel reads ahead of one who goes through the file in order, and two are in each other's way.
-  Work work(shape, !file.direct(), file.direct() ? kReadAtOnce / kPiece : 1);
+  const uint64_t at_once = file.direct() ? std::clamp<uint64_t>(shape.pieces / 2, 1, kReadAtOnce / kPiece) : 1;
+  Work work(shape, !file.direct(), at_once);
   return work.run(into, [&](uint64_t piece, uint64_t begin, const Plan& plan, std::byte* buffer) -> Status {
     const auto bytes_of = [&](const Run& run) {
       return run.memory != nullptr ? run.memory : buffer + (run.begin - begin);

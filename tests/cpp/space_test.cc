@@ -1,6 +1,8 @@
 // Chunks change hands: claims under the limit, releases by whoever is last, and what a death leaves.
 #include "pool/space.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 
 #include "kernel.h"
@@ -91,11 +93,18 @@ TEST_F(SpaceTest, WhatAChunkHasBeyondItsBlockGoesBackWhereMemoryIsScarce) {
   EXPECT_EQ(chunk(little / kPagesPerChunk).committed, kPagesPerChunk);
   a.ledger.drop(little);
   arena.header().limit.store(2 * kMib);
+  arena.header().warm.store(2 * kMib);
+  EXPECT_EQ(a.run(kMib), little);  // all of it is to stay warm
+  EXPECT_EQ(chunk(little / kPagesPerChunk).committed, kPagesPerChunk);
+  a.ledger.drop(little);
+  arena.header().warm.store(0);
   EXPECT_EQ(a.run(kMib), little);
   EXPECT_EQ(chunk(little / kPagesPerChunk).committed, kPagesPerChunk / 2);
   EXPECT_EQ(a.space.committed(), kMib);
-  // All of its pages are there still, and more come when they are wanted again.
-  std::memset(arena.data() + uint64_t{little} * kPage, 7, kMib);
+  unsigned char there[kPagesPerChunk];
+  ASSERT_EQ(::mincore(arena.data() + uint64_t{little} * kPage, kChunk, there), 0);
+  EXPECT_EQ(std::count_if(there, there + kPagesPerChunk, [](unsigned char page) { return page & 1; }),
+            kPagesPerChunk / 2);
   a.ledger.drop(little);
   EXPECT_EQ(a.run(2 * kMib), little);
   EXPECT_EQ(a.space.committed(), 2 * kMib);

@@ -172,9 +172,9 @@ TEST(SpillFile, OfAnotherValueOrStoreIsNotTakenForThisOne) {
 
 // ---- damage
 
-void change_each(const Lengths& lengths, size_t step) {
+void change_each(const Lengths& lengths, size_t step, bool past_cache = false) {
   const TemporaryDirectory place;
-  const auto directory = spill_to(place.path());
+  const auto directory = spill_past_cache(place.path(), past_cache);
   Blocks blocks(lengths);
   blocks.fill(1);
   ASSERT_TRUE(directory->write(head_of(lengths), blocks.from).ok());
@@ -191,8 +191,11 @@ void change_each(const Lengths& lengths, size_t step) {
 
 TEST(SpillFile, AnyByteThatChangedIsNoticed) {
   change_each({100, 5000}, 1);
-  change_each({100, 200000, 70001}, 997);    // read by several calls
-  change_each({3, 9 * kMiB + 1, 5}, 99991);  // and by two threads
+  change_each({100, 200000, 70001}, 997);  // read by several calls
+  change_each({3, 9 * kMiB + 1, 5}, 99991);
+  // And by two threads, several pieces at once.
+  change_each({3, 9 * kMiB + 1, 5}, 299993, true);
+  change_each({20 * kMiB, 100, kMiB}, 999983, true);
 }
 
 TEST(SpillFile, AnyOtherLengthIsNoticed) {

@@ -83,6 +83,8 @@ def run_apart(item: pytest.Item, next_item: pytest.Item | None) -> bool:
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     call = pytest.CallInfo.from_call(lambda: _repeat(item), "call")
     item.ihook.pytest_runtest_logreport(report=pytest.TestReport.from_item_and_call(item, call))
-    item.ihook.pytest_runtest_teardown(item=item, nextitem=next_item)  # of modules and sessions that end here
+    # Fixtures of modules before that have ended: nobody else comes to it.
+    end = pytest.CallInfo.from_call(lambda: item.session._setupstate.teardown_exact(next_item), "teardown")
+    item.ihook.pytest_runtest_logreport(report=pytest.TestReport.from_item_and_call(item, end))
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True

@@ -235,6 +235,20 @@ def test_what_kills_its_worker_each_time_is_an_error_that_says_so(spill):
         job(spill, max_retries=2).map_batches(deadly).count()
 
 
+def test_after_an_error_of_dead_workers_all_ends_at_once(spill):
+    def dies(batch):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match="each time the worker died"):
+        job(spill, max_retries=0).map_batches(dies).count()
+    (shard,) = job(spill, max_retries=0).map_batches(dies).split(1)
+    with pytest.raises(RuntimeError, match="each time the worker died"):
+        next(shard.iter_batches())
+    begun = time.monotonic()
+    shard._run.close()
+    assert time.monotonic() - begun < 4  # it was not killed for being deaf
+
+
 def test_random_kills_change_nothing(spill):
     def slow(batch):
         time.sleep(0.02)

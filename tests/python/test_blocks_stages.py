@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import time
 
 import numpy as np
@@ -133,6 +135,20 @@ def test_random_numbers_of_a_stream_do_not_depend_on_what_is_put_between():
             np.testing.assert_array_equal(each, several[0])
 
 
+def test_one_worker_is_enough_for_two_streams_side_by_side():
+    def items(name):
+        for number in range(200):
+            yield {name: np.arange(1000) + 1000 * number, f"x{name}": np.zeros((1000, 64))}
+
+    left, right = (blocks.from_iter(functools.partial(items, name), batched=True) for name in "ab")
+    dataset = little(left.zip(right), num_workers=1)
+    found = [(block["a"].copy(), block["b"].copy()) for block in dataset.iter_blocks()]
+    for a, b in found:
+        np.testing.assert_array_equal(a, b)
+    assert sum(len(a) for a, _ in found) == 200_000
+    assert dataset._statistics["most"] < 32 << 20  # of 208 MB
+
+
 # ---- memory
 
 
@@ -162,6 +178,20 @@ def test_a_block_of_repartition_is_not_cut():
         .filter(lambda batch: batch["i"] % 2 == 1)
     )
     assert [len(block["i"]) for block in odd.iter_blocks()] == [3000, 3000, 3000, 1000]
+
+
+def test_blocks_of_repartition_are_whole_though_their_types_differ():
+    words = [f"{'w' * (number // 500)}{number}" for number in range(6000)]
+    dataset = little(blocks.from_iter(words).repartition(rows_per_block=2000))
+    found = [block["item"].copy() for block in dataset.iter_blocks()]
+    assert [len(block) for block in found] == [2000, 2000, 2000]
+    assert np.concatenate(found).tolist() == words
+
+
+def test_columns_without_bytes_take_no_memory():
+    dataset = blocks.from_arrays({"nothing": np.zeros((5, 0, 100)), "void": np.zeros(5, "S0")})
+    (block,) = dataset.map_batches(lambda batch: batch).options(num_workers=1).iter_blocks()
+    assert block["nothing"].shape == (5, 0, 100)
 
 
 # ---- seeds
@@ -243,3 +273,27 @@ def _both(first, second):
     sides = [first.iter_batches(1000), second.iter_batches(1000)]
     for pair in itertools.zip_longest(*sides):
         yield from (batch for batch in pair if batch is not None)
+
+
+def test_a_forked_child_that_drops_an_iterator_leaves_the_parents_alone():
+    (shard,) = little(blocks.from_arrays(wide())).split(1)
+    taken = shard.iter_batches(100)
+    first = next(taken)["i"].copy()
+    child = os.fork()
+    if child == 0:
+        try:
+            taken.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    rest = np.concatenate([batch["i"] for batch in taken])
+    np.testing.assert_array_equal(np.concatenate([first, rest]), np.arange(ROWS))
+    shard._run.close()
+
+
+def test_an_iterator_that_is_kept_does_not_hold_up_the_next_epoch():
+    (shard,) = little(blocks.from_arrays(wide(100_000))).split(1)
+    kept = shard.iter_batches(100)
+    next(kept)
+    assert sum(len(batch["i"]) for batch in shard.iter_batches(1000)) == 100_000
+    shard._run.close()

@@ -36,8 +36,7 @@ class Cutter:
         rows = found.rows(value)
         if rows == 0:
             return
-        plain = found.name == "numpy" and not any(array.dtype.hasobject for array in value.values())
-        if not plain:
+        if not _plain(value) or any(array.dtype.hasobject for array in value.values()):
             self._add_other(found, value, rows)
             return
         begin = 0
@@ -58,7 +57,7 @@ class Cutter:
 
     def _begin_block(self, value: Any, rows: int, expected: int, per_row: float) -> None:
         self._flush_other()
-        fits = max(1, int(self._target / max(per_row, 1e-9)))
+        fits = max(1, int(self._target / max(per_row, 1.0)))
         # What is left over is shared out rather than made a small block.
         wanted = max(rows, expected)
         self._capacity = fits if wanted > fits * 1.5 or not expected else min(wanted, int(fits * 1.5) + 1)
@@ -125,6 +124,12 @@ class Cutter:
     def whole(self, values: Sequence[Any], rows: int) -> None:
         """A block of its own, whatever its size."""
         self._target = 1 << 62
+        if (
+            len(values) > 1
+            and all(map(_plain, values))
+            and not all(_alike(values[0], value) for value in values)
+        ):
+            values = [format_of(values[0]).concat(values)]
         for value in values:
             self.add(value, rows)
         self.end()
@@ -139,8 +144,20 @@ class Cutter:
         self._tell(Made(key, rows, nbytes))
 
 
+def _plain(value: Any) -> bool:
+    return format_of(value).name == "numpy"
+
+
 def _alike(block: dict[str, Any], value: dict[str, Any]) -> bool:
+    """Whether the rows of the one can be put behind those of the other."""
     return block.keys() == value.keys() and all(
-        block[name].dtype == array.dtype and block[name].shape[1:] == array.shape[1:]
+        block[name].shape[1:] == array.shape[1:] and _holds(block[name].dtype, array.dtype)
         for name, array in value.items()
+    )
+
+
+def _holds(dtype: np.dtype[Any], other: np.dtype[Any]) -> bool:
+    """Strings have another type for each length."""
+    return dtype == other or (
+        dtype.kind == other.kind and dtype.kind in "SU" and dtype.itemsize >= other.itemsize
     )

@@ -107,11 +107,17 @@ class Executor:
             (None if stage.source is None else stage.source.plan(job.target), stage.steps)
             for stage in job.stages
         ]
+        # Sources of one task that may go on for ever.
+        self._streams = {
+            index
+            for index, (source, _) in enumerate(self._recipes)
+            if source is not None and len(source) == 1 and source.nbytes(0) is None
+        }
         self._outlet: Outlet
         self._outlets: list[Outlet] = []  # of epochs before, of which somebody has not taken everything
         self._say(begun(job.prefix), {})
         self._begin(job.epoch)
-        for number in range(job.workers):
+        for number in range(max(job.workers, len(self._streams))):
             self._hands.append(self._hire(number))
 
     # ---- the plan
@@ -211,15 +217,20 @@ class Executor:
         free = [hand for hand in self._hands if not hand.doing] or [
             hand
             for hand in self._hands
-            if hand.stuck
-            and len(hand.doing) < _DEEP
-            and hand.doing[-1].order.operator.index < order.operator.index
+            if hand.stuck and len(hand.doing) < _DEEP and self._may_be_put_before(hand.doing[-1].order, order)
         ]
         made = dict.fromkeys((hand.number for hand in free), 0)
         for block in order.inputs:
             if block.maker in made:
                 made[block.maker] += block.nbytes
         return max(free, key=lambda hand: made[hand.number], default=None)
+
+    def _may_be_put_before(self, stuck: op.Order, order: op.Order) -> bool:
+        """Whether one that waits to go on can wait for that order: it is of a later stage, or of the other side of a zip, and ends."""
+        earlier, later = stuck.operator.index, order.operator.index
+        if earlier in self._before_each[later]:
+            return True
+        return earlier != later and later not in self._before_each[earlier] and later not in self._streams
 
     def _starving(self) -> bool:
         """Whether a consumer has nothing and nobody works at it: then something is done whether there is room or not."""
@@ -293,7 +304,10 @@ class Executor:
         doing.owed = 0
 
     def _hear(self, hand: Hand) -> None:
-        message = hand.link.recv()
+        try:
+            message = hand.link.recv()
+        except OSError as error:  # cut off by its death in the middle
+            raise EOFError from error
         doing = hand.doing[-1]
         order = doing.order
         if isinstance(message, Made):
@@ -327,6 +341,7 @@ class Executor:
         code = hand.process.exitcode
         lost, hand.doing = [doing.order for doing in hand.doing], []
         hand.link.close()
+        self._hands[hand.number] = self._hire(hand.number)
         for order in lost:
             self._promised -= order.estimate
             self._forget_untold(order)
@@ -343,7 +358,6 @@ class Executor:
         for order in lost:
             order.begun = False
             order.operator.waiting.appendleft(order)
-        self._hands[hand.number] = self._hire(hand.number)
 
     def _forget_untold(self, order: op.Order) -> None:
         """Remove what its worker saved and did not live to tell."""
@@ -379,6 +393,7 @@ class Executor:
                 except Exception:
                     if failed is None:
                         raise
+                    self._stopped = bool(multiprocessing.connection.wait([self._owner], _LOOK))
             epoch += 1
             if not self._stopped:
                 self._begin(epoch)
@@ -415,7 +430,8 @@ class Executor:
         """Nobody wants the rest of this epoch."""
         deadline = time.monotonic() + _GRACE
         while any(hand.working for hand in self._hands) and time.monotonic() < deadline and not self._stopped:
-            self._wait(_LOOK)
+            with contextlib.suppress(Failure):  # of what nobody wants any more
+                self._wait(_LOOK)
         for number, hand in enumerate(self._hands):
             if hand.doing:
                 hand.kill()
@@ -492,8 +508,7 @@ class Executor:
                 self._store.save(name, value, overwrite=True, policy="pin", timeout=_TELL)
                 return
             except PoolFullError:
-                if multiprocessing.connection.wait([self._owner], 0):
-                    self._stopped = True
+                if multiprocessing.connection.wait([self._owner, self._control], 0):
                     raise
 
     def close(self) -> None:

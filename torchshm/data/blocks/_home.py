@@ -25,7 +25,8 @@ from torchshm.data._job import tidy, tidy_dead
 PATIENCE = 600.0
 """Seconds that a worker waits for room: the executor sees to it that it comes."""
 _TRIES, _DYING = 20, 0.1  # s between them
-_PREFIX, _OWNER = "torchshm-blocks-", "owner"
+# With the machine's name: on a shared file system locks may be each machine's own.
+_PREFIX, _OWNER = f"torchshm-blocks-{os.uname().nodename}-", "owner"
 _numbers = itertools.count()
 
 
@@ -112,7 +113,8 @@ def _make_directory(place: str) -> tuple[str, int]:
     """A new directory there, and the descriptor whose lock says that it is in use."""
     made = tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place)
     lock = os.open(os.path.join(made, _OWNER), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.suppress(OSError):  # a file system without locks: nobody else takes them there either
+        fcntl.flock(lock, fcntl.LOCK_EX)
     directory = os.path.join(place, os.path.basename(made)[1:])
     os.rename(made, directory)  # locked before anybody can find it
     return directory, lock

@@ -62,20 +62,26 @@ class _Watch(importlib.abc.MetaPathFinder):
 
     def __init__(self, action: Callable[[ModuleType], Any]) -> None:
         self._action = action
+        self._busy = False
 
     def find_spec(
         self, name: str, path: Any = None, target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != "torch":
+        if name != "torch" or self._busy:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._busy = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._busy = False
         if spec is None or spec.loader is None:
             return spec
         load = spec.loader.exec_module
 
         def load_and_tell(module: ModuleType) -> None:
             load(module)
+            with contextlib.suppress(ValueError):
+                sys.meta_path.remove(self)
             module.manual_seed(_word)
             self._action(module)
 

@@ -97,7 +97,7 @@ class Run:
 
     def finish(self) -> None:
         """Let the executor end by itself when the consumers have everything."""
-        if self._finalize.detach() is not None:
+        if os.getpid() == self.owner and self._finalize.detach() is not None:
             with contextlib.suppress(OSError):
                 self._control.send("finish")
 
@@ -162,6 +162,7 @@ class Consumer:
         self.statistics: dict[str, Any] | None = None
         self._over = False
         self._begun, self._since = False, time.monotonic()
+        self._pid = os.getpid()
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
         """Each block, and its rows from and to that are this shard's."""
@@ -194,14 +195,19 @@ class Consumer:
 
     def leave(self) -> None:
         """Want nothing more of this epoch."""
-        if self._store is not None and not self._over:
-            with contextlib.suppress(TorchshmError):
-                name = farewell(f"{self._prefix}{self._epoch}", self._shard)
-                self._store.save(name, True, overwrite=True, policy="pin", timeout=_LOOK)
+        if self._store is None or self._over or os.getpid() != self._pid:  # a forked child has no say
+            return
+        self._over = True
+        name = farewell(f"{self._prefix}{self._epoch}", self._shard)
+        with contextlib.suppress(StoreUnavailableError):
+            while self._alive():
+                with contextlib.suppress(PoolFullError):
+                    self._store.save(name, True, overwrite=True, policy="pin", timeout=_LOOK)
+                    return
 
     def look(self) -> dict[str, Any] | None:
         """How far the execution is."""
-        if self._store is not None and not self._over:
+        if self._store is not None and not self._over and os.getpid() == self._pid:
             with contextlib.suppress(KeyError, StoreUnavailableError):
                 self.statistics = self._store.load(self._prefix + "statistics")
         return self.statistics

@@ -23,6 +23,7 @@ class Shard:
         self._where, self._shard, self._count, self._run = where, shard, count, run
         self._once = once  # why there is no second epoch
         self._epoch = 0
+        self._last: Consumer | None = None
         self._statistics: dict[str, Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -35,9 +36,12 @@ class Shard:
         if self._once and self._epoch:
             raise ValueError(self._once)
         epoch, self._epoch = self._epoch, self._epoch + 1
+        if self._last is not None:  # an iterator that somebody has kept, and that is not at its end
+            self._last.leave()
         consumer = Consumer(
             *self._where, self._shard, epoch, self._run, first=epoch == 0, mode=mode_for(batch_format)
         )
+        self._last = consumer
         try:
             for value, begin, end in consumer:
                 yield format_of(value).slice(value, begin, end)

@@ -246,6 +246,10 @@ class Executor:
         starving, held = self._starving(), self._held()
         for operator in reversed(self._operators):
             operator.refill()
+            if starving and any(
+                hand.stuck and hand.doing[-1].order.operator is operator for hand in self._hands
+            ):
+                return None  # one of its tasks goes on, before another one takes memory too
             if operator.waiting and operator.index not in held:
                 order = operator.waiting[0]
                 if starving or (
@@ -329,6 +333,8 @@ class Executor:
         progress = order.operator.progress
         progress.rows_in += message.rows_in
         progress.bytes_in += message.bytes_in
+        if not order.inner:
+            order.operator.taken_in += message.bytes_in
         progress.seconds += message.seconds
         order.operator.done(order)
 
@@ -393,7 +399,8 @@ class Executor:
                 except Exception:
                     if failed is None:
                         raise
-                    self._stopped = bool(multiprocessing.connection.wait([self._owner], _LOOK))
+                    if multiprocessing.connection.wait([self._owner], _LOOK):
+                        self._stopped = True
             epoch += 1
             if not self._stopped:
                 self._begin(epoch)

@@ -89,6 +89,7 @@ class Operator(ABC):
         self.waiting: deque[Order] = deque()
         self.aside = 0  # bytes of blocks that may as well lie on disk for now
         self.line = Group()
+        self.taken_in = 0  # bytes that went into what has gone on; not into what is this operator's own
         self.underway = 0  # orders that were begun, and of which not all has gone on
         self._advancing = False
 
@@ -121,8 +122,7 @@ class Operator(ABC):
 
     def expected(self, nbytes: int) -> int:
         """Bytes that are made of so many, by what was seen."""
-        seen = self.progress
-        return max(1, int(nbytes * seen.nbytes / seen.bytes_in) if seen.bytes_in else nbytes)
+        return max(1, int(nbytes * self.progress.nbytes / self.taken_in) if self.taken_in else nbytes)
 
     def in_turn(self, action: Callable[[], None]) -> None:
         """Do that when everything before it has gone on."""

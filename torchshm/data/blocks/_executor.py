@@ -429,6 +429,7 @@ class Executor:
             self._go_on()
             self._tell()
             if self._outlet.over():
+                self._tell(at_once=True)
                 self._outlet.close(self.statistics())
                 return
             self._wait(_LOOK if self._outlet.waiting() else _WATCH)
@@ -495,9 +496,9 @@ class Executor:
             "stages": [vars(operator.progress) for operator in self._operators],
         }
 
-    def _tell(self) -> None:
+    def _tell(self, at_once: bool = False) -> None:
         now = time.monotonic()
-        if now - self._told > _TELL:
+        if at_once or now - self._told > _TELL:
             self._told = now
             with contextlib.suppress(PoolFullError):
                 self._store.save(

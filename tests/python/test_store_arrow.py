@@ -1,5 +1,7 @@
 """Arrow's tables, and the frames of polars and pandas over it, lie in a store buffer by buffer, and are loaded without a copy."""
 
+import gc
+import os
 import warnings
 
 import numpy as np
@@ -65,6 +67,27 @@ def test_a_batch_an_array_and_a_buffer_come_back(store):
     store["v"] = [pa.py_buffer(b"0" * N)]
     (got,) = store.load("v", allow_pickle=True)
     assert bytes(got) == b"0" * N
+
+
+def test_saving_holds_nothing_afterwards(store):
+    """Not until the garbage collector comes either."""
+
+    def held():
+        (mine,) = (each for each in store.info()["processes"] if each["pid"] == os.getpid())
+        return mine["held_blocks"]
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = held()
+        store.save("table", tables()["plain"])
+        assert held() == before
+        loaded = store.load("table", allow_pickle=True)
+        assert held() > before
+        del loaded
+        assert held() == before
+    finally:
+        gc.enable()
 
 
 def test_what_is_loaded_is_named_again_without_a_copy(store):

@@ -338,6 +338,16 @@ std::vector<Operation> make() {
       },
       [](Scene& s) { return allocate(s, kLargeBytes); });
   add(
+      "large_of_a_part_of_a_chunk", kMayFill,
+      [](Scene& s) {
+        s.hold(pool::kChunk);
+        s.release_all();
+        s.press(pool::kChunk);
+        pool::Header& header = s.member->arena().header();
+        header.warm.store(header.limit.load() - pool::kPage);  // less than all of it
+      },
+      [](Scene& s) { return allocate(s, uint64_t{3} << 18); });
+  add(
       "large_after_trimming", kMayFill,
       [](Scene& s) {
         s.hold(kLargeBytes);

@@ -26,6 +26,7 @@ constexpr uint64_t kLargeBytes = uint64_t{600} << 10;
 constexpr uint64_t kTwoChunks = (uint64_t{2} << 20) + 70000;
 constexpr uint64_t kRunBytes = (uint64_t{4} << 20) + 70000;  // three chunks
 constexpr uint64_t kLimit = uint64_t{16} << 20;
+constexpr uint64_t kWarm = uint64_t{1} << 40;
 
 constexpr uint64_t kMaking = ~uint64_t{0};  // seed of a block in the making
 

@@ -85,7 +85,7 @@ Session::Session(uint64_t seed) {
   here.level = 0;
   pool::Limits limits;
   limits.limit = kLimit;
-  limits.warm = uint64_t{1} << 40;  // no janitor's thread but where it is asked for
+  limits.warm = kWarm;  // no janitor's thread but where it is asked for
   auto made = Member::create(seed, limits);
   if (!made) return;
   member_ = made.take();
@@ -256,7 +256,10 @@ int Session::act(const Trial& trial, const Operation& operation, uint32_t level,
   if (!s.fine()) return 1;
   if (run == Run::kFail) {
     // Everything works that worked before.
-    if ((operation.flags & kMayFill) != 0) s.member->arena().header().limit.store(kLimit);
+    if ((operation.flags & kMayFill) != 0) {
+      s.member->arena().header().limit.store(kLimit);
+      s.member->arena().header().warm.store(kWarm);
+    }
     const size_t before = s.held.size();
     s.hold(kSmallBytes);
     s.hold(kLargeBytes);

@@ -153,8 +153,8 @@ struct alignas(64) Use {
   std::atomic<uint64_t> shared_writes;  // Header::shared_writes before its file was written
   std::atomic<uint64_t> reserved[2];
 };
-constexpr uint8_t kSpilled = 1;  // flag: the value is in the file, and the cell has no blocks
-constexpr uint8_t kWritten = 2;  // flag: somebody may have written to it in this life, so no file has it
+constexpr uint8_t kSpilled = 1;   // flag: the value is in the file, and the cell has no blocks
+constexpr uint8_t kWritten = 2;   // flag: somebody may have written to it in this life, so no file has it
 constexpr uint8_t kReadBack = 4;  // flag: its file has been read before
 
 // Statistics of whoever has had the lease of that slot; written by them alone, and never reset.

@@ -279,7 +279,8 @@ void Space::give_up_surplus(uint32_t chunk, uint32_t need, const Taken& taken) {
   const uint64_t limit = this->limit();
   if (arena_.header().warm.load(std::memory_order_relaxed) >= arena_.header().limit.load(std::memory_order_relaxed))
     return;
-  if (committed() - idle() <= limit - limit / kScarce) return;
+  const uint64_t enough = limit - limit / kScarce, there = committed();
+  if (there <= enough || there - std::min(there, idle()) <= enough) return;
   if (!punch(chunk, need * kPage)) return;  // the word still counts what may be there
   TORCHSHM_POINT("claim.surplus_given_up");
   ChunkValue next = taken.word;

@@ -18,9 +18,9 @@ using pool::Mode;
 
 namespace {
 
-constexpr uint64_t kMoving =
-    uint64_t{10} * 1'000'000'000;  // ns after a value went or came for which freed memory is kept for the next
-constexpr int kQuietScans = 8;     // tries at a scan during which no file changes hands
+// ns after a value went or came for which freed memory is kept for the next
+constexpr uint64_t kMoving = uint64_t{10} * 1'000'000'000;
+constexpr int kQuietScans = 8;  // tries at a scan during which no file changes hands
 
 uint64_t file_of(uint32_t cell, uint32_t life) { return uint64_t{cell} << 32 | life; }
 

@@ -3,7 +3,8 @@
 // them, so that one is checked while another is on its way from the disk. Through the page cache the kernel reads ahead instead.
 //
 // Whole pages of blocks that begin on a page go straight between their memory and the disk; everything else through a buffer.
-// Private: the buffers, one per thread, of the pieces that it reads or writes at once. A process that dies leaves a part of the file written, or of the blocks.
+// Private: the buffers, one per thread, of the pieces that it reads or writes at once. A process that dies leaves a part of the file
+// written, or of the blocks.
 // Thread safety: any thread; the blocks are the caller's alone while it runs.
 #pragma once
 

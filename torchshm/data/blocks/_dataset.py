@@ -232,7 +232,7 @@ class Dataset:
         seed: int | None = None,
     ) -> Run:
         job = self._job(workers, seed)
-        _check_once(job.stages)
+        _check_once(job)
         job.epoch, job.shards, job.equal = epoch, shards, equal
         place = home(self._options.get("spill"), job.memory, name)
         job.store, job.directory = place.store.name, place.directory
@@ -560,14 +560,13 @@ def _once_sources(stages: list[_plan.Stage]) -> list[Source]:
     return [stage.source for stage in stages if stage.source is not None and stage.source.once]
 
 
-def _check_once(stages: list[_plan.Stage]) -> None:
+def _check_once(job: Job) -> None:
     """Raise ValueError where a source would be gone through again that can't be."""
-    times = _epochs(stages)
     seen: list[Source] = []
-    for index, stage in enumerate(stages):
+    for index, stage in enumerate(job.stages):
         source = stage.source
         if source is None or not source.once:
             continue
-        if times[index] != 1 or any(source is each for each in seen):
+        if job.epochs[index] != 1 or any(source is each for each in seen):
             raise ValueError(only_once(source))
         seen.append(source)

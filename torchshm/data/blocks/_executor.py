@@ -34,9 +34,8 @@ _LOOK = 0.002  # s between looks at what consumers have taken
 _WATCH = 0.25  # s between looks at anything else
 _TELL = 0.2  # s between statistics
 _GRACE = 1.0  # s for a worker to end by itself
-_BEHIND = (
-    3  # tasks of a stage for each worker: where one takes long, what others make after it only lies there
-)
+# Tasks of a stage for each worker: where one takes long, what others make after it only lies there.
+_BEHIND = 3
 _DEEP = 4  # tasks of one worker, of which all but one wait
 # Of the store's limit, what may be in use when a task is begun: of the last stage, of those before.
 _ROOM, _EARLY = 0.9, 0.65
@@ -141,7 +140,7 @@ class Executor:
         if epoch != job.epoch:
             self._outlets.append(self._outlet)
         self._outlet = Outlet(
-            self._store, self._say, f"{job.prefix}{epoch}", job.shards, job.equal, job.ahead, self._drop
+            self._store, self._say, f"{job.prefix}{epoch}", job.shards, job.equal, job.ahead, self._release
         )
         last = self._operators[-1]
         last.follower, last.after_end = self._outlet.push, self._outlet.end
@@ -191,11 +190,6 @@ class Executor:
             self._bytes -= block.nbytes
             with contextlib.suppress(KeyError):
                 self._store.remove(block.key)
-
-    def _drop(self, block: op.Block) -> None:
-        block.uses -= 1
-        if block.uses == 0:
-            self._release(block)
 
     def _may_make(self, operator: op.Operator, nbytes: int) -> bool:
         """Whether there is room for so much more of a stage, and somebody to take it."""

@@ -38,9 +38,14 @@ class Block:
     nbytes: int
     maker: int = -1  # the worker
     uses: int = 0
-    reach: float | None = (
-        None  # what part of its source has been read when it is there, at least; None: not known
-    )
+    # What part of its source has been read when it is there, at least; None: not known.
+    reach: float | None = None
+
+    def drop(self, release: Release) -> None:
+        """One who wanted it does no more."""
+        self.uses -= 1
+        if self.uses == 0:
+            release(self)
 
 
 @dataclass(eq=False)
@@ -166,9 +171,7 @@ class Operator(ABC):
         self.advance()
 
     def drop(self, block: Block) -> None:
-        block.uses -= 1
-        if block.uses == 0:
-            self.release(block)
+        block.drop(self.release)
 
     def advance(self) -> None:
         if self._advancing:  # an action has asked for more: the loop below comes to it

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchshm._store import Store
-from torchshm.data.blocks._operators import Block
+from torchshm.data.blocks._operators import Block, Release
 
 
 def alive(prefix: str) -> str:
@@ -49,9 +49,9 @@ class Outlet:
         shards: int,
         equal: bool,
         ahead: int,
-        drop: Callable[[Block], None],
+        release: Release,
     ) -> None:
-        self._store, self._say, self._prefix, self._drop = store, say, prefix, drop
+        self._store, self._say, self._prefix, self._release = store, say, prefix, release
         self._equal, self._ahead = equal and shards > 1, ahead
         # None: its consumer has left.
         self._shards: list[deque[_Announced] | None] = [deque() for _ in range(shards)]
@@ -71,7 +71,7 @@ class Outlet:
         else:
             self._announce(self._next, block, 0, block.rows)
             self._next = (self._next + 1) % shards
-        self._drop(block)
+        block.drop(self._release)
 
     def _announce(self, shard: int, block: Block, begin: int, end: int) -> None:
         waiting = self._shards[shard]
@@ -105,12 +105,12 @@ class Outlet:
             if waiting is None:
                 continue
             while waiting and not self._store.contains(waiting[0].name):
-                self._drop(waiting.popleft().block)
+                waiting.popleft().block.drop(self._release)
             if self._store.contains(farewell(self._prefix, shard)):
                 self._shards[shard] = None
                 for each in waiting:
                     self._remove(each.name)
-                    self._drop(each.block)
+                    each.block.drop(self._release)
                 self._remove(self._last.pop(shard, None))
 
     def _remove(self, name: str | None) -> None:

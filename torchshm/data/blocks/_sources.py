@@ -250,8 +250,7 @@ class ZarrSource(Source):
         per_row = sum(array.nbytes // max(count, 1) for array in arrays.values())
         chunk = max((array.chunks[0] for array in arrays.values()), default=1)
         step = max(chunk, target // max(per_row, 1) // chunk * chunk)
-        made = ZarrSource(self._path, self._columns, [*range(0, count, step), count], per_row)
-        return made
+        return ZarrSource(self._path, self._columns, [*range(0, count, step), count], per_row)
 
     def __len__(self) -> int:
         return max(0, len(self._cuts) - 1)

@@ -161,14 +161,13 @@ def gather(found: Any, values: Sequence[Any], starts: Indices, order: Indices) -
     """Rows `order` of the values as if they were one; value i has the rows from ``starts[i]`` on."""
     if len(values) == 1:
         return found.take(values[0], order)
+    which = np.searchsorted(starts, order, "right") - 1
     if found.name != "numpy":
-        which = np.searchsorted(starts, order, "right") - 1
         parts = [found.take(value, order[which == i] - starts[i]) for i, value in enumerate(values)]
         placed = np.concatenate([np.flatnonzero(which == i) for i in range(len(values))])
         back = np.empty(len(order), np.int64)
         back[placed] = np.arange(len(order))
         return found.take(found.concat([part for part in parts if found.rows(part)]), back)
-    which = np.searchsorted(starts, order, "right") - 1
     places = [np.flatnonzero(which == i) for i in range(len(values))]
     made = {}
     same_columns(values)

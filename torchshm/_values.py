@@ -336,12 +336,13 @@ class _Writer:
             else:
                 fresh.append((low, high - low, pieces))
         small = [each for each in fresh if each[1] < _PACKED_BELOW]
-        self._copy(small)
+        total = sum(length for _, length, _ in fresh)
+        self._copy(small, total)
         for each in fresh:
             if each[1] >= _PACKED_BELOW:
-                self._copy([each])
+                self._copy([each], total)
 
-    def _copy(self, what: list[tuple[int, int, list[_Piece]]]) -> None:
+    def _copy(self, what: list[tuple[int, int, list[_Piece]]], total: int) -> None:
         if not what:
             return
         places, end = [], 0
@@ -352,7 +353,7 @@ class _Writer:
         target = self.core.blank(end)
         self.refs.append(target.base)
         for (address, length, pieces), offset in zip(what, places, strict=True):
-            _C.copy_into(target, offset, address, length)
+            _C.copy_into(target, offset, address, length, total)
             self._region(len(self.refs) - 1, offset, length, address, pieces)
 
     def _block(self, block: int, ref: Any) -> int:
@@ -392,9 +393,10 @@ def _merge(pieces: list[_Piece]) -> list[tuple[int, int, list[_Piece]]]:
 class _Pickler(pickle.Pickler):
     def __init__(self, file: Any, writer: _Writer, buffers: list[int], reducers: dict[type, Any]) -> None:
         super().__init__(file, 5, buffer_callback=functools.partial(_out_of_band, writer, buffers))
-        self.dispatch_table = (
-            copyreg.dispatch_table | {np.ma.MaskedArray: _reducers._reduce_masked} | reducers
-        )
+        # Nobody has a masked array who has not imported them, which takes longer than most values do.
+        masked = getattr(sys.modules.get("numpy.ma"), "MaskedArray", None)
+        ours = {} if masked is None else {masked: _reducers._reduce_masked}
+        self.dispatch_table = copyreg.dispatch_table | ours | reducers
         self._writer = writer
 
     def persistent_id(self, x: Any) -> int | None:

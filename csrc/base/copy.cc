@@ -2,6 +2,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -10,6 +11,7 @@ namespace {
 
 // Arbitrary between 4 MiB, where it depends on what else is in the cache, and 8 MiB, where it is a clear gain.
 constexpr size_t kStreamFrom = size_t{8} << 20;
+constexpr size_t kStreamPart = size_t{64} << 10;  // parts of that much that are smaller are not worth the fence
 constexpr size_t kLine = 64;
 
 __attribute__((target("avx2"))) void stream_halves(std::byte* to, const std::byte* from, size_t lines) {
@@ -56,8 +58,8 @@ void copy_bytes_by(int way, void* to, const void* from, size_t bytes) {
   std::memcpy(target + done, source + done, bytes - done);
 }
 
-void copy_bytes(void* to, const void* from, size_t bytes) {
-  if (bytes < kStreamFrom) {
+void copy_bytes(void* to, const void* from, size_t bytes, size_t of) {
+  if (std::max(bytes, of) < kStreamFrom || bytes < kStreamPart) {
     std::memcpy(to, from, bytes);
   } else {
     copy_bytes_by(kBest, to, from, bytes);

@@ -13,7 +13,9 @@
 namespace torchshm {
 
 // REQUIRES: the ranges do not overlap.
-void copy_bytes(void* to, const void* from, size_t bytes);
+// `of`: bytes of all that is copied in one go, of which this is a part: the columns of a table leave the caches as one large array does
+// (columns of 1 MiB out of 64 MiB, two processes at once: 1.5x of memcpy's speed).
+void copy_bytes(void* to, const void* from, size_t bytes, size_t of = 0);
 
 // The ways to copy what is large: 0, memcpy; 1, with AVX2; 2, with AVX-512. This processor has those up to best_copy().
 int best_copy();

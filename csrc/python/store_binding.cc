@@ -663,8 +663,8 @@ class Store {
   std::unique_ptr<service::Server> server_;
 };
 
-// Bytes from anywhere, to `offset` of a blank array.
-void copy_into(py::handle array, uint64_t offset, uintptr_t from, uint64_t length) {
+// Bytes from anywhere, to `offset` of a blank array; a part of `of` bytes that are copied in one go.
+void copy_into(py::handle array, uint64_t offset, uintptr_t from, uint64_t length, uint64_t of) {
   if (!PyArray_CheckExact(array.ptr())) throw py::type_error("an array is expected");
   auto* to = reinterpret_cast<PyArrayObject*>(array.ptr());
   const auto room = static_cast<uint64_t>(PyArray_NBYTES(to));
@@ -673,11 +673,11 @@ void copy_into(py::handle array, uint64_t offset, uintptr_t from, uint64_t lengt
   auto* at = static_cast<std::byte*>(PyArray_DATA(to)) + offset;
   const auto* bytes = reinterpret_cast<const std::byte*>(from);
   if (length < kCopyUnderGil) {
-    std::memcpy(at, bytes, length);
+    torchshm::copy_bytes(at, bytes, length, of);
     return;
   }
   const WithoutGil release;
-  torchshm::copy_bytes(at, bytes, length);
+  torchshm::copy_bytes(at, bytes, length, of);
 }
 
 py::object answer_of(const std::string& name, service::Ask what) {
@@ -737,7 +737,8 @@ void add_store(py::module_& m) {
       .def_property_readonly("member_address", &Store::member_address)
       .def_property_readonly("serving", &Store::serving)
       .def_property_readonly("took_over", &Store::took_over);
-  m.def("copy_into", &copy_into, py::arg("array"), py::arg("offset"), py::arg("address"), py::arg("length"));
+  m.def("copy_into", &copy_into, py::arg("array"), py::arg("offset"), py::arg("address"), py::arg("length"),
+        py::arg("of") = 0);
   m.def(
       "store_status", [](const std::string& name) { return answer_of(name, service::Ask::kInfo); }, py::arg("name"));
   m.def(

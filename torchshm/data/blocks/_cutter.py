@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from torchshm import _C
 from torchshm._store import Store
 from torchshm.data.blocks._formats import format_of
 from torchshm.data.blocks._recipes import Made
@@ -49,7 +50,7 @@ class Cutter:
             assert block is not None
             count = min(rows - begin, self._capacity - self._filled)
             for name, array in value.items():
-                block[name][self._filled : self._filled + count] = array[begin : begin + count]
+                _fill(block[name], self._filled, array[begin : begin + count])
             self._filled += count
             begin += count
             if self._filled == self._capacity:
@@ -142,6 +143,15 @@ class Cutter:
         key = f"{self._prefix}{number}"
         self._store.save(key, value, policy=self._policy)
         self._tell(Made(key, rows, nbytes))
+
+
+def _fill(column: np.ndarray[Any, Any], at: int, rows: np.ndarray[Any, Any]) -> None:
+    """Put the rows into a block's column, from `at` on."""
+    if rows.dtype == column.dtype and rows.flags.c_contiguous and rows.nbytes:
+        row = column.strides[0]
+        _C.copy_into(column, at * row, rows.__array_interface__["data"][0], rows.nbytes, column.nbytes)
+    else:
+        column[at : at + len(rows)] = rows
 
 
 def _plain(value: Any) -> bool:

@@ -65,6 +65,27 @@ def test_parquet_files(tmp_path):
     assert next(only.iter_blocks()).column_names == ["i"]
 
 
+def test_a_large_row_group_comes_in_blocks_of_the_size_that_was_asked_for(tmp_path):
+    rows = 50_000
+    given = {
+        "few": np.arange(rows) // 10_000,  # takes next to nothing in the file
+        "a.b": np.arange(rows),
+        "word": [f"word {n}" for n in range(rows)],
+        "nested": [{"x": n, "y": [n, n]} for n in range(rows)],
+    }
+    table = pa.table(given)
+    pq.write_table(table, tmp_path / "large.parquet", row_group_size=rows)
+    dataset = little(blocks.read_parquet(tmp_path), block_size="256KiB")
+    found = list(dataset.iter_blocks())
+    assert table.nbytes > 10 * (256 << 10)
+    assert all(128 << 10 < block.nbytes < 512 << 10 for block in found[:-1])
+    assert pa.concat_tables(found).combine_chunks().equals(table.combine_chunks())
+    only = pa.concat_tables(
+        little(blocks.read_parquet(tmp_path, columns=["a.b"]), block_size="64KiB").iter_blocks()
+    )
+    assert only.equals(table.select(["a.b"]))
+
+
 def test_netcdf_files_of_a_climate_model():
     import iris_sample_data
 

@@ -530,4 +530,6 @@ def _how(code: int | None) -> str:
 def _hint(code: int | None) -> str:
     if code == -signal.SIGKILL:
         return "One that takes more memory than the machine or its cgroup has is killed like that: give smaller blocks, or fewer workers"
+    if code == -signal.SIGBUS:
+        return "One that reads a mapped file which becomes shorter is killed like that: write a new file, and rename it, in place of that"
     return "Its last words are on stderr"

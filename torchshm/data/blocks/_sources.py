@@ -8,6 +8,7 @@ import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torchshm.data.blocks._home import client
 from torchshm.data.blocks._rows import stack
 
 _CONNECT = 10.0  # s for a store that a plan reads from
+_OFFSET = 4  # bytes of a row in a column of strings or lists, beside the values
 
 
 class Source(ABC):
@@ -171,50 +173,103 @@ class NetcdfSource(Source):
         return {**self.__dict__, "_open": None}
 
 
+@dataclass(frozen=True)
+class _RowGroups:
+    """Of one file, what a task reads; in pieces of so many rows where a row group alone is too large for a block."""
+
+    path: str
+    groups: tuple[int, ...]
+    nbytes: int
+    rows: int | None = None
+
+
 class ParquetSource(Source):
     """Row groups of Parquet files, as Arrow tables."""
 
     label = "read_parquet"
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        columns: Sequence[str] | None,
-        tasks: Sequence[tuple[str, tuple[int, ...], int]] = (),
+        self, paths: Sequence[str], columns: Sequence[str] | None, tasks: Sequence[_RowGroups] = ()
     ) -> None:
         self._paths, self._columns, self._tasks = list(paths), columns, list(tasks)
+        self._open: tuple[str, Any] | None = None
 
-    def plan(self, target: int) -> Source:
+    def _file(self, path: str) -> Any:
+        """The file, which stays open until another one is read: its row groups mostly come one after the other."""
         import pyarrow.parquet as pq
 
-        tasks: list[tuple[str, tuple[int, ...], int]] = []
+        if self._open is None or self._open[0] != path:
+            self._close()
+            # Mapped, its bytes are not copied before they are decoded.
+            self._open = path, pq.ParquetFile(path, memory_map=True)
+        return self._open[1]
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+    def plan(self, target: int) -> Source:
+        tasks: list[_RowGroups] = []
         for path in self._paths:
-            metadata = pq.read_metadata(path)
+            file = self._file(path)
             groups: list[int] = []
             size = 0
-            for group in range(metadata.num_row_groups):
-                found = metadata.row_group(group).total_byte_size
+            for group, (rows, found) in enumerate(_row_groups(file, self._columns)):
                 if groups and size + found > target:
-                    tasks.append((path, tuple(groups), size))
+                    tasks.append(_RowGroups(path, tuple(groups), size))
                     groups, size = [], 0
+                if found > 1.5 * target and rows > 1:
+                    tasks.append(_RowGroups(path, (group,), found, max(1, rows * target // found)))
+                    continue
                 groups.append(group)
                 size += found
             if groups:
-                tasks.append((path, tuple(groups), size))
+                tasks.append(_RowGroups(path, tuple(groups), size))
+        self._close()
         return ParquetSource(self._paths, self._columns, tasks)
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def read(self, task: int) -> Iterator[Any]:
-        import pyarrow.parquet as pq
+        import pyarrow as pa
 
-        path, groups, _ = self._tasks[task]
-        with pq.ParquetFile(path) as file:
-            yield file.read_row_groups(list(groups), columns=self._columns, use_threads=False)
+        what = self._tasks[task]
+        file, groups = self._file(what.path), list(what.groups)
+        if what.rows is None:
+            yield file.read_row_groups(groups, columns=self._columns, use_threads=False)
+            return
+        for batch in file.iter_batches(what.rows, groups, self._columns, use_threads=False):
+            yield pa.Table.from_batches([batch])
 
     def nbytes(self, task: int) -> int | None:
-        return self._tasks[task][2]
+        return self._tasks[task].nbytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}
+
+
+def _row_groups(file: Any, columns: Sequence[str] | None) -> Iterator[tuple[int, int]]:
+    """Rows of each row group, and about how many bytes they are in memory: in the file, encoded, they may be far fewer."""
+    names = set(file.schema_arrow.names if columns is None else columns)
+    per_row = 0.0
+    others = []  # columns whose values have no fixed size
+    for field in file.schema_arrow:
+        if field.name in names:
+            try:
+                per_row += field.type.bit_width / 8
+            except ValueError:
+                others.append(field.name)
+                per_row += _OFFSET
+    paths = [file.schema.column(index).path for index in range(len(file.schema.names))]
+    encoded = [
+        index for index, path in enumerate(paths) if any(f"{path}.".startswith(f"{name}.") for name in others)
+    ]
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        values = sum(group.column(index).total_uncompressed_size for index in encoded)
+        yield group.num_rows, int(group.num_rows * per_row) + values
 
 
 class ZarrSource(Source):

@@ -98,10 +98,19 @@ def test_a_slow_consumer_makes_the_workers_wait(spill):
     taken.close()
 
 
-def test_memory_goes_back_when_a_run_has_ended(spill):
-    assert job(spill, 100_000).count() == 100_000
+def test_memory_stays_warm_for_the_next_run_and_then_goes_back(spill, monkeypatch):
+    from torchshm.data.blocks import _home
+
+    monkeypatch.setattr(_home, "_WARM", 1.0)
+    for _ in range(2):
+        assert job(spill, 100_000, block_size="1MiB").count() == 100_000
     (home,) = (each for each in _homes() if Path(each.directory).parent == spill)
-    assert home.store.info()["committed_bytes"] < 4 << 20
+    assert home.store.info()["committed_bytes"] > 4 << 20
+    deadline = time.monotonic() + 30
+    while home.store.info()["committed_bytes"] >= 4 << 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not home.store.keys()
 
 
 def test_a_loop_that_keeps_all_is_told_so(monkeypatch):
@@ -195,6 +204,21 @@ def test_a_file_that_is_gone_is_an_error_of_the_source(spill):
     (spill / "a.parquet").unlink()
     with pytest.raises(FileNotFoundError):
         dataset.count()
+
+
+def test_a_mapped_file_that_becomes_shorter_is_an_error_and_no_sigbus(spill):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = spill / "a.parquet"
+    pq.write_table(pa.table({"x": np.random.default_rng(0).random(100_000)}), path, row_group_size=10_000)
+
+    def shorten(batch):
+        os.truncate(path, 100)
+        return batch
+
+    with pytest.raises((ValueError, RuntimeError), match="Parquet|becomes shorter"):
+        blocks.read_parquet(path).options(num_workers=1, block_size="64KiB").map_batches(shorten).count()
 
 
 # ---- deaths

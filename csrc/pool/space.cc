@@ -298,7 +298,11 @@ uint16_t& Space::mapped(uint32_t chunk) {
 // REQUIRES: the chunk is this lease's; whoever has it next sees the change.
 Status Space::punch(uint32_t chunk, uint64_t from) {
   arena_.block(chunk * kPagesPerChunk).punched.fetch_add(1, std::memory_order_relaxed);
-  return os::punch(arena_.data() + uint64_t{chunk} * kChunk + from, kChunk - from);
+  std::byte* const at = arena_.data() + uint64_t{chunk} * kChunk + from;
+  Status punched = os::punch(at, kChunk - from);
+  if (punched && from != 0 && !os::absent(at, kChunk - from))
+    return Status(Code::kFull, "a part of a huge page that is pinned can't go back");
+  return punched;
 }
 
 // Page tables in large steps instead of a fault for every page.

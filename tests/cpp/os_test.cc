@@ -1,5 +1,8 @@
 // What the kernel gives, and what is done about a kernel that does not: older ones, tight limits, odd files.
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -429,6 +432,31 @@ TEST(Pages, GoBackToTheSystemAlsoWhenTheyAreLocked) {
     ASSERT_TRUE(os::punch(shared.data(), 8192).ok());
     EXPECT_EQ(shared.data()[0], std::byte{0});
   }
+}
+
+TEST(Pages, OfAPinnedHugePageMayStayAndThatIsSeen) {
+  const Fd fd = memfd();
+  Mapping shared = map(Mapping::Kind::kShared, fd);
+  auto* at = shared.data();
+  EXPECT_TRUE(os::absent(at, kSize));
+  at[kHuge / 2] = std::byte{1};
+  EXPECT_FALSE(os::absent(at, kSize));
+  EXPECT_TRUE(os::absent(at, kHuge / 2));
+  EXPECT_TRUE(os::absent(at + kHuge / 2 + 4096, kHuge / 2 - 4096));
+  ASSERT_TRUE(os::punch(at, kHuge).ok());
+  EXPECT_TRUE(os::absent(at, kSize));
+  at[0] = std::byte{1};
+  if (::madvise(at, kHuge, kCollapse) != 0) GTEST_SKIP() << "no huge pages for memory files";
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  iovec page{at, 4096};
+  ASSERT_EQ(::vmsplice(ends[1], &page, 1, 0), 4096);  // holds it
+  ASSERT_TRUE(os::punch(at + kHuge / 2, kHuge / 2).ok());
+  EXPECT_FALSE(os::absent(at + kHuge / 2, kHuge / 2));
+  ::close(ends[0]);
+  ::close(ends[1]);
+  ASSERT_TRUE(os::punch(at + kHuge / 2, kHuge / 2).ok());
+  EXPECT_TRUE(os::absent(at + kHuge / 2, kHuge / 2));
 }
 
 TEST(Pages, ThatAreNotMappedCanNotGoBack) {

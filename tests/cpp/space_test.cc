@@ -1,7 +1,10 @@
 // Chunks change hands: claims under the limit, releases by whoever is last, and what a death leaves.
 #include "pool/space.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
 
 #include <algorithm>
 
@@ -33,6 +36,13 @@ class SpaceTest : public testing::Test {
            uint64_t generation = 0) {
     tests::set_chunk(arena, index, {state, owner, committed, head, generation});
     if (arena.header().chunks_used.load() <= index) arena.header().chunks_used.store(index + 1);
+  }
+  // Pages of a chunk that are there.
+  uint32_t resident(uint32_t block) {
+    unsigned char there[kPagesPerChunk];
+    EXPECT_EQ(::mincore(arena.data() + uint64_t{block} * kPage, kChunk, there), 0);
+    return static_cast<uint32_t>(
+        std::count_if(there, there + kPagesPerChunk, [](unsigned char page) { return (page & 1) != 0; }));
   }
   Arena arena = fresh_arena(64 * kMib);  // 128 chunks
   Parts a{arena}, b{arena};
@@ -101,13 +111,29 @@ TEST_F(SpaceTest, WhatAChunkHasBeyondItsBlockGoesBackWhereMemoryIsScarce) {
   EXPECT_EQ(a.run(kMib), little);
   EXPECT_EQ(chunk(little / kPagesPerChunk).committed, kPagesPerChunk / 2);
   EXPECT_EQ(a.space.committed(), kMib);
-  unsigned char there[kPagesPerChunk];
-  ASSERT_EQ(::mincore(arena.data() + uint64_t{little} * kPage, kChunk, there), 0);
-  EXPECT_EQ(std::count_if(there, there + kPagesPerChunk, [](unsigned char page) { return page & 1; }),
-            kPagesPerChunk / 2);
+  EXPECT_EQ(resident(little), kPagesPerChunk / 2);
   a.ledger.drop(little);
   EXPECT_EQ(a.run(2 * kMib), little);
   EXPECT_EQ(a.space.committed(), 2 * kMib);
+}
+
+TEST_F(SpaceTest, WhatTheSystemDoesNotTakeBackOfAHugePageStaysCounted) {
+  const uint32_t block = a.run(2 * kMib);  // a huge page, where there are some
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  iovec page{arena.data() + uint64_t{block} * kPage, kPage};
+  ASSERT_EQ(::vmsplice(ends[1], &page, 1, 0), static_cast<ssize_t>(kPage));  // pins it
+  a.ledger.drop(block);
+  arena.header().limit.store(2 * kMib);
+  arena.header().warm.store(0);
+  EXPECT_EQ(a.run(kMib), block);
+  EXPECT_EQ(chunk(block / kPagesPerChunk).committed, resident(block));
+  ::close(ends[0]);
+  ::close(ends[1]);
+  a.ledger.drop(block);
+  EXPECT_EQ(a.run(kMib), block);
+  EXPECT_EQ(chunk(block / kPagesPerChunk).committed, kPagesPerChunk / 2);
+  EXPECT_EQ(resident(block), kPagesPerChunk / 2);
 }
 
 TEST_F(SpaceTest, OwnWarmChunksComeFirst) {

@@ -59,6 +59,22 @@ def test_a_column_has_the_values_of_its_rows_and_no_others(given):
     assert list(found) == given
 
 
+def test_masked_values_are_refused_where_a_column_would_lose_the_mask():
+    masked = np.ma.masked_array(np.arange(6.0), mask=[0, 1, 0, 0, 0, 0])
+    with pytest.raises(ValueError, match=r"'x' is a masked array.*filled"):
+        blocks.from_arrays({"x": masked})
+    plain = little(blocks.from_arrays({"x": masked.data}))
+    with pytest.raises(ValueError, match=r"returned a column 'x' that is a masked array"):
+        plain.map_batches(lambda batch: {"x": np.ma.masked_less(batch["x"], 3)}).count()
+    with pytest.raises(ValueError, match="masked array"):
+        plain.filter(lambda batch: np.ma.masked_less(batch["x"], 3) > 4).count()
+    assert values(plain.map_batches(lambda batch: {"x": np.ma.masked_less(batch["x"], -1)}), "x") == [
+        *range(6)
+    ]
+    (row,) = values(little(blocks.from_iter([masked])))
+    assert np.ma.is_masked(row) and row.mask[1]
+
+
 def test_what_numpy_has_a_type_for_is_an_array_of_it():
     assert column([1, 2]).dtype == np.int64
     assert column([1, 2.5]).dtype == np.float64

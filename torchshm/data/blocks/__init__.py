@@ -16,12 +16,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from torchshm._store import Store
 from torchshm.data.blocks import _sources
 from torchshm.data.blocks._dataset import Dataset
+from torchshm.data.blocks._rows import unmasked
 
 __all__ = [
     "Dataset",
@@ -49,9 +49,9 @@ def from_arrays(arrays: Mapping[str, npt.ArrayLike]) -> Dataset:
     Raises
     ------
     ValueError
-        When their lengths differ, or one has no dimension.
+        When their lengths differ, one has no dimension, or values are masked.
     """
-    made: dict[str, npt.NDArray[Any]] = {str(name): np.asanyarray(array) for name, array in arrays.items()}
+    made = {str(name): unmasked(array, f"column {name!r}") for name, array in arrays.items()}
     lengths = {name: array.shape[0] if array.ndim else None for name, array in made.items()}
     if not made or None in lengths.values() or len(set(lengths.values())) > 1:
         raise ValueError(f"from_arrays takes arrays with the same number of rows, not {lengths}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from torchshm.data.blocks._rows import column, common_dtype, size_of
+from torchshm.data.blocks._rows import column, common_dtype, size_of, unmasked
 
 Indices = npt.NDArray[np.integer[Any]]
 _ROWS = "torchshm_rows"
@@ -370,7 +370,9 @@ def checked(value: Any, what: str) -> Any:
     if found.name != "numpy":
         return value
     arrays = {
-        str(name): column(array) if isinstance(array, (list, tuple)) else np.asarray(array)
+        str(name): column(array)
+        if isinstance(array, (list, tuple))
+        else unmasked(array, f"{what} a column {name!r} that")
         for name, array in value.items()
     }
     lengths = {name: len(array) if array.ndim else None for name, array in arrays.items()}

@@ -9,7 +9,7 @@ import numpy as np
 
 from torchshm.data.blocks._formats import checked, convert, format_of, handed_out, with_rows_of
 from torchshm.data.blocks._plan import Step
-from torchshm.data.blocks._rows import stack
+from torchshm.data.blocks._rows import stack, unmasked
 
 CACHED = 1 << 20
 """Bytes of a batch where the user gives no size: what stays in a core's cache from one function to the next."""
@@ -107,7 +107,7 @@ def _untorched(value: Any) -> Any:
 
 def _filtered(step: Step, batch: Any, chosen: Any) -> Any:
     found = format_of(batch)
-    mask = np.asarray(chosen)
+    mask = unmasked(chosen, f"what {step.label} returned")
     if mask.dtype != np.bool_ or mask.shape != (found.rows(batch),):
         raise ValueError(
             f"{step.label} returned {mask.dtype} of shape {mask.shape} for a batch of {found.rows(batch)} rows: "

@@ -77,8 +77,31 @@ def objects(values: Sequence[Any]) -> npt.NDArray[Any]:
     return made
 
 
+def is_masked(value: Any) -> bool:
+    """Whether it is a masked array, and some of its values are."""
+    ma = sys.modules.get("numpy.ma")  # nobody has one who has not imported them
+    return ma is not None and isinstance(value, ma.MaskedArray) and bool(ma.is_masked(value))
+
+
+def unmasked(value: Any, what: str) -> npt.NDArray[Any]:
+    """The value as an array; `what` says which it is.
+
+    Raises
+    ------
+    ValueError
+        Where values are masked: what lies under the mask would become a value.
+    """
+    if is_masked(value):
+        raise ValueError(
+            f"{what} is a masked array, and columns have no masks: give array.filled(value), or an xarray.Dataset with NaN"
+        )
+    return np.asarray(value)
+
+
 def _array(value: Any) -> npt.NDArray[Any]:
     """The value as an array of the same; ValueError where there is none."""
+    if is_masked(value):
+        raise ValueError(value)
     made = np.asarray(value)
     if made.dtype.kind not in "SU" or isinstance(value, np.ndarray):
         return made

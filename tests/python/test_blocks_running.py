@@ -206,19 +206,54 @@ def test_a_file_that_is_gone_is_an_error_of_the_source(spill):
         dataset.count()
 
 
-def test_a_mapped_file_that_becomes_shorter_is_an_error_and_no_sigbus(spill):
+def test_a_mapped_file_that_becomes_shorter_is_an_error_and_no_sigbus(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = spill / "a.parquet"
+    path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"x": np.random.default_rng(0).random(100_000)}), path, row_group_size=10_000)
 
     def shorten(batch):
         os.truncate(path, 100)
         return batch
 
-    with pytest.raises((ValueError, RuntimeError), match="Parquet|becomes shorter"):
+    with pytest.raises((ValueError, RuntimeError), match=r"Parquet|becomes shorter"):
         blocks.read_parquet(path).options(num_workers=1, block_size="64KiB").map_batches(shorten).count()
+
+
+def test_a_failure_of_the_executor_itself_is_what_the_user_sees(monkeypatch):
+    from torchshm.data.blocks import _executor
+
+    def fails(self):
+        raise OSError("no descriptor is left")
+
+    monkeypatch.setattr(_executor.Executor, "_look", fails)
+    with pytest.raises(OSError, match="no descriptor is left"):
+        job(None).count()
+
+
+def test_files_may_be_looked_at_for_longer_than_ranks_wait_for_a_beginning(monkeypatch):
+    from torchshm.data.blocks import _run, _sources
+
+    plan = _sources.ArraySource.plan
+
+    def slow(self, target):
+        time.sleep(3)
+        return plan(self, target)
+
+    monkeypatch.setattr(_sources.ArraySource, "plan", slow)
+    monkeypatch.setattr(_run, "_COMING", 1.0)
+    _, other = job(None, 1000).split(2)
+    assert sum(len(batch["i"]) for batch in other.iter_batches()) == 500
+
+
+def test_ranks_are_told_that_nobody_has_begun(monkeypatch):
+    from torchshm.data.blocks import _home, _run
+
+    monkeypatch.setattr(_run, "_COMING", 0.5)
+    home = _home.home(None, 64 << 20)
+    with pytest.raises(torchshm.TorchshmError, match="first shard"):
+        next(iter(_run.Consumer(home.store.name, "nobody.", 1, 0)))
 
 
 # ---- deaths
@@ -249,6 +284,27 @@ def test_a_killed_workers_block_is_made_again(spill):
     for mark in killed.iterdir():
         mark.unlink()
     killed.rmdir()
+
+
+def test_a_worker_that_leaves_a_child_behind_is_seen_to_die(tmp_path):
+    left = tmp_path / "left"
+
+    def deadly(batch):
+        if not left.exists():
+            child = os.fork()
+            if child == 0:  # holds the pipes of the worker
+                time.sleep(120)
+                os._exit(0)
+            left.write_text(str(child))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch
+
+    begun = time.monotonic()
+    try:
+        np.testing.assert_array_equal(numbers(job(None).map_batches(deadly)), np.arange(ROWS))
+        assert time.monotonic() - begun < 60
+    finally:
+        os.kill(int(left.read_text()), signal.SIGKILL)
 
 
 def test_what_kills_its_worker_each_time_is_an_error_that_says_so(spill):

@@ -103,6 +103,7 @@ def left_inside() -> list[str]:
             wrong.append(f"left in the store: {home.shares}, names {home.store.keys()}")
         if not waited(lambda: not values_in(Path(home.directory)), GONE_WITHIN):  # noqa: B023 - called at once
             wrong.append(f"left on disk: {values_in(Path(home.directory))}")
+        home.cool()
         if not waited(lambda: home.store.info()["committed_bytes"] <= KEPT, GONE_WITHIN):  # noqa: B023
             wrong.append(f"memory is not back: {home.store.info()}")
     # Who has just died is taken back by the service, soon.

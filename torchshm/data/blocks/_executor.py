@@ -92,6 +92,7 @@ class Executor:
         # Free when this process has gone, however it went.
         self._alive = self._store._core.lock(alive(job.prefix))
         self._alive.try_acquire(False)
+        self._say(begun(job.prefix), {})
         self._hands: list[Hand] = []
         self._live: dict[str, op.Block] = {}
         self._bytes = self._promised = self._most = 0
@@ -114,7 +115,6 @@ class Executor:
         }
         self._outlet: Outlet
         self._outlets: list[Outlet] = []  # of epochs before, of which somebody has not taken everything
-        self._say(begun(job.prefix), {})
         self._begin(job.epoch)
         for number in range(max(job.workers, len(self._streams))):
             self._hands.append(self._hire(number))
@@ -340,7 +340,7 @@ class Executor:
         hand.process.join()
         code = hand.process.exitcode
         lost, hand.doing = [doing.order for doing in hand.doing], []
-        hand.link.close()
+        hand.close()
         self._hands[hand.number] = self._hire(hand.number)
         for order in lost:
             self._promised -= order.estimate
@@ -439,7 +439,7 @@ class Executor:
                 hand.kill()
                 for doing in hand.doing:
                     self._forget_untold(doing.order)
-                hand.link.close()
+                hand.close()
                 self._hands[number] = self._hire(number)
         self._promised = 0
         announced = {block.key for outlet in self._outlets for block in outlet.blocks()}
@@ -448,10 +448,10 @@ class Executor:
 
     def _wait(self, seconds: float) -> None:
         links = {hand.link: hand for hand in self._hands}
-        sentinels = {hand.process.sentinel: hand for hand in self._hands}
+        deaths = {hand.death: hand for hand in self._hands}
         control = [self._control] if self.listening else []
-        ready = multiprocessing.connection.wait([*links, *sentinels, *control, self._owner], seconds)
-        lost = [sentinels[each] for each in ready if each in sentinels]
+        ready = multiprocessing.connection.wait([*links, *deaths, *control, self._owner], seconds)
+        lost = [deaths[each] for each in ready if each in deaths]
         if self._owner in ready:
             self._stopped = True
         if self._control in ready:
@@ -518,8 +518,7 @@ class Executor:
             hand.process.terminate()
         deadline = time.monotonic() + _GRACE
         for hand in self._hands:
-            hand.process.join(max(0.0, deadline - time.monotonic()))
-            if hand.process.is_alive():
+            if not hand.ended(max(0.0, deadline - time.monotonic())):
                 hand.kill()
 
 

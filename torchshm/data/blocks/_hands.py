@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Hand:
 
     def __init__(self, number: int, process: Any, link: Any) -> None:
         self.number, self.process, self.link = number, process, link
+        # Its pipes and its sentinel do not tell of its death where it has left children that hold them too.
+        self.death = os.pidfd_open(process.pid)
         self.doing: list[Doing] = []  # the last one; those before wait for it
 
     @property
@@ -54,6 +57,15 @@ class Hand:
         """End it at once."""
         self.process.kill()
         self.process.join()
+
+    def ended(self, seconds: float) -> bool:
+        """Whether it does, within that time."""
+        return bool(multiprocessing.connection.wait([self.death], seconds))
+
+    def close(self) -> None:
+        """Forget one that has died."""
+        self.link.close()
+        os.close(self.death)
 
 
 def hire(number: int, kitchen: Kitchen, inherited: Sequence[Any]) -> Hand:

@@ -40,6 +40,7 @@ class Home:
     lock: int  # a descriptor; open as long as this process lives, or one of its forked children
     shares: dict[str, int] = field(default_factory=dict)
     cooling: threading.Timer | None = None
+    closed: bool = False
 
     def enter(self, memory: int, prefix: str | None = None) -> str:
         """The prefix of a new execution."""
@@ -47,9 +48,7 @@ class Home:
             prefix = prefix or f"r{next(_numbers)}."
             self.shares[prefix] = memory
             self._set_limit()
-            if self.cooling is not None:
-                self.cooling.cancel()
-                self.cooling = None
+            self._stay_warm()
         return prefix
 
     def leave(self, prefix: str) -> None:
@@ -62,15 +61,29 @@ class Home:
                     self.store.remove(key)
             self._set_limit()
             if not self.shares and self.cooling is None:
-                self.cooling = threading.Timer(_WARM, self._cool)
+                self.cooling = threading.Timer(_WARM, self.cool)
                 self.cooling.daemon = True
                 self.cooling.start()
 
-    def _cool(self) -> None:
+    def cool(self) -> None:
+        """Give back what was kept for a next execution, if there is none."""
         with _lock:
-            if not self.shares:
+            self._stay_warm()
+            if not self.shares and not self.closed:
                 self.store._core.trim(0)
-                self.cooling = None
+
+    def close(self) -> None:
+        """End the store."""
+        with _lock:
+            self._stay_warm()
+            self.closed = True
+        with contextlib.suppress(Exception):
+            self.store.close()
+
+    def _stay_warm(self) -> None:
+        if self.cooling is not None:
+            self.cooling.cancel()
+            self.cooling = None
 
     def _set_limit(self) -> None:
         if self.shares:
@@ -164,8 +177,7 @@ def _close(place: tuple[str, str | None], owner: int) -> None:
         return
     found = _homes.pop(place, None)
     if found is not None:
-        with contextlib.suppress(Exception):
-            found.store.close()
+        found.close()
         tidy(found.store.name)
         shutil.rmtree(found.directory, ignore_errors=True)
         os.close(found.lock)
@@ -178,6 +190,8 @@ def client(name: str, timeout: float) -> Store:
             if each.store.name == name:
                 return each.store
         found = _connected.get(name)
-        if found is None:
-            found = _connected[name] = connect(name, timeout)
-        return found
+    if found is None:  # without the lock: others need not wait for a store that comes late
+        made = connect(name, timeout)
+        with _lock:
+            found = _connected.setdefault(name, made)
+    return found

@@ -112,6 +112,7 @@ class Outlet:
                     self._remove(each.name)
                     each.block.drop(self._release)
                 self._remove(self._last.pop(shard, None))
+                self._remove(farewell(self._prefix, shard))
 
     def _remove(self, name: str | None) -> None:
         if name is not None:

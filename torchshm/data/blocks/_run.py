@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.pool
 import multiprocessing.process
 import multiprocessing.util
@@ -23,7 +24,8 @@ from torchshm.data.blocks._job import Job
 from torchshm.data.blocks._outlet import alive, announcement, begun, farewell
 from torchshm.errors import PoolFullError, StoreUnavailableError, TorchshmError
 
-_START = 60.0  # s for an executor to be ready
+_CONNECT = 60.0  # s for the store
+_COMING = 600.0  # s for the process with the first shard to begin: it may have much else to do before
 _END = 5.0  # s for it to end
 _DYING = 0.1  # s for workers to die with it
 _LOOK = 0.25  # s between looks at whether it still lives
@@ -72,11 +74,16 @@ class Run:
         finally:
             config["daemon"] = daemon
         there.close()
-        self._finalize = weakref.finalize(self, _end, self._process, here, home, job.prefix, os.getpid())
+        assert self._process.pid is not None
+        self._death = os.pidfd_open(self._process.pid)
+        self._finalize = weakref.finalize(
+            self, _end, self._process, self._death, here, home, job.prefix, os.getpid()
+        )
         multiprocessing.util.Finalize(self, self._finalize, exitpriority=20)
         try:
-            if not here.poll(_START):
-                raise TorchshmError(f"the executor of {job.store} has not begun within {_START:.0f} s")
+            while not here.poll(_LOOK):  # it may have many files to look at
+                if self._process.exitcode is not None and not here.poll():
+                    raise EOFError
             message = here.recv()
         except EOFError:
             self._process.join(_END)
@@ -98,6 +105,7 @@ class Run:
     def finish(self) -> None:
         """Let the executor end by itself when the consumers have everything."""
         if os.getpid() == self.owner and self._finalize.detach() is not None:
+            os.close(self._death)
             with contextlib.suppress(OSError):
                 self._control.send("finish")
 
@@ -105,6 +113,15 @@ class Run:
     def exitcode(self) -> int | None:
         code: int | None = self._process.exitcode
         return code
+
+    def failure(self) -> BaseException | None:
+        """What it ended by, where it was a failure of its own."""
+        with contextlib.suppress(EOFError, OSError):
+            while self._control.poll():
+                message = self._control.recv()
+                if message[0] == "failed":
+                    return raised(*message[1:])
+        return None
 
     def close(self) -> None:
         """End the executor, its workers, its store and its files."""
@@ -128,15 +145,16 @@ def _pickled(job: Job) -> bytes:
         ) from error
 
 
-def _end(process: Any, control: Any, home: Home, prefix: str, owner: int) -> None:
+def _end(process: Any, death: int, control: Any, home: Home, prefix: str, owner: int) -> None:
     if os.getpid() != owner:  # a forked child has nothing to end
         return
     with contextlib.suppress(OSError):
         control.send(None)
-    process.join(_END)
-    if process.is_alive():
+    # What process.join(_END) waits for a child of a worker may have too.
+    if not multiprocessing.connection.wait([death], _END):
         process.kill()
-        process.join()
+    process.join()
+    os.close(death)
     control.close()
     if process.exitcode:
         time.sleep(_DYING)
@@ -166,7 +184,7 @@ class Consumer:
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
         """Each block, and its rows from and to that are this shard's."""
-        store = self._store = client(self._name, _START)
+        store = self._store = client(self._name, _CONNECT)
         if not self._first:
             self._ask(store)
         for number in itertools.count():
@@ -224,11 +242,22 @@ class Consumer:
                 if time.monotonic() > late:
                     self._check_kept(store)
                     late += _KEEPING
+        if self._owned() and (error := self._run.failure()) is not None:  # type: ignore[union-attr]
+            raise error
+        if not self._begun and not self._owned():
+            raise TorchshmError(
+                f"nobody has begun to execute the plan ({self._name}) within {_COMING:.0f} s: the process with the first shard "
+                "has to iterate too"
+            )
         raise TorchshmError(
             f"the process that executes the plan ({self._name}) has died"
             + self._how()
             + "; iterate again to begin anew"
         )
+
+    def _owned(self) -> bool:
+        """Whether the executor is a child of this process."""
+        return self._run is not None and self._run.owner == os.getpid()
 
     @staticmethod
     def _check_kept(store: Store, more: int = 0) -> None:
@@ -245,14 +274,14 @@ class Consumer:
             )
 
     def _alive(self) -> bool:
-        if self._run is not None and self._run.owner == os.getpid():
-            return self._run.exitcode is None
+        if self._owned():
+            return self._run.exitcode is None  # type: ignore[union-attr]
         store = self._store
         assert store is not None
         if not self._begun:
             # The process with the first shard may not have come to it.
             self._begun = store.contains(begun(self._prefix))
-            return self._begun or time.monotonic() < self._since + _START
+            return self._begun or time.monotonic() < self._since + _COMING
         lock = store._core.lock(alive(self._prefix))
         if not lock.try_acquire(False):
             return True
@@ -260,6 +289,5 @@ class Consumer:
         return False
 
     def _how(self) -> str:
-        mine = self._run is not None and self._run.owner == os.getpid()
-        code = self._run.exitcode if self._run is not None and mine else None
+        code = self._run.exitcode if self._run is not None and self._owned() else None
         return "" if code is None else f", exit code {code}"

@@ -180,6 +180,18 @@ def test_a_block_of_repartition_is_not_cut():
     assert [len(block["i"]) for block in odd.iter_blocks()] == [3000, 3000, 3000, 1000]
 
 
+@pytest.mark.parametrize("kind", ["numpy", "arrow"])
+def test_a_block_of_repartition_may_be_a_third_of_the_memory(kind):
+    rows = 110_000  # 57 MB in five blocks, where 32 MiB of 64 are for blocks, and the loop has one of them
+    dataset = blocks.from_arrays(wide(rows))
+    if kind == "arrow":
+        dataset = dataset.map_batches(lambda table: table, batch_format="arrow")
+    dataset = little(dataset.repartition(5), memory="64MiB")
+    assert [len(block["i"]) for block in dataset.iter_blocks()] == [rows // 5] * 5
+    found = [np.array(block["i"]) for block in dataset.shuffle(window="1MiB").iter_blocks()]
+    assert np.concatenate(found).sum() == rows * (rows - 1) // 2
+
+
 def test_blocks_of_repartition_are_whole_though_their_types_differ():
     words = [f"{'w' * (number // 500)}{number}" for number in range(6000)]
     dataset = little(blocks.from_iter(words).repartition(rows_per_block=2000))

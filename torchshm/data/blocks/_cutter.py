@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torchshm.data.blocks._formats import format_of
 from torchshm.data.blocks._recipes import Made
 
 _ALIGNED = 64  # bytes: where columns begin
+_OVERFULL = 1.25  # of the size that was asked for: a block of several values is not more
 _ROOMY = 0.75  # a block that fills less than that of its memory is moved to memory of its size
 
 
@@ -104,6 +105,8 @@ class Cutter:
                 self._kept = [found.slice(value, begin, min(begin + step, rows))]
                 self._flush_other()
             return
+        if self._kept_bytes + nbytes > _OVERFULL * self._target:
+            self._flush_other()
         self._kept.append(value)
         self._kept_bytes += nbytes
         if self._kept_bytes >= self._target:
@@ -115,6 +118,7 @@ class Cutter:
             return
         found = format_of(kept[0])
         value = found.concat(kept) if len(kept) > 1 else kept[0]
+        kept.clear()
         if found.rows(value):
             self._save(value, found.rows(value), found.nbytes(value))
 
@@ -122,18 +126,31 @@ class Cutter:
         self._end_block()
         self._flush_other()
 
-    def whole(self, values: Sequence[Any], rows: int) -> None:
-        """A block of its own, whatever its size."""
+    def whole(self, values: Iterable[Any], rows: int) -> None:
+        """A block of its own, whatever its size. Of what comes one by one none is kept: it may have the room that the block waits for."""
         self._target = 1 << 62
-        if (
-            len(values) > 1
-            and all(map(_plain, values))
-            and not all(_alike(values[0], value) for value in values)
-        ):
-            values = [format_of(values[0]).concat(values)]
-        for value in values:
-            self.add(value, rows)
+        done = 0
+        like: dict[str, Any] | None = None
+        coming = iter(values)
+        for value in coming:
+            if _plain(value):
+                if like is None:
+                    like = {name: array[:0].copy() for name, array in value.items()}
+                elif not _alike(like, value):
+                    value = self._with_others(value, coming)
+                    done = 0
+            self.add(value, rows - done)
+            done += format_of(value).rows(value)
         self.end()
+
+    def _with_others(self, value: dict[str, Any], coming: Iterator[Any]) -> Any:
+        """What there is, that value, and all that still come: rows of types that have to be made one."""
+        before = self._kept
+        if self._block is not None:
+            before = [{name: array[: self._filled].copy() for name, array in self._block.items()}]
+        self._block, self._filled = None, 0
+        self._kept, self._kept_bytes = [], 0
+        return format_of(value).concat([*before, value, *coming])
 
     def _save(self, value: Any, rows: int, nbytes: int) -> None:
         number = self._count

@@ -65,9 +65,7 @@ class Kitchen:
         cutter = Cutter(self._store, task.prefix, task.target, task.skip, tell, "spill" if cuts else "keep")
         if isinstance(recipe, Shuffled) and cuts:
             for begin, end in cuts:
-                cutter.whole(
-                    list(self._counted(self._shuffled(recipe, begin, end, piece), outcome)), end - begin
-                )
+                cutter.whole(self._counted(self._shuffled(recipe, begin, end, piece), outcome), end - begin)
             return
         values = self._counted(self._values(source, recipe, piece), outcome)
         expected = self._expected(recipe) if all(step.kind == "map_batches" for step in steps) else 0
@@ -76,8 +74,12 @@ class Kitchen:
             theirs = all(before.zero_copy or before.kind == "filter" for before in steps[:number])
             values = apply(step, values, first=theirs and not isinstance(recipe, (Shuffled, Merge)))
         if task.whole:
-            several = list(values)
-            cutter.whole(several, sum(format_of(value).rows(value) for value in several))
+            if steps:  # how many rows they leave is known when they are done
+                values = iter(several := list(values))
+                rows = sum(format_of(value).rows(value) for value in several)
+            else:
+                rows = self._expected(recipe)
+            cutter.whole(values, rows)
             return
         done = 0
         for value in values:

@@ -80,10 +80,41 @@ def test_a_large_row_group_comes_in_blocks_of_the_size_that_was_asked_for(tmp_pa
     assert table.nbytes > 10 * (256 << 10)
     assert all(128 << 10 < block.nbytes < 512 << 10 for block in found[:-1])
     assert pa.concat_tables(found).combine_chunks().equals(table.combine_chunks())
+    nested = blocks.read_parquet(tmp_path, columns=["nested.x"])
+    read = pa.concat_tables(little(nested, block_size="64KiB").iter_blocks())
+    assert read["nested"].combine_chunks().field("x").to_pylist() == [*range(rows)]
     only = pa.concat_tables(
         little(blocks.read_parquet(tmp_path, columns=["a.b"]), block_size="64KiB").iter_blocks()
     )
     assert only.equals(table.select(["a.b"]))
+
+
+@pytest.mark.parametrize("nullable", [False, True])
+def test_blocks_of_parquet_files_are_as_large_as_was_asked_for_whatever_they_take_there(tmp_path, nullable):
+    rows = 200_000
+    schema = pa.schema([pa.field("x", pa.float64(), nullable=nullable), pa.field("word", pa.string())])
+    words = pa.array(["a word of some length, the same in each row"] * rows)
+    pq.write_table(
+        pa.table([np.arange(rows, dtype=np.float64), words], schema=schema),
+        tmp_path / "a.parquet",
+        row_group_size=rows,
+    )
+    for columns in (None, ["x"], ["word"]):
+        dataset = little(blocks.read_parquet(tmp_path, columns=columns), block_size="256KiB")
+        sizes = [block.nbytes for block in dataset.iter_blocks()]
+        assert len(sizes) > 4
+        assert all(0.5 * (256 << 10) < size <= 1.3 * (256 << 10) for size in sizes[:-1])
+
+
+def test_row_groups_of_a_nested_column_are_several_tasks(tmp_path):
+    from torchshm.data.blocks._sources import ParquetSource
+
+    table = pa.table({"s": [{"a": n, "b": str(n)} for n in range(10_000)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1000)
+    for columns in (["s.a"], ["s"], None):
+        planned = ParquetSource([str(tmp_path / "a.parquet")], columns).plan(4 << 10)
+        assert len(planned) == 10
+        assert all(4 << 10 < planned.nbytes(task) < 64 << 10 for task in range(10))
 
 
 def test_netcdf_files_of_a_climate_model():

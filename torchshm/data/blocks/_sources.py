@@ -22,6 +22,8 @@ from torchshm.data.blocks._rows import stack
 
 _CONNECT = 10.0  # s for a store that a plan reads from
 _OFFSET = 4  # bytes of a row in a column of strings or lists, beside the values
+_SOME = 1024  # rows of a Parquet file that are looked at for their size
+_LARGE = 1.5  # blocks: what is more than that is read in pieces
 
 
 class Source(ABC):
@@ -175,12 +177,12 @@ class NetcdfSource(Source):
 
 @dataclass(frozen=True)
 class _RowGroups:
-    """Of one file, what a task reads; in pieces of so many rows where a row group alone is too large for a block."""
+    """Of one file, what a task reads; in pieces where that is much more than a block."""
 
     path: str
     groups: tuple[int, ...]
-    nbytes: int
-    rows: int | None = None
+    rows: int
+    nbytes: int  # about, in memory
 
 
 class ParquetSource(Source):
@@ -189,9 +191,13 @@ class ParquetSource(Source):
     label = "read_parquet"
 
     def __init__(
-        self, paths: Sequence[str], columns: Sequence[str] | None, tasks: Sequence[_RowGroups] = ()
+        self,
+        paths: Sequence[str],
+        columns: Sequence[str] | None,
+        target: int = 0,
+        tasks: Sequence[_RowGroups] = (),
     ) -> None:
-        self._paths, self._columns, self._tasks = list(paths), columns, list(tasks)
+        self._paths, self._columns, self._target, self._tasks = list(paths), columns, target, list(tasks)
         self._open: tuple[str, Any] | None = None
 
     def _file(self, path: str) -> Any:
@@ -200,8 +206,14 @@ class ParquetSource(Source):
 
         if self._open is None or self._open[0] != path:
             self._close()
-            # Mapped, its bytes are not copied before they are decoded.
-            self._open = path, pq.ParquetFile(path, memory_map=True)
+            try:
+                # Mapped, its bytes are not copied before they are decoded.
+                found = pq.ParquetFile(path, memory_map=True)
+            except FileNotFoundError:
+                raise
+            except OSError:  # a file system without maps
+                found = pq.ParquetFile(path)
+            self._open = path, found
         return self._open[1]
 
     def _close(self) -> None:
@@ -214,20 +226,18 @@ class ParquetSource(Source):
         for path in self._paths:
             file = self._file(path)
             groups: list[int] = []
-            size = 0
-            for group, (rows, found) in enumerate(_row_groups(file, self._columns)):
+            rows = size = 0
+            for group, (count, found) in enumerate(_row_groups(file, self._columns)):
                 if groups and size + found > target:
-                    tasks.append(_RowGroups(path, tuple(groups), size))
-                    groups, size = [], 0
-                if found > 1.5 * target and rows > 1:
-                    tasks.append(_RowGroups(path, (group,), found, max(1, rows * target // found)))
-                    continue
+                    tasks.append(_RowGroups(path, tuple(groups), rows, size))
+                    groups, rows, size = [], 0, 0
                 groups.append(group)
+                rows += count
                 size += found
             if groups:
-                tasks.append(_RowGroups(path, tuple(groups), size))
+                tasks.append(_RowGroups(path, tuple(groups), rows, size))
         self._close()
-        return ParquetSource(self._paths, self._columns, tasks)
+        return ParquetSource(self._paths, self._columns, target, tasks)
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -237,11 +247,25 @@ class ParquetSource(Source):
 
         what = self._tasks[task]
         file, groups = self._file(what.path), list(what.groups)
-        if what.rows is None:
+        per_row = self._per_row(file, what)
+        if what.rows * per_row <= _LARGE * self._target:
             yield file.read_row_groups(groups, columns=self._columns, use_threads=False)
             return
-        for batch in file.iter_batches(what.rows, groups, self._columns, use_threads=False):
+        rows = max(1, int(self._target / per_row))
+        for batch in file.iter_batches(rows, groups, self._columns, use_threads=False):
             yield pa.Table.from_batches([batch])
+
+    def _per_row(self, file: Any, what: _RowGroups) -> float:
+        """Bytes in memory: strings that are written once in the file, and many times in memory, are looked at."""
+        import pyarrow as pa
+
+        types = [field.type for field in file.schema_arrow]
+        if any(map(pa.types.is_dictionary, types)):
+            return 0.0  # each piece would have the whole dictionary
+        if not any(map(_has_no_width, types)):
+            return what.nbytes / max(what.rows, 1)
+        some = next(file.iter_batches(_SOME, list(what.groups), self._columns, use_threads=False), None)
+        return some.nbytes / some.num_rows if some is not None and some.num_rows else 0.0
 
     def nbytes(self, task: int) -> int | None:
         return self._tasks[task].nbytes
@@ -250,22 +274,32 @@ class ParquetSource(Source):
         return {**self.__dict__, "_open": None}
 
 
+def _has_no_width(kind: Any) -> bool:
+    try:
+        return not kind.bit_width
+    except ValueError:
+        return True
+
+
 def _row_groups(file: Any, columns: Sequence[str] | None) -> Iterator[tuple[int, int]]:
-    """Rows of each row group, and about how many bytes they are in memory: in the file, encoded, they may be far fewer."""
-    names = set(file.schema_arrow.names if columns is None else columns)
-    per_row = 0.0
-    others = []  # columns whose values have no fixed size
-    for field in file.schema_arrow:
-        if field.name in names:
-            try:
-                per_row += field.type.bit_width / 8
-            except ValueError:
-                others.append(field.name)
-                per_row += _OFFSET
-    paths = [file.schema.column(index).path for index in range(len(file.schema.names))]
-    encoded = [
-        index for index, path in enumerate(paths) if any(f"{path}.".startswith(f"{name}.") for name in others)
-    ]
+    """Rows of each row group, and about how many bytes they are in memory: numbers take all of theirs, whatever they take in the file."""
+    chosen = None if columns is None else set(columns)
+    fixed = {
+        field.name: field.type.bit_width / 8 for field in file.schema_arrow if not _has_no_width(field.type)
+    }
+    per_row, encoded = 0.0, []
+    for index in range(len(file.schema.names)):
+        path = file.schema.column(index).path
+        names = path.split(".")
+        if chosen is not None and not any(
+            ".".join(names[:depth]) in chosen for depth in range(1, len(names) + 1)
+        ):
+            continue
+        if path in fixed:
+            per_row += fixed[path]
+        else:
+            per_row += _OFFSET
+            encoded.append(index)
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
         values = sum(group.column(index).total_uncompressed_size for index in encoded)

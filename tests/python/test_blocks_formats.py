@@ -71,6 +71,13 @@ def test_masked_values_are_refused_where_a_column_would_lose_the_mask():
     assert values(plain.map_batches(lambda batch: {"x": np.ma.masked_less(batch["x"], -1)}), "x") == [
         *range(6)
     ]
+    structured = np.ma.masked_array(np.zeros(3, "i4,f8"), mask=[(0, 0), (0, 1), (0, 0)])
+    with pytest.raises(ValueError, match="masked array"):
+        blocks.from_arrays({"x": structured})
+    assert values(little(blocks.from_arrays({"x": np.ma.masked_array(structured.data)})), "x")[1]["f0"] == 0
+    inner = column([[masked[:2], masked[:2]], [masked[:2], masked[:2]]])
+    assert inner.dtype == object and np.ma.is_masked(inner[0][0])
+    assert column([(np.ma.masked, 1), (2, 3)]).dtype == object
     (row,) = values(little(blocks.from_iter([masked])))
     assert np.ma.is_masked(row) and row.mask[1]
 

@@ -80,7 +80,15 @@ def objects(values: Sequence[Any]) -> npt.NDArray[Any]:
 def is_masked(value: Any) -> bool:
     """Whether it is a masked array, and some of its values are."""
     ma = sys.modules.get("numpy.ma")  # nobody has one who has not imported them
-    return ma is not None and isinstance(value, ma.MaskedArray) and bool(ma.is_masked(value))
+    kind = getattr(ma, "MaskedArray", None)
+    if kind is None:
+        return False
+    if isinstance(value, (list, tuple)):
+        return any(map(is_masked, value))
+    if not isinstance(value, kind):
+        return False
+    mask = np.ma.getmaskarray(value)
+    return bool(np.ascontiguousarray(mask).view(np.bool_).any())  # one for each field, where it has some
 
 
 def unmasked(value: Any, what: str) -> npt.NDArray[Any]:

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -222,29 +223,64 @@ def test_a_mapped_file_that_becomes_shorter_is_an_error_and_no_sigbus(tmp_path):
 
 
 def test_a_failure_of_the_executor_itself_is_what_the_user_sees(monkeypatch):
-    from torchshm.data.blocks import _executor
+    from torchshm.data.blocks import _executor, _outlet
 
-    def fails(self):
+    def fails(self, *_):
         raise OSError("no descriptor is left")
 
     monkeypatch.setattr(_executor.Executor, "_look", fails)
+    monkeypatch.setattr(_outlet.Outlet, "fail", fails)  # it can't say so by the store
     with pytest.raises(OSError, match="no descriptor is left"):
         job(None).count()
 
 
 def test_files_may_be_looked_at_for_longer_than_ranks_wait_for_a_beginning(monkeypatch):
-    from torchshm.data.blocks import _run, _sources
+    from torchshm.data.blocks import _home, _run, _sources
 
     plan = _sources.ArraySource.plan
 
     def slow(self, target):
-        time.sleep(3)
+        time.sleep(10)
         return plan(self, target)
 
     monkeypatch.setattr(_sources.ArraySource, "plan", slow)
-    monkeypatch.setattr(_run, "_COMING", 1.0)
-    _, other = job(None, 1000).split(2)
-    assert sum(len(batch["i"]) for batch in other.iter_batches()) == 500
+    monkeypatch.setattr(_run, "_COMING", 5.0)
+    found, consumer = [], _run.Consumer(_home.home(None, 64 << 20).store.name, "slow.", 1, 0)
+
+    def rank():
+        try:
+            found.extend(end - begin for _, begin, end in consumer)
+        except Exception as error:
+            found.append(error)
+
+    other = threading.Thread(target=rank)
+    other.start()
+    run = job(None, 1000)._run(shards=2, prefix="slow.")
+    try:
+        other.join(60)
+        assert sum(found) == 500
+    finally:
+        run.close()
+
+
+def test_an_executor_that_does_not_begin_is_an_error(monkeypatch):
+    from torchshm.data.blocks import _run
+
+    monkeypatch.setattr(_run, "_START", 0.5)
+    monkeypatch.setattr(_run, "serve", lambda *_: time.sleep(60))
+    with pytest.raises(torchshm.TorchshmError, match=r"not begun.*spawn"):
+        job(None).count()
+    assert not children()
+
+
+def test_a_thread_that_can_not_be_started_at_the_end_is_no_error(monkeypatch):
+    def refuses(self):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Timer, "start", refuses)
+    assert job(None).count() == ROWS
+    (home,) = (each for each in _homes() if Path(each.directory).parent == Path(tempfile.gettempdir()))
+    assert home.store.info()["committed_bytes"] < 4 << 20
 
 
 def test_ranks_are_told_that_nobody_has_begun(monkeypatch):

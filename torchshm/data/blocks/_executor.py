@@ -66,6 +66,7 @@ def serve(job: Job, control: Any, owner: int, inherited: Any) -> None:
         return
     executor = None
     try:
+        control.send(("begun",))
         executor = Executor(job, control, watch)
         control.send(("ready", job.limit))
         executor.run()
@@ -205,6 +206,11 @@ class Executor:
         others = [hand.link for hand in self._hands if not hand.link.closed]
         return hire(number, Kitchen(self._store, self._recipes), [*others, self._control])
 
+    def _replace(self, hand: Hand) -> None:
+        """Another worker in place of one that has died."""
+        self._hands[hand.number] = self._hire(hand.number)
+        hand.close()
+
     def _choose(self, order: op.Order) -> Hand | None:
         """Of those that have nothing to do, the worker that made the largest part of what goes in; else of those that wait to go on with
         an earlier stage."""
@@ -340,8 +346,7 @@ class Executor:
         hand.process.join()
         code = hand.process.exitcode
         lost, hand.doing = [doing.order for doing in hand.doing], []
-        hand.close()
-        self._hands[hand.number] = self._hire(hand.number)
+        self._replace(hand)
         for order in lost:
             self._promised -= order.estimate
             self._forget_untold(order)
@@ -434,13 +439,12 @@ class Executor:
         while any(hand.working for hand in self._hands) and time.monotonic() < deadline and not self._stopped:
             with contextlib.suppress(Failure):  # of what nobody wants any more
                 self._wait(_LOOK)
-        for number, hand in enumerate(self._hands):
+        for hand in self._hands:
             if hand.doing:
                 hand.kill()
                 for doing in hand.doing:
                     self._forget_untold(doing.order)
-                hand.close()
-                self._hands[number] = self._hire(number)
+                self._replace(hand)
         self._promised = 0
         announced = {block.key for outlet in self._outlets for block in outlet.blocks()}
         for block in [each for each in self._live.values() if each.key not in announced]:

@@ -80,4 +80,9 @@ def hire(number: int, kitchen: Kitchen, inherited: Sequence[Any]) -> Hand:
     )
     process.start()
     there.close()
-    return Hand(number, process, here)
+    try:
+        return Hand(number, process, here)
+    except OSError:
+        process.kill()
+        process.join()
+        raise

@@ -63,7 +63,11 @@ class Home:
             if not self.shares and self.cooling is None:
                 self.cooling = threading.Timer(_WARM, self.cool)
                 self.cooling.daemon = True
-                self.cooling.start()
+                try:
+                    self.cooling.start()
+                except RuntimeError:  # the interpreter is about to end, and there will be no next one
+                    self.cooling = None
+                    self.store._core.trim(0)
 
     def cool(self) -> None:
         """Give back what was kept for a next execution, if there is none."""

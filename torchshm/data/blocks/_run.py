@@ -24,6 +24,7 @@ from torchshm.data.blocks._job import Job
 from torchshm.data.blocks._outlet import alive, announcement, begun, farewell
 from torchshm.errors import PoolFullError, StoreUnavailableError, TorchshmError
 
+_START = 60.0  # s for an executor to begin
 _CONNECT = 60.0  # s for the store
 _COMING = 600.0  # s for the process with the first shard to begin: it may have much else to do before
 _END = 5.0  # s for it to end
@@ -74,17 +75,29 @@ class Run:
         finally:
             config["daemon"] = daemon
         there.close()
-        assert self._process.pid is not None
-        self._death = os.pidfd_open(self._process.pid)
+        try:
+            assert self._process.pid is not None
+            self._death = os.pidfd_open(self._process.pid)
+        except OSError:
+            self._process.kill()
+            self._process.join()
+            raise
         self._finalize = weakref.finalize(
             self, _end, self._process, self._death, here, home, job.prefix, os.getpid()
         )
         multiprocessing.util.Finalize(self, self._finalize, exitpriority=20)
         try:
-            while not here.poll(_LOOK):  # it may have many files to look at
-                if self._process.exitcode is not None and not here.poll():
-                    raise EOFError
+            if not here.poll(_START):
+                raise TorchshmError(
+                    f"the executor of {job.store} has not begun within {_START:.0f} s. Where threads of this process held a lock as it "
+                    'was forked, start_method="spawn" helps'
+                )
             message = here.recv()
+            while message[0] == "begun":  # it may have many files to look at
+                if here.poll(_LOOK):
+                    message = here.recv()
+                elif self._process.exitcode is not None and not here.poll():
+                    raise EOFError
         except EOFError:
             self._process.join(_END)
             self.close()

@@ -13,6 +13,8 @@ import torchshm
 from torchshm import _C
 from torchshm._size import parse_limit
 
+pytestmark = pytest.mark.apart
+
 MIB = 1 << 20
 RESERVED = Path("/proc/sys/vm/nr_hugepages")
 NODES = Path("/sys/devices/system/node/online")

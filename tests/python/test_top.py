@@ -79,8 +79,9 @@ class Screen:
     def __init__(self):
         self.name = f"torchshm-{uuid.uuid4().hex[:8]}"
         # What readline or a test before has put there would go before the terminal's own size.
-        shell = ("env", "-u", "COLUMNS", "-u", "LINES", "sh")
+        shell = ("env", "-u", "COLUMNS", "-u", "LINES", "PS1=ready> ", "sh")
         self.tmux("-f", os.devnull, "new-session", "-d", "-x", "110", "-y", "60", *shell)
+        self.shows("ready>")  # what is typed before stands in other places
 
     def tmux(self, *arguments):
         done = subprocess.run(

@@ -446,13 +446,13 @@ TEST(Pages, OfAPinnedHugePageMayStayAndThatIsSeen) {
   ASSERT_TRUE(os::punch(at, kHuge).ok());
   EXPECT_TRUE(os::absent(at, kSize));
   at[0] = std::byte{1};
-  if (::madvise(at, kHuge, kCollapse) != 0) GTEST_SKIP() << "no huge pages for memory files";
+  const bool huge = ::madvise(at, kHuge, kCollapse) == 0;
   int ends[2];
   ASSERT_EQ(::pipe(ends), 0);
   iovec page{at, 4096};
   ASSERT_EQ(::vmsplice(ends[1], &page, 1, 0), 4096);  // holds it
   ASSERT_TRUE(os::punch(at + kHuge / 2, kHuge / 2).ok());
-  EXPECT_FALSE(os::absent(at + kHuge / 2, kHuge / 2));
+  EXPECT_EQ(os::absent(at + kHuge / 2, kHuge / 2), !huge);  // small pages go one by one
   ::close(ends[0]);
   ::close(ends[1]);
   ASSERT_TRUE(os::punch(at + kHuge / 2, kHuge / 2).ok());

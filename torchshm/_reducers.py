@@ -48,6 +48,11 @@ def _reduce_masked(array: Any) -> Any:
     return _rebuild_masked, (type(array), data, mask, array._fill_value)
 
 
+def masked_type() -> Any:
+    """numpy.ma.MaskedArray; None where nobody has imported it, which takes longer than most values do, and so nobody has one."""
+    return getattr(sys.modules.get("numpy.ma"), "MaskedArray", None)
+
+
 def reducers() -> dict[type, Any]:
     """Types and the functions that reduce them; exact types only, as ForkingPickler looks them up."""
     return {

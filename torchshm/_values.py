@@ -393,8 +393,7 @@ def _merge(pieces: list[_Piece]) -> list[tuple[int, int, list[_Piece]]]:
 class _Pickler(pickle.Pickler):
     def __init__(self, file: Any, writer: _Writer, buffers: list[int], reducers: dict[type, Any]) -> None:
         super().__init__(file, 5, buffer_callback=functools.partial(_out_of_band, writer, buffers))
-        # Nobody has a masked array who has not imported them, which takes longer than most values do.
-        masked = getattr(sys.modules.get("numpy.ma"), "MaskedArray", None)
+        masked = _reducers.masked_type()
         ours = {} if masked is None else {masked: _reducers._reduce_masked}
         self.dispatch_table = copyreg.dispatch_table | ours | reducers
         self._writer = writer

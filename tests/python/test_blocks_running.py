@@ -107,10 +107,7 @@ def test_memory_stays_warm_for_the_next_run_and_then_goes_back(spill, monkeypatc
         assert job(spill, 100_000, block_size="1MiB").count() == 100_000
     (home,) = (each for each in _homes() if Path(each.directory).parent == spill)
     assert home.store.info()["committed_bytes"] > 4 << 20
-    deadline = time.monotonic() + 30
-    while home.store.info()["committed_bytes"] >= 4 << 20:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: home.store.info()["committed_bytes"] < 4 << 20)
     assert not home.store.keys()
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from torchshm._reducers import masked_type
+
 _SAMPLE = 64
 """Values that are looked at for the size of all."""
 _DEEP = 3  # lists in lists, for their size
@@ -79,8 +81,7 @@ def objects(values: Sequence[Any]) -> npt.NDArray[Any]:
 
 def is_masked(value: Any) -> bool:
     """Whether it is a masked array, and some of its values are."""
-    ma = sys.modules.get("numpy.ma")  # nobody has one who has not imported them
-    kind = getattr(ma, "MaskedArray", None)
+    kind = masked_type()
     if kind is None:
         return False
     if isinstance(value, (list, tuple)):

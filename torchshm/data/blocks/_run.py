@@ -255,9 +255,10 @@ class Consumer:
                 if time.monotonic() > late:
                     self._check_kept(store)
                     late += _KEEPING
-        if self._owned() and (error := self._run.failure()) is not None:  # type: ignore[union-attr]
+        mine = self._mine()
+        if mine is not None and (error := mine.failure()) is not None:
             raise error
-        if not self._begun and not self._owned():
+        if mine is None and not self._begun:
             raise TorchshmError(
                 f"nobody has begun to execute the plan ({self._name}) within {_COMING:.0f} s: the process with the first shard "
                 "has to iterate too"
@@ -268,9 +269,9 @@ class Consumer:
             + "; iterate again to begin anew"
         )
 
-    def _owned(self) -> bool:
-        """Whether the executor is a child of this process."""
-        return self._run is not None and self._run.owner == os.getpid()
+    def _mine(self) -> Run | None:
+        """The run, where its executor is a child of this process."""
+        return self._run if self._run is not None and self._run.owner == os.getpid() else None
 
     @staticmethod
     def _check_kept(store: Store, more: int = 0) -> None:
@@ -287,8 +288,9 @@ class Consumer:
             )
 
     def _alive(self) -> bool:
-        if self._owned():
-            return self._run.exitcode is None  # type: ignore[union-attr]
+        mine = self._mine()
+        if mine is not None:
+            return mine.exitcode is None
         store = self._store
         assert store is not None
         if not self._begun:
@@ -302,5 +304,6 @@ class Consumer:
         return False
 
     def _how(self) -> str:
-        code = self._run.exitcode if self._run is not None and self._owned() else None
+        mine = self._mine()
+        code = None if mine is None else mine.exitcode
         return "" if code is None else f", exit code {code}"

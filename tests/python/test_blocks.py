@@ -107,7 +107,7 @@ def test_blocks_of_parquet_files_are_as_large_as_was_asked_for_whatever_they_tak
 
 
 def test_row_groups_of_a_nested_column_are_several_tasks(tmp_path):
-    from torchshm.data.blocks._sources import ParquetSource
+    from torchshm.data.blocks._parquet import ParquetSource
 
     table = pa.table({"s": [{"a": n, "b": str(n)} for n in range(10_000)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=1000)

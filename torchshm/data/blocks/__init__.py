@@ -21,6 +21,7 @@ import numpy.typing as npt
 from torchshm._store import Store
 from torchshm.data.blocks import _sources
 from torchshm.data.blocks._dataset import Dataset
+from torchshm.data.blocks._parquet import ParquetSource
 from torchshm.data.blocks._rows import unmasked
 
 __all__ = [
@@ -154,7 +155,7 @@ def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None) -> Datas
     columns : sequence of str, optional
         Default: all.
     """
-    return Dataset._of(_sources.ParquetSource(_sources.expand(paths, ".parquet"), columns))
+    return Dataset._of(ParquetSource(_sources.expand(paths, ".parquet"), columns))
 
 
 def read_zarr(path: str | os.PathLike[str], *, columns: Sequence[str] | None = None) -> Dataset:

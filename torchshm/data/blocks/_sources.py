@@ -8,7 +8,6 @@ import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,6 @@ from torchshm.data.blocks._home import client
 from torchshm.data.blocks._rows import stack
 
 _CONNECT = 10.0  # s for a store that a plan reads from
-_OFFSET = 4  # bytes of a row in a column of strings or lists, beside the values
-_SOME = 1024  # rows of a Parquet file that are looked at for their size
-_LARGE = 1.5  # blocks: what is more than that is read in pieces
 
 
 class Source(ABC):
@@ -56,6 +52,33 @@ class Source(ABC):
 def only_once(source: Source) -> str:
     """What is said to who wants its rows a second time."""
     return f"the rows of {source.label} can be had only once: {source.again}"
+
+
+class OpenFile:
+    """The file that was opened last: it stays open until another one is, since a file's tasks mostly come one after the other.
+
+    A copy that is pickled for a worker has none.
+    """
+
+    def __init__(self) -> None:
+        self._path: str | None = None
+        self._file: Any = None
+
+    def get(self, path: str, open_it: Callable[[str], Any]) -> Any:
+        """The file of that path."""
+        if path != self._path:
+            self.close()
+            self._file = open_it(path)
+            self._path = path
+        return self._file
+
+    def close(self) -> None:
+        if self._path is not None:
+            self._file.close()
+            self._path = self._file = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenFile, ()
 
 
 class ArraySource(Source):
@@ -126,17 +149,16 @@ class NetcdfSource(Source):
     ) -> None:
         self._paths, self._dim, self._columns, self._options = list(paths), dim, columns, dict(options)
         self._tasks = list(tasks)
-        self._open: tuple[str, Any] | None = None
+        self._open = OpenFile()
 
     def _dataset(self, path: str) -> Any:
+        return self._open.get(path, self._opened)
+
+    def _opened(self, path: str) -> Any:
         import xarray as xr
 
-        if self._open is None or self._open[0] != path:
-            if self._open is not None:
-                self._open[1].close()
-            found = xr.open_dataset(path, **self._options)
-            self._open = path, found if self._columns is None else found[list(self._columns)]
-        return self._open[1]
+        found = xr.open_dataset(path, **self._options)
+        return found if self._columns is None else found[list(self._columns)]
 
     def plan(self, target: int) -> Source:
         tasks = []
@@ -154,9 +176,7 @@ class NetcdfSource(Source):
                 (path, dim, begin, min(begin + step, rows), per_row * (min(begin + step, rows) - begin))
                 for begin in range(0, rows, step)
             ]
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
+        self._open.close()
         return NetcdfSource(self._paths, self._dim, self._columns, self._options, tasks)
 
     def __len__(self) -> int:
@@ -170,140 +190,6 @@ class NetcdfSource(Source):
 
     def nbytes(self, task: int) -> int | None:
         return self._tasks[task][4]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None}
-
-
-@dataclass(frozen=True)
-class _RowGroups:
-    """Of one file, what a task reads; in pieces where that is much more than a block."""
-
-    path: str
-    groups: tuple[int, ...]
-    rows: int
-    nbytes: int  # about, in memory
-
-
-class ParquetSource(Source):
-    """Row groups of Parquet files, as Arrow tables."""
-
-    label = "read_parquet"
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        columns: Sequence[str] | None,
-        target: int = 0,
-        tasks: Sequence[_RowGroups] = (),
-    ) -> None:
-        self._paths, self._columns, self._target, self._tasks = list(paths), columns, target, list(tasks)
-        self._open: tuple[str, Any] | None = None
-
-    def _file(self, path: str) -> Any:
-        """The file, which stays open until another one is read: its row groups mostly come one after the other."""
-        import pyarrow.parquet as pq
-
-        if self._open is None or self._open[0] != path:
-            self._close()
-            try:
-                # Mapped, its bytes are not copied before they are decoded.
-                found = pq.ParquetFile(path, memory_map=True)
-            except FileNotFoundError:
-                raise
-            except OSError:  # a file system without maps
-                found = pq.ParquetFile(path)
-            self._open = path, found
-        return self._open[1]
-
-    def _close(self) -> None:
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
-
-    def plan(self, target: int) -> Source:
-        tasks: list[_RowGroups] = []
-        for path in self._paths:
-            file = self._file(path)
-            groups: list[int] = []
-            rows = size = 0
-            for group, (count, found) in enumerate(_row_groups(file, self._columns)):
-                if groups and size + found > target:
-                    tasks.append(_RowGroups(path, tuple(groups), rows, size))
-                    groups, rows, size = [], 0, 0
-                groups.append(group)
-                rows += count
-                size += found
-            if groups:
-                tasks.append(_RowGroups(path, tuple(groups), rows, size))
-        self._close()
-        return ParquetSource(self._paths, self._columns, target, tasks)
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def read(self, task: int) -> Iterator[Any]:
-        import pyarrow as pa
-
-        what = self._tasks[task]
-        file, groups = self._file(what.path), list(what.groups)
-        per_row = self._per_row(file, what)
-        if what.rows * per_row <= _LARGE * self._target:
-            yield file.read_row_groups(groups, columns=self._columns, use_threads=False)
-            return
-        rows = max(1, int(self._target / per_row))
-        for batch in file.iter_batches(rows, groups, self._columns, use_threads=False):
-            yield pa.Table.from_batches([batch])
-
-    def _per_row(self, file: Any, what: _RowGroups) -> float:
-        """Bytes in memory: strings that are written once in the file, and many times in memory, are looked at."""
-        import pyarrow as pa
-
-        types = [field.type for field in file.schema_arrow]
-        if any(map(pa.types.is_dictionary, types)):
-            return 0.0  # each piece would have the whole dictionary
-        if not any(map(_has_no_width, types)):
-            return what.nbytes / max(what.rows, 1)
-        some = next(file.iter_batches(_SOME, list(what.groups), self._columns, use_threads=False), None)
-        return some.nbytes / some.num_rows if some is not None and some.num_rows else 0.0
-
-    def nbytes(self, task: int) -> int | None:
-        return self._tasks[task].nbytes
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None}
-
-
-def _has_no_width(kind: Any) -> bool:
-    try:
-        return not kind.bit_width
-    except ValueError:
-        return True
-
-
-def _row_groups(file: Any, columns: Sequence[str] | None) -> Iterator[tuple[int, int]]:
-    """Rows of each row group, and about how many bytes they are in memory: numbers take all of theirs, whatever they take in the file."""
-    chosen = None if columns is None else set(columns)
-    fixed = {
-        field.name: field.type.bit_width / 8 for field in file.schema_arrow if not _has_no_width(field.type)
-    }
-    per_row, encoded = 0.0, []
-    for index in range(len(file.schema.names)):
-        path = file.schema.column(index).path
-        names = path.split(".")
-        if chosen is not None and not any(
-            ".".join(names[:depth]) in chosen for depth in range(1, len(names) + 1)
-        ):
-            continue
-        if path in fixed:
-            per_row += fixed[path]
-        else:
-            per_row += _OFFSET
-            encoded.append(index)
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        values = sum(group.column(index).total_uncompressed_size for index in encoded)
-        yield group.num_rows, int(group.num_rows * per_row) + values
 
 
 class ZarrSource(Source):

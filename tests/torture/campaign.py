@@ -1,8 +1,9 @@
 """Every long test, one after the other, and what they found: ``make torture``.
 
 Each campaign is a program of its own that leaves ``build/torture/<name>*.json``:
-``{"name", "seed", "full", "seconds", "figures": {label: number or text}, "violations": [text]}``. From these files, and nothing else,
-this program writes ``tests/torture/RESULTS.md``.
+``{"name", "seed", "full", "seconds", "figures": {label: number or text}, "violations": [text]}``. Those of the full forms are kept in
+``tests/torture/results``, each with the commit and the machine that it is of, until the campaign is run again. From these files, and
+nothing else, this program writes ``tests/torture/RESULTS.md``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build/torture"
+KEPT = ROOT / "tests/torture/results"
 RESULTS = ROOT / "tests/torture/RESULTS.md"
 DEV = ROOT / "build/dev"
 PYTHON = sys.executable
@@ -305,9 +307,33 @@ def read(path: Path) -> Result:
 
 def results(campaign: Campaign, full: bool) -> list[Result]:
     """Results of one campaign, of the form that was asked for."""
-    paths = [OUT / f"{campaign.name}.json", *sorted(OUT.glob(f"{campaign.name}-*.json"))]
+    folder = KEPT if full else OUT
+    paths = [folder / f"{campaign.name}.json", *sorted(folder.glob(f"{campaign.name}-*.json"))]
     found = [read(path) for path in paths if path.exists()]
     return [result for result in found if bool(result["full"]) == full and result["name"] == campaign.name]
+
+
+def keep(campaign: Campaign, paths: list[Path]) -> None:
+    """Put new results of a full form in the place of those that the campaign had."""
+    old = [path for path in KEPT.glob(f"{campaign.name}*.json") if read(path)["name"] == campaign.name]
+    for path in old:
+        path.unlink()
+    KEPT.mkdir(exist_ok=True)
+    of = {"commit": commit(), "machine": machine(), "compilers": compilers()}
+    for path in paths:
+        (KEPT / path.name).write_text(json.dumps({**read(path), **of}, indent=1) + "\n")
+
+
+def commit() -> str:
+    """What the tree is of; with a plus sign where it is not just that."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--exclude", "*", "--dirty=+"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"
 
 
 def combined(values: list[Any], label: str) -> str:
@@ -376,21 +402,24 @@ def report(full: bool, errors: dict[str, list[str]]) -> str:
     lines = [
         "# What the long tests found",
         "",
-        "Written by `make torture` (`tests/torture/campaign.py`) from the results of the programs; nothing here is typed.",
+        "Written by `make torture` (`tests/torture/campaign.py`) from the results of the programs, which lie in `results`; nothing here is "
+        "typed. Each is of the commit that its row names.",
         "",
-        f"Machine: {machine()}. Compilers: {compilers()}. Python {platform.python_version()}.",
-        "",
-        "| campaign | what it shows | runs | seeds | duration | violations |",
-        "|---|---|---:|---|---:|---:|",
+        "| campaign | what it shows | runs | seeds | duration | violations | commit |",
+        "|---|---|---:|---|---:|---:|---|",
     ]
     found = {campaign.name: results(campaign, full) for campaign in CAMPAIGNS}
+    every = [run for runs in found.values() for run in runs]
+    machines = dict.fromkeys(f"{run['machine']}. {run['compilers']}." for run in every if "machine" in run)
+    lines[4:4] = [line for each in machines for line in (each, "")]
     for campaign in CAMPAIGNS:
         if not (runs := found[campaign.name]):
             continue
         seeds = ", ".join(str(run["seed"]) for run in runs if run["seed"] is not None) or "none"
         lines.append(
             f"| {campaign.name} | {campaign.proves} | {len(runs)} | {seeds} | "
-            f"{duration(sum(run['seconds'] for run in runs))} | {sum(len(run['violations']) for run in runs)} |"
+            f"{duration(sum(run['seconds'] for run in runs))} | {sum(len(run['violations']) for run in runs)} | "
+            f"{', '.join(dict.fromkeys(run.get('commit', '') for run in runs))} |"
         )
     for campaign in CAMPAIGNS:
         if not (runs := found[campaign.name]):
@@ -448,6 +477,7 @@ def run_all(
         if wrong := [built[preset] for preset in campaign.needs if built[preset]]:
             errors[campaign.name] = wrong
             continue
+        paths = []
         for path, command in commands(campaign, full, minutes, seed):
             say(f"{campaign.name}: {campaign.proves}")
             began = time.monotonic()
@@ -458,6 +488,10 @@ def run_all(
             )
             if wrong:
                 errors.setdefault(campaign.name, []).extend(wrong)
+            else:
+                paths.append(path)
+        if full and paths:
+            keep(campaign, paths)
     return errors
 
 

@@ -27,6 +27,7 @@ def run(tmp_path, monkeypatch):
     program.write_text(PROGRAM)
     monkeypatch.setattr(campaign, "OUT", tmp_path)
     monkeypatch.setattr(campaign, "ROOT", tmp_path)
+    monkeypatch.setattr(campaign, "KEPT", tmp_path / "results")
 
     def run(*chosen, full=True):
         monkeypatch.setattr(campaign, "CAMPAIGNS", list(chosen))
@@ -44,7 +45,7 @@ def run(tmp_path, monkeypatch):
 def test_figures_of_several_runs_are_summed_up(run):
     page, errors, well = run(run.entry("soak", budget=True, seeds=3))
     assert not errors and well
-    assert "| soak | what soak shows | 3 | 5, 6, 7 | 60 s | 0 |" in page
+    assert "| soak | what soak shows | 3 | 5, 6, 7 | 60 s | 0 | unknown |" in page
     assert "| kills | 3,000 |" in page
     assert "| longest ms | 7 |" in page
     assert "Not run" not in page
@@ -53,9 +54,9 @@ def test_figures_of_several_runs_are_summed_up(run):
 def test_what_one_finds_does_not_keep_the_next_from_running(run):
     page, errors, well = run(run.entry("points", "--bad"), run.entry("step"))
     assert not errors and not well
-    assert "| points | what points shows | 1 | none | 2 s | 1 |" in page
+    assert "| points | what points shows | 1 | none | 2 s | 1 | unknown |" in page
     assert "Violation: block 7 is gone" in page
-    assert "| step | what step shows | 1 | none | 2 s | 0 |" in page
+    assert "| step | what step shows | 1 | none | 2 s | 0 | unknown |" in page
 
 
 def test_program_that_is_missing_is_an_error(run, tmp_path):
@@ -79,3 +80,22 @@ def test_short_results_are_no_full_ones(run, tmp_path):
     assert json.loads((tmp_path / "step.json").read_text())["full"] is False
     assert campaign.results(run.entry("step"), full=True) == []
     assert "| step |" not in campaign.report(True, {})
+
+
+def test_results_stay_until_their_campaign_runs_again(run, tmp_path):
+    run(run.entry("soak", budget=True, seeds=3), run.entry("soak_python"))
+    (tmp_path / "soak-full-5.json").unlink()  # build/ may go
+    page, _, _ = run(run.entry("soak", budget=True, seeds=1), run.entry("step"))
+    assert "| soak | what soak shows | 1 | 5 | 60 s | 0 | unknown |" in page
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {
+        "soak-full.json",
+        "soak_python-full.json",
+        "step-full.json",
+    }
+
+
+def test_a_run_that_gives_nothing_takes_nothing_away(run, tmp_path):
+    run(run.entry("step"))
+    dead = campaign.Campaign("step", "nothing", None, [sys.executable, "-c", "import sys; sys.exit('gone')"])
+    page, errors, _ = run(dead)
+    assert "step" in errors and "| step | nothing | 1 |" in page

@@ -1,6 +1,7 @@
 #include "pool/space.h"
 
 #include <algorithm>
+#include <cerrno>
 
 #include "base/failpoint.h"
 #include "os/mapping.h"
@@ -273,19 +274,28 @@ void Space::give_up_pages(uint32_t first, std::vector<Taken>& taken, const std::
 }
 
 // What the last chunk has beyond the block is of use to nobody as long as the block lives: where memory is scarce it goes back.
-void Space::give_up_surplus(uint32_t chunk, uint32_t need, const Taken& taken) {
+void Space::give_up_surplus(uint32_t chunk, uint32_t need, Taken* taken) {
   // A disk's pages are not memory; and what is to stay warm as a whole is not cut.
-  if (taken.word.committed < need + kSurplus || arena_.on_disk()) return;
+  if (taken->word.committed < need + kSurplus || arena_.on_disk()) return;
   const uint64_t limit = this->limit();
   if (arena_.header().warm.load(std::memory_order_relaxed) >= arena_.header().limit.load(std::memory_order_relaxed))
     return;
   const uint64_t enough = limit - limit / kScarce, there = committed();
   if (there <= enough || there - std::min(there, idle()) <= enough) return;
-  if (!punch(chunk, need * kPage)) return;  // the word still counts what may be there
+  (void)cut(chunk, need, taken);
+}
+
+// REQUIRES: the chunk is this lease's, of a claim under way.
+bool Space::cut(uint32_t chunk, uint32_t need, Taken* taken) {
+  if (taken->word.committed <= need || backing() == os::Backing::kReserved) return false;
+  if (!punch(chunk, need * kPage)) return false;  // the word still counts what may be there
   TORCHSHM_POINT("claim.surplus_given_up");
-  ChunkValue next = taken.word;
+  ChunkValue next = taken->word;
   next.committed = need;
-  (void)replace(chunk, taken.word, next);
+  if (!replace(chunk, taken->word, next)) return false;
+  taken->word = next;
+  taken->had = std::min(taken->had, need);
+  return true;
 }
 
 // The page tables of all members lose what one of them gives back.
@@ -324,8 +334,10 @@ void Space::map_pages(uint32_t first, const std::vector<uint32_t>& need) {
 
 Result<uint32_t> Space::claim_run(uint64_t bytes) {
   const uint64_t pages = (bytes + kPage - 1) / kPage;
-  if (bytes == 0 || pages > arena_.pages()) return full("larger than the address space that the pool was made with");
-  if (bytes > arena_.header().limit.load(std::memory_order_relaxed)) return full("larger than the pool's limit");
+  if (bytes == 0 || pages > arena_.pages())
+    return Status(Code::kFull, "larger than the address space that the pool was made with", EFBIG);
+  if (const uint64_t set = arena_.header().limit.load(std::memory_order_relaxed); bytes > set)
+    return Status(Code::kFull, "larger than the pool's limit of " + std::to_string(set) + " bytes", EFBIG);
   const auto n = static_cast<uint32_t>((pages + kPagesPerChunk - 1) / kPagesPerChunk);
   std::vector<Taken>& taken = taken_;
   std::vector<uint32_t>& need = need_;
@@ -345,10 +357,12 @@ Result<uint32_t> Space::claim_run(uint64_t bytes) {
     if (Status reserved = arena_.reserve_chunks(*head + n); !reserved) return reserved;
     const auto [held, generation] = take_run(*head, need, taken);
     Status backed = held == n ? within_limit() : Status();
+    // Where all that is warm is in the run, what its last chunk has too much may be what is missing: tables have grown since.
+    if (!backed && cut(*head + n - 1, need.back(), &taken.back())) backed = within_limit();
     const bool allowed = held == n && backed;
     if (allowed) backed = back_with_pages(*head, taken, need);
     if (held == n && backed) {
-      give_up_surplus(*head + n - 1, need.back(), taken.back());
+      give_up_surplus(*head + n - 1, need.back(), &taken.back());
       map_pages(*head, need);
       recent_.erase(std::remove(recent_.begin(), recent_.end(), *head), recent_.end());
       if (recent_.size() == kRecent) recent_.erase(recent_.begin());

@@ -85,7 +85,8 @@ class Space {
   Status back_with_pages(uint32_t first, const std::vector<Taken>& taken, const std::vector<uint32_t>& need);
   Status check_headroom(uint64_t bytes);
   void give_up_pages(uint32_t first, std::vector<Taken>& taken, const std::vector<uint32_t>& need);
-  void give_up_surplus(uint32_t chunk, uint32_t need, const Taken& taken);
+  bool cut(uint32_t chunk, uint32_t need, Taken* taken);
+  void give_up_surplus(uint32_t chunk, uint32_t need, Taken* taken);
   void map_pages(uint32_t first, const std::vector<uint32_t>& need);
   bool replace(uint32_t chunk, ChunkValue expected, ChunkValue desired);
 

@@ -117,6 +117,17 @@ TEST_F(SpaceTest, WhatAChunkHasBeyondItsBlockGoesBackWhereMemoryIsScarce) {
   EXPECT_EQ(a.space.committed(), 2 * kMib);
 }
 
+TEST_F(SpaceTest, WhereTheLimitHasSunkAWarmRunGivesUpWhatItHasTooMuch) {
+  const uint32_t warm = a.run(4 * kMib);
+  a.ledger.drop(warm);
+  arena.header().limit.store(3 * kMib + kMib / 2);  // as tables that grow make it
+  EXPECT_EQ(a.run(3 * kMib), warm);
+  EXPECT_EQ(a.space.committed(), 3 * kMib);
+  EXPECT_EQ(resident(warm + kPagesPerChunk), kPagesPerChunk / 2);
+  a.ledger.drop(warm);
+  EXPECT_EQ(a.run(3 * kMib), warm);
+}
+
 TEST_F(SpaceTest, WhatTheSystemDoesNotTakeBackOfAHugePageStaysCounted) {
   const uint32_t block = a.run(2 * kMib);  // a huge page, where there are some
   int ends[2];

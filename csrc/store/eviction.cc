@@ -1,6 +1,7 @@
 #include "store/eviction.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <deque>
 #include <thread>
@@ -132,9 +133,16 @@ size_t Eviction::fit(List& list, uint64_t bytes) {
   return static_cast<size_t>(after - begin) + (oldest_too && after != list.units.end() ? 1 : 0);
 }
 
+// Where one is too large for a disk that is nearly full, or for a limit of files, smaller ones may not be: half as large at most, so that few
+// are tried in vain.
+void Eviction::Writable::failed(const Status& status, uint64_t bytes) {
+  const bool large = status.error() == ENOSPC || status.error() == EDQUOT || status.error() == EFBIG;
+  most_ = large ? std::min(most_, bytes / 2) : 0;
+}
+
 uint64_t Eviction::take(List& list, uint64_t bytes) {
   uint64_t freed = 0;
-  bool may_write = true;
+  Writable writable;  // for now
   if (stale(list)) list.next = list.units.size();
   size_t together = list.next + fit(list, bytes);  // until there
   for (int attempt = 0; attempt < kBusyTries; ++attempt) {
@@ -143,14 +151,14 @@ uint64_t Eviction::take(List& list, uint64_t bytes) {
       for (const Name& name : list.units[list.next].names) {
         // Loaded since the list was made: it is not next any more.
         if (attempt == 0 && catalogue_.use_of(name.cell).used.load(std::memory_order_relaxed) != name.used) continue;
-        auto given = spill_.out(name.cell, name.life, may_write ? How::kWrite : How::kFree);
+        auto given = spill_.out(name.cell, name.life, writable(name.bytes) ? How::kWrite : How::kFree);
         if (given) {
           freed += *given;
           list.good_for -= std::min(list.good_for, *given);
         } else if (given.code() == Code::kBusy) {
           busy = true;
         } else {
-          may_write = false;  // for now: others may have their files
+          writable.failed(given.status(), name.bytes);  // others may have their files
         }
       }
     }
@@ -187,15 +195,17 @@ uint64_t Eviction::write_ahead() {
   if (clock == nothing_at_ && now - nothing_since_ < kLookAnyway) return 0;
   const pool::Member::Restraint restraint;
   uint64_t ready = 0, written = 0;
+  Writable writable;
   for (const Unit& unit : gather()) {
     if (ready >= usage.limit / kAhead) break;
     for (const Name& name : unit.names) {
       ready += name.bytes;
       const StandingValue known = catalogue_.standing(name.cell);
-      if (known.life != name.life || known.file != 0) continue;
+      if (known.life != name.life || known.file != 0 || !writable(name.bytes)) continue;
       auto copied = spill_.out(name.cell, name.life, How::kCopy);
       if (copied) written += *copied;
-      if (!copied && copied.code() != Code::kBusy) return written;
+      if (!copied && copied.code() != Code::kBusy) writable.failed(copied.status(), name.bytes);
+      if (writable.none()) return written;
     }
   }
   if (written == 0) {

@@ -40,6 +40,16 @@ class Eviction {
     uint64_t good_for = 0;  // bytes; then the order is looked at again
     uint64_t policies = 0;  // Header::policies at that time
   };
+  // Which values may have files written, after some could not be.
+  class Writable {
+   public:
+    bool operator()(uint64_t bytes) const { return bytes <= most_; }
+    bool none() const { return most_ == 0; }
+    void failed(const Status& status, uint64_t bytes);
+
+   private:
+    uint64_t most_ = ~uint64_t{0};
+  };
   bool stale(const List& list) const;
   // Best ones first.
   std::vector<Unit> gather() const;

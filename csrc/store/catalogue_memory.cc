@@ -17,13 +17,14 @@ using pool::Mode;
 bool Catalogue::set_policy(std::string_view name, Policy policy) {
   const Key key(name);
   while (const auto found = look(key)) {
-    const Place& place = found->place;
+    Place place = found->place;
+    touch();
     if (!change_standing(place.value.cell, place.value.life, [&](StandingValue& value) { value.policy = policy; }))
       continue;  // replaced, or brought back
     TORCHSHM_POINT("policy.changed");
-    // Its successor may have been made before that. While it still stands, it looks itself: see succeed().
-    const SlotValue now = SlotValue::of(slot(place.index).value.load());
-    if (now.state != SlotState::kNamed || now.cell != place.value.cell || now.life != place.value.life) continue;
+    // Who has read the policy from before that must not remove the value by it any more: see replace(). Where its successor was made
+    // before that, it is looked for again; where it is made after, its maker looks: see succeed().
+    if (!change_slot(place, SlotState::kNamed, place.value.cell, place.value.life)) continue;
     header().policies.fetch_add(1, std::memory_order_relaxed);
     return true;
   }
@@ -118,6 +119,12 @@ int Catalogue::directory_fd() const { return spill_->directory_fd(); }
 void Catalogue::leave_directory() { spill_->leave(); }
 
 uint64_t Catalogue::make_room(uint64_t bytes) { return eviction_->make_room(bytes); }
+
+std::string Catalogue::advice() const {
+  const bool spills = header().spilling.load(std::memory_order_acquire) != 0;
+  return std::string("remove names, or start the store with a larger limit=") +
+         (spills || backing_ ? "" : ", or with spill=");
+}
 uint64_t Catalogue::write_ahead() { return eviction_->write_ahead(); }
 uint32_t Catalogue::sweep_files() { return spill_->sweep(); }
 uint32_t Catalogue::sweep_discarded(bool all) { return spill_->sweep_discarded(all); }

@@ -13,19 +13,28 @@ namespace torchshm::store {
 using pool::Mode;
 
 // Marks the cell first, so that it is known whose work it is when this process dies between the exchange and the release. Marks are taken
-// over from anyone: whoever finds that the slot has let go of the cell, by its own exchange or another's, lets the cell go.
-bool Catalogue::replace(const Found& found, const SlotValue* successor) {
+// over from anyone: whoever finds that the slot has let go of the cell, by its own exchange or another's, lets the cell go. A policy that
+// changes moves the slot's sequence afterwards: what was read before it then fails, and is read again.
+bool Catalogue::replace(const Found& found, const SlotValue* successor, std::optional<Policy> only) {
   Place place = found.place;
   const uint32_t cell = place.value.cell, life = place.value.life;
   const uint64_t me = member_.identity();
   touch();
+  CellValue marked, before;  // by this one, and what it was before that
   for (;;) {
-    CellValue marked = cell_value(cell);
+    CellValue now = cell_value(cell);
     do {
-      if (marked.life != life || marked.state == CellState::kFree || marked.state == CellState::kReleasing)
-        return false;
-    } while (!change_cell(cell, marked, CellState::kLeaving, me));
+      if (now.life != life || now.state == CellState::kFree || now.state == CellState::kReleasing) return false;
+      if (now != marked) before = now;
+    } while (!change_cell(cell, now, CellState::kLeaving, me));
+    marked = now;
     TORCHSHM_POINT("replace.marked");
+    if (only && standing(cell).policy != *only) {
+      // Unless another one has it by now. A mark of the dead, which was there before, is finished by who finds it.
+      (void)change_cell(cell, marked, before.state, before.owner);
+      return false;
+    }
+    TORCHSHM_POINT("replace.policy_seen");
     const bool done = successor != nullptr ? change_slot(place, SlotState::kNamed, successor->cell, successor->life)
                                            : change_slot(place, SlotState::kGone, 0, 0);
     TORCHSHM_POINT("replace.exchanged");

@@ -91,6 +91,7 @@ struct CellValue {
             static_cast<uint32_t>(p.hi >> 32)};
   }
   pool::Pair pair() const { return {owner << 4 | static_cast<uint64_t>(state), uint64_t{step} << 32 | life}; }
+  friend bool operator==(const CellValue&, const CellValue&) = default;
 };
 
 struct CellWord {

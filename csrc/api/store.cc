@@ -33,7 +33,7 @@ Store Store::start(const std::string& name, const StartOptions& options) {
   how.group = options.group ? static_cast<int64_t>(*options.group) : -1;
   how.spill = options.spill;
   how.spill_sync = options.spill_sync;
-  how.policy = static_cast<store::Policy>(options.policy);
+  if (options.policy) how.policy = static_cast<store::Policy>(*options.policy);
   if (options.timeout)
     how.patience = static_cast<int64_t>(std::min<uint64_t>(count_of(*options.timeout, "a timeout"), INT64_MAX));
   auto server = service::Server::start(how);

@@ -88,6 +88,9 @@ class Reader {
       row["expires_in"] = (static_cast<double>(entry.expires) - static_cast<double>(file_->now())) * 1e-9;
     }
     row["pid"] = entry.pid;
+    row["policy"] = static_cast<int>(entry.policy);
+    row["cell"] = entry.cell;
+    row["life"] = entry.life;
     return row;
   }
 
@@ -131,6 +134,10 @@ class Reader {
       row["ttl"] = static_cast<double>(ttl) * 1e-9;
     }
     row["limit_bytes"] = file_->arena().header().limit.load(std::memory_order_relaxed);
+    row["policy"] = static_cast<int>(header.policy.load(std::memory_order_relaxed));
+    row["patience"] = static_cast<double>(header.patience.load(std::memory_order_relaxed)) * 1e-9;
+    row["trusted"] = file_->trusted();
+    row["data_size"] = file_->arena().header().data_size;
     row["data_bytes"] = file_->data_used();
     row["file_bytes"] = file_->file_bytes();
     return row;

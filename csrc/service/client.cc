@@ -112,8 +112,9 @@ Result<Client> connect(const std::string& name, uint64_t nanoseconds, bool (*go_
   client.catalogue = catalogue.take();
   if (answered->files.size() == 4) {
     auto directory = store::SpillDirectory::join(std::move(answered->files[3]), client.member->pool_id());
-    if (!directory) return std::move(directory.status());
-    client.catalogue->use(directory.take());
+    // The service lives, so it has not gone with the store: somebody has removed it. What is in memory can be had all the same.
+    if (!directory && directory.code() != Code::kMissing) return std::move(directory.status());
+    if (directory) client.catalogue->use(directory.take());
   }
   client.member->add_room_maker(client.catalogue);
   adoption.keep();

@@ -86,6 +86,7 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
   if (Status named = check_name(options.name); !named) return named;
   if (Status made = os::private_directory(directory(), options.group); !made) return made;
   // Until the service stands, nothing of it is there for anybody: a start that fails takes all of it back.
+  Cleaned cleaned;
   pool::Adoption adoption;
   auto lock = os::lock_file(lock_path(options.name), 0600);
   if (!lock) {
@@ -108,7 +109,7 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
       (pages.kind != pool::PageKind::kAuto || pages.prefault || pages.numa.policy != os::Numa::Policy::kLocal))
     return Status(Code::kInvalid,
                   "hugepages=, prefault= and numa= are for stores in memory; a file has the pages of its file system");
-  auto opened = options.file.empty() ? open_memory(options, adoption) : open_file(options, adoption);
+  auto opened = options.file.empty() ? open_memory(options, adoption) : open_file(options, adoption, cleaned);
   if (!opened) return std::move(opened.status());
   pool::Member* const member = opened->member;
   std::unique_ptr<Server> server(new Server(options, *member));
@@ -156,6 +157,7 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
   }
   // Nothing fails from here on.
   attempt.failed = false;
+  cleaned.backing.reset();
   server->lock_ = lock.take();
   server->catalogue_->header().serving.store(os::self().pid, std::memory_order_relaxed);
   adoption.keep();

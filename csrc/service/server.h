@@ -8,6 +8,7 @@
 #include <atomic>
 #include <latch>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -29,7 +30,7 @@ struct ServerOptions {
   int64_t group = -1;    // whose members may connect as well
   std::string
       spill;  // directory for what does not fit into memory; empty: none, or the one that a store taken over has
-  store::Policy policy = store::Policy::kKeep;
+  std::optional<store::Policy> policy;  // of names that are saved without one; nothing: kKeep, or what the store has
   bool spill_sync = true;  // with `spill`: memory is given up when the disk has the file, else when the kernel has it
   int64_t patience = -1;  // ns that saving and loading wait for room; -1: ten seconds where room can be made, else none
   std::string file;       // of a persistent store; empty: in memory
@@ -64,7 +65,12 @@ class Server {
     bool was_there = false;
   };
   static Result<Opened> open_memory(const ServerOptions& options, pool::Adoption& adoption);
-  static Result<Opened> open_file(const ServerOptions& options, pool::Adoption& adoption);
+  // A file that was clean, until the start is over: one that fails leaves it so.
+  struct Cleaned {
+    std::shared_ptr<store::Backing> backing;
+    ~Cleaned();
+  };
+  static Result<Opened> open_file(const ServerOptions& options, pool::Adoption& adoption, Cleaned& cleaned);
   void close_file();
   void run();
   void accept_clients();

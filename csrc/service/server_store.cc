@@ -17,10 +17,18 @@ namespace {
 constexpr uint64_t kRoomWithin = 10'000'000'000;  // ns
 
 store::Settings settings_of(const ServerOptions& options) {
-  store::Settings settings{options.ttl, place(), options.policy, 0};
+  store::Settings settings{options.ttl, place(), options.policy.value_or(store::Policy::kKeep), 0};
   const bool roomy = !options.spill.empty() || options.policy == store::Policy::kDrop;
   settings.patience = options.patience >= 0 ? static_cast<uint64_t>(options.patience) : roomy ? kRoomWithin : 0;
   return settings;
+}
+
+// To a store that is there: what was asked for, and no more.
+void apply(const ServerOptions& options, store::Header& header) {
+  if (options.ttl != 0) header.default_ttl.store(options.ttl, std::memory_order_relaxed);
+  if (options.policy) header.policy.store(static_cast<uint32_t>(*options.policy), std::memory_order_relaxed);
+  const bool roomy = options.policy == store::Policy::kDrop && header.patience.load(std::memory_order_relaxed) == 0;
+  if (options.patience >= 0 || roomy) header.patience.store(settings_of(options).patience, std::memory_order_relaxed);
 }
 
 // One that is not finished is taken away again.
@@ -51,10 +59,12 @@ Result<Server::Opened> Server::open_memory(const ServerOptions& options, pool::A
                                     : store::Catalogue::create(*opened.member, options.name, settings_of(options));
   if (!catalogue) return std::move(catalogue.status());
   opened.catalogue = catalogue.take();
+  if (opened.was_there) apply(options, opened.catalogue->header());
   return opened;
 }
 
-Result<Server::Opened> Server::open_file(const ServerOptions& options, pool::Adoption& adoption) {
+// `cleaned` is set from when on a start that fails has to leave the file clean.
+Result<Server::Opened> Server::open_file(const ServerOptions& options, pool::Adoption& adoption, Cleaned& cleaned) {
   auto found = store::Backing::open(options.file);
   if (!found) return std::move(found.status());
   const std::shared_ptr<store::Backing> backing = found.take();
@@ -93,6 +103,7 @@ Result<Server::Opened> Server::open_file(const ServerOptions& options, pool::Ado
       backing->begin_boot();
     }
     // From here on its tables change, names or not. After the boot: else a death in between would pass for a loss of power.
+    if (backing->clean()) cleaned.backing = backing;
     backing->touch();
   }
   opened.member = pool::find_pool(backing->superblock().pool_id);
@@ -127,8 +138,13 @@ Result<Server::Opened> Server::open_file(const ServerOptions& options, pool::Ado
                   options.file + " was made for a limit of " + std::to_string(header.data_size / 2) +
                       " bytes, and twice that is all that it can have: torchshm snapshot copies it into a new file");
   if (options.limits.limit != 0) header.limit.store(options.limits.limit, std::memory_order_relaxed);
-  if (options.ttl != 0) opened.catalogue->header().default_ttl.store(options.ttl, std::memory_order_relaxed);
+  apply(options, opened.catalogue->header());
   return opened;
+}
+
+// Nobody else has it: it was not in use, and the service that would give it to others has not begun.
+Server::Cleaned::~Cleaned() {
+  if (backing) (void)backing->sync(store::kClean);
 }
 
 // The last one to leave writes everything out. The socket is gone already: nobody new comes.

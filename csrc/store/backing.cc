@@ -96,6 +96,8 @@ Result<std::unique_ptr<Backing>> Backing::open(const std::string& path) {
                         "(torchshm stop NAME), or connect to it by its name");
     TORCHSHM_POINT("backing.locked");
     if (!os::is_at(path, lock->get())) continue;  // replaced or removed meanwhile
+    // What lies beside it is found by any of its names.
+    backing->path_ = os::path_of(lock->get());
     // The lock's description is the service's alone: clients, who share the other one, would keep it locked.
     auto shared = os::reopen(lock->get());
     if (!shared) return std::move(shared.status());

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "base/status.h"
+#include "os/directory.h"
 #include "os/fd.h"
 #include "os/mapping.h"
 #include "pool/arena.h"
@@ -38,6 +39,8 @@ class Backing {
   bool rebooted() const;
   // Whether the disk may have less than what was acknowledged.
   bool damaged_by_power_loss() const;
+  // Written out when it was closed.
+  bool clean() const { return superblock().state.load() == kClean; }
   // A new boot's clock. REQUIRES: nobody uses it.
   void begin_boot();
 
@@ -52,6 +55,8 @@ class Backing {
   pool::Regions regions() const;
   int64_t clock() const { return superblock().clock; }
   const std::string& path() const { return path_; }
+  // The same now: it may have been renamed. Ends in " (deleted)" when it is gone.
+  std::string where() const { return os::path_of(fd_.get()); }
   // A further descriptor of the file, of the description that clients share.
   Result<os::Fd> share() const { return os::duplicate(fd_.get()); }
   // Lets others have it; also in a forked child.

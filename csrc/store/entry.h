@@ -22,8 +22,8 @@ struct Entry {
   uint64_t created = 0, expires = 0;  // CLOCK_REALTIME ns, Catalogue::now() ns
   uint64_t owner = 0;                 // a bound name's; else 0
   uint32_t pid = 0;                   // of the saver
-  // Not of a file that is read with no service.
   Policy policy = Policy::kKeep;
+  // Not of a file that is read with no service.
   bool spilled = false;  // then there are no blocks, and of the text the first byte alone
   uint64_t bytes = 0;    // of the blocks, wherever they are
   // Which slot, cell and life it was found in.

@@ -23,6 +23,9 @@ inline const CellWord& word_of(const std::byte* file, uint32_t cell) {
 }
 
 // Copied once, then checked: nothing that follows its numbers goes beyond these.
+inline StandingValue standing_of(const std::byte* file, uint32_t cell) {
+  return StandingValue::of(reinterpret_cast<const Use*>(file + offsets::kUsesAt)[cell].standing.load());
+}
 inline Body load_bounded_body(const std::byte* file, uint32_t cell) {
   Body body = load_body(file, cell);
   body.key_bytes = std::min(body.key_bytes, kMaxKey);

@@ -73,6 +73,7 @@ Result<std::unique_ptr<StoreFile>> StoreFile::open(const std::string& path, bool
   file->fd_ = fd.take();
   file->data_at_ = s.data_at;
   file->bytes_ = facts->size;
+  file->trusted_ = clean || same_boot;
   file->clock_ = same_boot ? s.clock : static_cast<int64_t>(os::real_time()) - static_cast<int64_t>(os::boot_time());
   return file;
 }
@@ -128,7 +129,13 @@ Result<Entry> StoreFile::find(std::string_view name) const {
   const Key key(name);
   const auto found = look(key);
   if (!found) return Status(Code::kMissing, "no such name");
-  if (auto entry = entry_of(found->body)) return std::move(*entry);
+  if (auto entry = entry_of(found->body)) {
+    entry->slot = found->place.index;
+    entry->cell = found->place.value.cell;
+    entry->life = found->place.value.life;
+    entry->policy = standing_of(catalogue_.data(), entry->cell).policy;
+    return std::move(*entry);
+  }
   return Status(Code::kCorrupt, "the name's entry contradicts itself");
 }
 

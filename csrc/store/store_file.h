@@ -50,8 +50,9 @@ class StoreFile {
   const pool::Arena& arena() const { return *arena_; }
   std::string name() const;
   uint64_t file_bytes() const { return bytes_; }
-  uint64_t data_used() const;  // bytes of the data region that chunks have ever been taken in
-  uint64_t now() const;        // what an entry's expiry is compared with, ns
+  bool trusted() const { return trusted_; }  // it has all that was acknowledged
+  uint64_t data_used() const;                // bytes of the data region that chunks have ever been taken in
+  uint64_t now() const;                      // what an entry's expiry is compared with, ns
 
  private:
   StoreFile() = default;
@@ -64,6 +65,7 @@ class StoreFile {
   std::optional<pool::Arena> arena_;
   int64_t clock_ = 0;
   uint64_t data_at_ = 0, bytes_ = 0;
+  bool trusted_ = false;
 };
 
 }  // namespace torchshm::store

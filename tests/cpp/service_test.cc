@@ -356,6 +356,47 @@ TEST_F(Service, AStartThatFailsLeavesTheStoreItWouldHaveTakenOver) {
   (void)tests::wait_for(keeper);
 }
 
+TEST_F(Service, WhatIsAskedOfAStoreThatIsThereBecomesItsOwn) {
+  auto server = start();
+  auto client = reach();
+  ASSERT_TRUE(server != nullptr && client.ok());
+  server.reset();
+  const store::Header& header = client->catalogue->header();
+  ASSERT_TRUE(server = start());
+  EXPECT_EQ(header.policy.load(), static_cast<uint32_t>(store::Policy::kKeep));
+  EXPECT_EQ(header.patience.load(), 0U);
+  server.reset();
+  ServerOptions cache = options();
+  cache.policy = store::Policy::kDrop;
+  cache.ttl = 100 * kSecond;
+  server = Server::start(cache).take();
+  EXPECT_EQ(header.policy.load(), static_cast<uint32_t>(store::Policy::kDrop));
+  EXPECT_EQ(header.default_ttl.load(), 100 * kSecond);
+  EXPECT_GT(header.patience.load(), 0U);
+  server.reset();
+  ServerOptions patient = options();
+  patient.patience = 7;
+  server = Server::start(patient).take();
+  EXPECT_EQ(header.policy.load(), static_cast<uint32_t>(store::Policy::kDrop));  // as it was
+  EXPECT_EQ(header.default_ttl.load(), 100 * kSecond);
+  EXPECT_EQ(header.patience.load(), 7U);
+}
+
+TEST_F(Service, ClientsComeThoughTheSpillDirectoryWasRemoved) {
+  ServerOptions spilling = options();
+  spilling.spill = directory_ + "/spill";
+  auto server = Server::start(spilling);
+  ASSERT_TRUE(server.ok()) << server.status().what();
+  ASSERT_TRUE(save((*server)->member(), (*server)->catalogue(), "kept", 7));
+  std::filesystem::remove_all(spilling.spill);
+  const int status = tests::wait_for(tests::start([&] {
+    auto client = reach();
+    if (!client) std::fprintf(stderr, "%s\n", client.status().what().c_str());
+    return client.ok() && load(*client, "kept") == 7;
+  }));
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
 TEST_F(Service, AStartWithoutAThreadLeavesNothing) {
   std::filesystem::create_directory(service::directory());
   std::filesystem::permissions(service::directory(), std::filesystem::perms::owner_all);

@@ -282,6 +282,35 @@ TEST_F(StoreFile, FailingCallsAreErrorsAndLoseNothing) {
   });
 }
 
+// After a loss of power it would else pass for one that was in use.
+TEST_F(StoreFile, AStartThatFailsLeavesACleanFileClean) {
+  const std::string made = directory_ + "/made";
+  make(made, true);
+  at_every_point(made, Action::kFail, 1, [&](const std::string& path) {
+    auto server = serve(path);
+    if (server) return;
+    uint32_t state = store::kOpen;
+    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (::pread(fd, &state, sizeof state, offsetof(Superblock, state)) != sizeof state || state != store::kClean)
+      ::abort();
+    ::close(fd);
+  });
+}
+
+TEST_F(StoreFile, IsTrustedUnlessTheMachineWentDownWhileItWasInUse) {
+  for (const bool clean : {true, false}) {
+    for (const bool boot : {false, true}) {
+      const std::string path = directory_ + "/trusted";
+      fs::remove(path);
+      make(path, clean);
+      if (boot) other_boot(path);
+      auto file = store::StoreFile::open(path, true);
+      ASSERT_TRUE(file.ok()) << file.status().what();
+      EXPECT_EQ((*file)->trusted(), clean || !boot);
+    }
+  }
+}
+
 TEST_F(StoreFile, FailingCallsWhileItIsMadeLeaveNoHalfOfAFile) {
   at_every_point("", Action::kFail, 1, [&](const std::string& path) {
     if (!serve(path).ok() && fs::exists(path) && fs::file_size(path) != 0) {

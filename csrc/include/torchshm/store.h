@@ -272,7 +272,8 @@ struct StartOptions {
   /// With `spill`: a value's memory is given up when the disk has its file. False: when the kernel has it, which then
   /// writes it out in its own time; several times faster while memory is to spare, and what the disk fails to take then is lost.
   bool spill_sync = true;
-  Policy policy = Policy::kKeep;  ///< of values that are saved without one
+  /// Of values that are saved without one; default: kKeep, or what the store has that is there already.
+  std::optional<Policy> policy = std::nullopt;
   std::optional<Nanoseconds>
       timeout;  ///< that savers and loaders wait for room; default: 10 s where room can be made, else none
   std::string hugepages = {};  ///< "auto", the default: transparent ones; "never"; "2MiB": those that are reserved

@@ -134,7 +134,7 @@ class Store:
         group: int = -1,
         spill: str = "",
         spill_sync: bool = True,
-        policy: int = 0,
+        policy: int = -1,
         patience: int = -1,
         file: str = "",
         hugepages: str = "",

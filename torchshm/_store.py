@@ -780,7 +780,8 @@ class Store(MutableMapping[str, Any]):
         found = self._core.find(_checked(key))
         found["policy"] = POLICIES[found["policy"]]
         kind = _values.kind_of(found.pop("text"))
-        del found["bound"], found["abandoned"]
+        for inner in ("bound", "abandoned", "cell", "life"):
+            del found[inner]
         return {"kind": kind, **found}
 
     def __getitem__(self, key: str) -> Any:
@@ -859,7 +860,7 @@ def start(
     group: int | str | None = None,
     spill: str | os.PathLike[str] | None = None,
     spill_sync: bool = True,
-    policy: str = "keep",
+    policy: str | None = None,
     timeout: float | None = None,
     file: str | os.PathLike[str] | None = None,
     hugepages: bool | str | None = None,
@@ -892,7 +893,7 @@ def start(
         A value's memory is given up when the disk has its file. False: when the kernel has it, which writes it out in its own time while
         memory is to spare. That is several times faster, and what a failing disk does not take then is lost: loading it is an error.
     policy : {"keep", "drop", "spill", "pin"}
-        Of values that are saved without one, see :meth:`Store.save`. ``"drop"`` makes the store a cache.
+        Of values that are saved without one, see :meth:`Store.save`. Default: ``"keep"``. ``"drop"`` makes the store a cache.
     timeout : float, optional
         Seconds that :meth:`Store.save` and :meth:`Store.load` wait for room. Default: 10 with `spill` or ``policy="drop"``, else 0.
     file : path, optional
@@ -907,7 +908,8 @@ def start(
         On which nodes memory is put: ``"local"``, the default: the node of who first writes to it; ``"interleave"``, over all nodes
         in turn, or ``"interleave:0,1"``; ``"bind:0,1"``: on these only; ``"preferred:0"``: there while there is room.
 
-    `limit`, `hugepages`, `prefault` and `numa` are those of a new store: one that is taken over keeps its own.
+    `limit`, `hugepages`, `prefault` and `numa` are those of a new store: one that is taken over keeps its own. `ttl`, `policy` and
+    `timeout` become those of a store that is there, where they are given.
 
     Raises
     ------

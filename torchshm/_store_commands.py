@@ -202,11 +202,11 @@ def serve(
         ),
     ] = True,
     policy: Annotated[
-        Policy,
+        Policy | None,
         typer.Option(
-            help="What may become of values when room is needed: keep (to disk), spill (to disk first), drop (removed), pin (nothing)."
+            help="What may become of values when room is needed: keep (to disk; the default), spill (to disk first), drop (removed), pin (nothing)."
         ),
-    ] = Policy.keep,
+    ] = None,
     timeout: Annotated[
         str | None,
         typer.Option(
@@ -257,7 +257,7 @@ def serve(
             group=members,
             spill=directory,
             spill_sync=spill_sync,
-            policy=policy.value,
+            policy=None if policy is None else policy.value,
             timeout=patience,
             file=place,
             hugepages=hugepages,

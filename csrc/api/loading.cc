@@ -98,7 +98,8 @@ void Store::Impl::restore(std::string_view key) {
   for (;;) {
     const Status back = catalogue->restore(key, os::boot_time() - begun < kStopped);
     if (back) return;
-    if ((back.code() != Code::kFull && back.code() != Code::kBusy) || os::boot_time() - begun > patience) fail(back);
+    const bool later = (back.code() == Code::kFull && !back.too_large()) || back.code() == Code::kBusy;
+    if (!later || os::boot_time() - begun > patience) fail(back);
     std::this_thread::sleep_for(kRoomNap);
   }
 }

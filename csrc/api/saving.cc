@@ -38,7 +38,7 @@ Member::View Store::Impl::allocate(uint64_t bytes, bool in_the_making) {
   auto view = member->allocate(bytes, true, in_the_making);
   if (view.code() == Code::kFull) catalogue->count_wait();
   const uint64_t until = time_after(catalogue->header().patience.load(std::memory_order_relaxed));
-  while (view.code() == Code::kFull && os::boot_time() < until) {
+  while (view.code() == Code::kFull && !view.status().too_large() && os::boot_time() < until) {
     std::this_thread::sleep_for(kRoomNap);
     view = member->allocate(bytes, true, in_the_making);
   }

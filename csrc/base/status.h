@@ -3,6 +3,7 @@
 // Who may call it: everyone; the room base uses nothing else. When a process dies here: nothing is shared.
 #pragma once
 
+#include <cerrno>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -38,6 +39,8 @@ class [[nodiscard]] Status {
   explicit operator bool() const { return ok(); }
   Code code() const { return detail_ ? detail_->code : Code::kOk; }
   int error() const { return detail_ ? detail_->error : 0; }
+  // kFull, whatever goes: more was asked for than there can ever be.
+  bool too_large() const { return code() == Code::kFull && error() == EFBIG; }
   const std::string& what() const;
 
  private:

@@ -1,6 +1,7 @@
 #include "pool/member.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <thread>
 
@@ -146,10 +147,11 @@ Result<uint32_t> Member::allocate_small(uint32_t granules, bool whole_pages) {
 
 Result<uint32_t> Member::allocate_block(uint64_t bytes, bool whole_pages) {
   if (bytes > uint64_t{arena_.pages()} * kPage)
-    return Status(Code::kFull, "larger than the address space that the pool was made with, four times its first limit");
+    return Status(Code::kFull, "larger than the address space that the pool was made with, four times its first limit",
+                  EFBIG);
   const uint64_t granules = granules_for(bytes, whole_pages);
   if (granules * kGranule <= kSmallMax) return allocate_small(static_cast<uint32_t>(granules), whole_pages);
-  if (granules > UINT32_MAX) return Status(Code::kFull, "larger than 4 TiB");
+  if (granules > UINT32_MAX) return Status(Code::kFull, "larger than 4 TiB", EFBIG);
   for (int attempt = 0; attempt < kRunAttempts; ++attempt) {
     auto run = work_->space.claim_run(granules * kGranule);
     if (!run || work_->ledger.allocate(*run, 0, static_cast<uint32_t>(granules))) return run;
@@ -243,13 +245,12 @@ std::shared_ptr<RoomMaker> Member::room_maker() {
 
 Result<Member::View> Member::allocate(uint64_t bytes, bool whole_pages, bool in_the_making) {
   auto view = allocate_here(bytes, whole_pages, in_the_making, kOwnSteps);
-  if (view || view.code() != Code::kFull) return view;
+  if (view || view.code() != Code::kFull || view.status().too_large()) return view;
   // Messages are taken back when nothing else helps.
   const auto maker = room_maker();
   if (maker != nullptr && restrained) return view;
-  const bool possible = maker != nullptr && bytes <= arena_.header().limit.load(std::memory_order_relaxed);
   // What is given up may lie scattered: more each time.
-  for (uint64_t enough = bytes; possible && maker->make_room(enough) != 0; enough *= 2) {
+  for (uint64_t enough = bytes; maker != nullptr && maker->make_room(enough) != 0; enough *= 2) {
     view = allocate_here(bytes, whole_pages, in_the_making, kOwnSteps);
     if (view || view.code() != Code::kFull) return view;
   }
@@ -264,7 +265,7 @@ Result<Member::View> Member::allocate_here(uint64_t bytes, bool whole_pages, boo
   work_->space.set_beyond(beyond);
   auto block = allocate_block(bytes, whole_pages);
   uint64_t enough = bytes;
-  for (int step = 0; !block && block.code() == Code::kFull && step < steps;) {
+  for (int step = 0; block.code() == Code::kFull && !block.status().too_large() && step < steps;) {
     // What comes back may lie scattered: ask for more of it before the next, harsher step.
     if (make_room_step(step, enough)) {
       enough *= 2;
@@ -275,11 +276,16 @@ Result<Member::View> Member::allocate_here(uint64_t bytes, bool whole_pages, boo
   }
   if (!block) {
     if (block.code() != Code::kFull) return std::move(block.status());
-    return Status(Code::kFull, "no room for " + std::to_string(bytes) + " bytes: " + block.status().what() + " (" +
-                                   summary(collect(arena_)) + "). Drop arrays that are no longer needed, or " +
-                                   (room_makers_.empty() ? "raise the limit (torchshm.register(limit=...) or "
-                                                           "TORCHSHM_LIMIT)"
-                                                         : "start the store with a larger limit=, or with spill="));
+    std::shared_ptr<RoomMaker> maker;
+    for (const auto& known : room_makers_) {
+      if (maker == nullptr) maker = known.lock();
+    }
+    return Status(Code::kFull,
+                  "no room for " + std::to_string(bytes) + " bytes: " + block.status().what() + " (" +
+                      summary(collect(arena_)) + "). Drop arrays that are no longer needed, " +
+                      (maker == nullptr ? "or raise the limit (torchshm.register(limit=...) or TORCHSHM_LIMIT)"
+                                        : maker->advice()),
+                  block.status().error());
   }
   Lease& lease = arena_.lease(membership_.slot());
   // Relaxed store: statistics with a single writer.

@@ -28,6 +28,8 @@ class RoomMaker {
   virtual ~RoomMaker() = default;
   // Returns how many bytes of blocks were given up; 0 when there is nothing (more) to give up. May use the pool, and write files.
   virtual uint64_t make_room(uint64_t bytes) = 0;
+  // What a user can do who finds no room. Must not use the pool.
+  virtual std::string advice() const = 0;
 };
 
 class Member final : public FreedSink {

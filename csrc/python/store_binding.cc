@@ -123,7 +123,7 @@ class Store {
     options.group = group;
     options.spill = spill;
     options.spill_sync = spill_sync;
-    options.policy = policy_of(policy).value_or(store::Policy::kKeep);
+    options.policy = policy_of(policy);
     options.patience = patience;
     Result<std::unique_ptr<service::Server>> server = Status();
     {
@@ -185,9 +185,9 @@ class Store {
       Status done = try_without_files();
       // As much as its block takes: a little more would be another chunk. A long key has a block of its own, from what is left over.
       const auto bytes = std::max<uint64_t>(static_cast<uint64_t>(PyArray_NBYTES(array)), key.size());
-      for (uint64_t enough = bytes; done.code() == Code::kFull && make_room(enough); enough *= 2)
+      for (uint64_t enough = bytes; done.code() == Code::kFull && !done.too_large() && make_room(enough); enough *= 2)
         done = try_without_files();
-      return done.code() == Code::kFull ? try_save() : std::move(done);
+      return done.code() == Code::kFull && !done.too_large() ? try_save() : std::move(done);
     });
     if (put == Put::kNot) return false;
     if (put == Put::kRaised) throw py::error_already_set();
@@ -333,6 +333,8 @@ class Store {
       row["expires_in"] = (static_cast<double>(entry->expires) - static_cast<double>(catalogue_->now())) * 1e-9;
     }
     row["pid"] = entry->pid;
+    row["cell"] = entry->cell;
+    row["life"] = entry->life;
     row["bound"] = entry->owner != 0;
     row["abandoned"] = entry->owner != 0 && member_->gone(entry->owner);
     return row;
@@ -417,7 +419,7 @@ class Store {
   py::object file() const {
     const store::Backing* backing = catalogue_->backing();
     if (backing == nullptr) return py::none();
-    return py::str(backing->path());
+    return py::reinterpret_steal<py::object>(text_of(backing->where()));
   }
 
   // Everything to the disk.
@@ -581,7 +583,7 @@ class Store {
     uint64_t until = 0;
     for (int attempts = 0;; ++attempts) {
       Status status = attempt();
-      if (status.code() != Code::kFull && status.code() != Code::kBusy) return status;
+      if ((status.code() != Code::kFull && status.code() != Code::kBusy) || status.too_large()) return status;
       const uint64_t now = os::boot_time();
       if (attempts == 0) {
         catalogue_->count_wait();
@@ -698,7 +700,7 @@ void add_store(py::module_& m) {
   py::class_<Store>(m, "Store")
       .def_static("start", &Store::start, py::arg("name"), py::arg("limit") = 0, py::arg("ttl") = 0,
                   py::arg("mode") = 0600, py::arg("group") = -1, py::arg("spill") = "", py::arg("spill_sync") = true,
-                  py::arg("policy") = 0, py::arg("patience") = -1, py::arg("file") = "", py::arg("hugepages") = "",
+                  py::arg("policy") = -1, py::arg("patience") = -1, py::arg("file") = "", py::arg("hugepages") = "",
                   py::arg("prefault") = false, py::arg("numa") = "")
       .def_static("connect", &Store::connect, py::arg("name"), py::arg("timeout"))
       .def("save_array", &Store::save_array)

@@ -141,6 +141,7 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
 
   // RoomMaker: gives up what has expired, and then what nobody holds, as its policy says.
   uint64_t make_room(uint64_t bytes) override;
+  std::string advice() const override;
   // When memory fills: writes files of what will have to go next, so that it goes at once. Returns the bytes written. For the service.
   uint64_t write_ahead();
   // Why room could not be made, for messages; empty when nothing went wrong.
@@ -202,7 +203,9 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   std::optional<Place> claim_slot(uint32_t cell, uint32_t life, const Key& key, Status& full);
   void release_cell(uint32_t cell);
   // Puts another cell in the place of what was found, if that is still there. kStale when it is not.
-  Status succeed(const Found& found, std::string_view text, const std::vector<uint32_t>& blocks, const Origin& origin);
+  // With `only`: and has that policy still.
+  Status succeed(const Found& found, std::string_view text, const std::vector<uint32_t>& blocks, const Origin& origin,
+                 std::optional<Policy> only = std::nullopt);
   void forget_file(uint32_t cell, uint32_t life, uint64_t hash);
   void begin_standing(uint32_t cell, const StandingValue& value);
   StandingValue standing(uint32_t cell) const { return StandingValue::of(use_of(cell).standing.load()); }
@@ -229,7 +232,8 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   std::optional<Found> look(const Key& key);
   bool same_key(const Body& body, const Key& key);
   // Takes a name out of the index, or puts another cell in its place. False when it was not the same any more.
-  bool replace(const Found& found, const SlotValue* successor);
+  // With `only`: nor when it has another policy by now. REQUIRES then: `found` is from before the policy was read.
+  bool replace(const Found& found, const SlotValue* successor, std::optional<Policy> only = std::nullopt);
   void let_go(uint32_t cell, uint32_t life);
   std::optional<Place> referring(uint32_t cell, uint32_t life, uint64_t hash) const;
   void finish(uint32_t cell, CellValue found);

@@ -238,6 +238,8 @@ Status Catalogue::save(std::string_view name, std::string_view text, const std::
                        const SaveOptions& options) {
   if (name.empty() || name.size() > (name[0] == 0 ? kMaxKey : kMaxName))
     return Status(Code::kInvalid, "a name has 1 to " + std::to_string(kMaxName) + " bytes");
+  if (!is_mark(name) && !is_utf8(name))
+    return Status(Code::kInvalid, "a name is text in UTF-8: others could not look for this one");
   if (blocks.size() > kMaxParts) return Status(Code::kInvalid, "too many parts for one name; save them under several");
   if (text.size() > kMaxText)
     return Status(Code::kInvalid,
@@ -271,7 +273,7 @@ Status Catalogue::save(std::string_view name, std::string_view text, const std::
 }
 
 Status Catalogue::succeed(const Found& found, std::string_view text, const std::vector<uint32_t>& blocks,
-                          const Origin& origin) {
+                          const Origin& origin, std::optional<Policy> only) {
   const auto name = key_of(found.body);
   if (!name) return Status(Code::kStale, "the name has gone");
   const Key key(*name);
@@ -287,7 +289,7 @@ Status Catalogue::succeed(const Found& found, std::string_view text, const std::
   const SlotValue successor{SlotState::kNamed, key.tag, cell, mine.life, 0};
   if (status) {
     header().moves.fetch_add(1, std::memory_order_seq_cst);
-    if (!replace(found, &successor)) status = Status(Code::kStale, "the name has been replaced");
+    if (!replace(found, &successor, only)) status = Status(Code::kStale, "the name has been replaced");
   }
   TORCHSHM_POINT("succeed.exchanged");
   if (!status) {

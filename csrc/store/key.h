@@ -29,6 +29,30 @@ inline uint64_t hash_of(std::string_view text) {
   return hash ^ hash >> 29;
 }
 
+// Shortest form, no surrogates, nothing beyond U+10FFFF.
+inline bool is_utf8(std::string_view text) {
+  const auto at = [&](size_t i) { return i < text.size() ? static_cast<uint8_t>(text[i]) : uint8_t{0}; };
+  for (size_t i = 0; i < text.size();) {
+    const uint8_t first = at(i);
+    const size_t length = first < 0x80   ? 1
+                          : first < 0xc2 ? 0
+                          : first < 0xe0 ? 2
+                          : first < 0xf0 ? 3
+                          : first < 0xf5 ? 4
+                                         : 0;
+    if (length == 0) return false;
+    for (size_t k = 1; k < length; ++k) {
+      if ((at(i + k) & 0xc0) != 0x80) return false;
+    }
+    const uint8_t second = at(i + 1);
+    if ((first == 0xe0 && second < 0xa0) || (first == 0xed && second > 0x9f) || (first == 0xf0 && second < 0x90) ||
+        (first == 0xf4 && second > 0x8f))
+      return false;
+    i += length;
+  }
+  return true;
+}
+
 inline uint32_t bell_of(uint64_t hash) { return static_cast<uint32_t>(hash >> 20) % kBells; }
 
 // The i-th slot of a level in which a name with this hash may be.

@@ -201,7 +201,7 @@ Result<uint64_t> Spill::out(uint32_t cell, uint32_t life, How how) {
   std::atomic<uint64_t>& told_at = catalogue_.use_of(cell).shared_writes;
   const uint64_t bytes = what.entry.bytes;
   if (what.entry.policy == Policy::kDrop) {
-    if (how == How::kCopy || !catalogue_.replace(what.found, nullptr)) return uint64_t{0};
+    if (how == How::kCopy || !catalogue_.replace(what.found, nullptr, Policy::kDrop)) return uint64_t{0};
     Catalogue::count(catalogue_.counters().evictions);
     return bytes;
   }
@@ -241,9 +241,9 @@ Result<uint64_t> Spill::out(uint32_t cell, uint32_t life, How how) {
   // For what does not fit into a cell with its key.
   const Member::Restraint beyond(true);
   const auto flags = static_cast<uint8_t>(kSpilled | (catalogue_.standing(cell).flags & kReadBack));
-  const Status gone =
-      catalogue_.succeed(what.found, what.entry.text.substr(0, 1), {},
-                         {what.entry.created, what.entry.expires, what.file, bytes, flags, what.entry.pid});
+  const Status gone = catalogue_.succeed(
+      what.found, what.entry.text.substr(0, 1), {},
+      {what.entry.created, what.entry.expires, what.file, bytes, flags, what.entry.pid}, what.entry.policy);
   if (!gone) return uint64_t{0};
   Catalogue::count(catalogue_.counters().spills);
   Catalogue::count(catalogue_.counters().spilled_bytes, bytes);
@@ -253,9 +253,8 @@ Result<uint64_t> Spill::out(uint32_t cell, uint32_t life, How how) {
 
 Status Spill::back(const Entry& entry, bool alone) {
   if (!directory_)
-    return Status(Code::kUnsupported, "'" + entry.key +
-                                          "' lies in the store's spill directory, which this process has not been "
-                                          "given: connect to the store again");
+    return Status(Code::kUnsupported, "'" + entry.key + "' lies in the store's spill directory " +
+                                          catalogue_.directory() + ", which was removed, or not given to this process");
   const Claim claim(catalogue_, entry.cell);
   if (!claim && alone) return Status(Code::kBusy, "somebody else is at it");
   const auto still = [&]() -> std::optional<Found> {

@@ -2,8 +2,13 @@
 #include "store/eviction.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+
+#include <csignal>
+#include <cstdio>
 
 #include "pool/members.h"
+#include "processes.h"
 #include "spills.h"
 
 namespace torchshm {
@@ -247,6 +252,42 @@ TEST(Eviction, ADiskThatIsFullMakesNoRoomAndLosesNothing) {
   for (int i = 0; i < 6; ++i) EXPECT_EQ(back(store, std::to_string(i), kLarge), i);
   EXPECT_EQ(back(store, "copied", kLarge), 50);
   for (int i = 0; i < more; ++i) EXPECT_EQ(back(store, "more/" + std::to_string(i), kLarge), 7);
+}
+
+TEST(Eviction, AValueTooLargeForAFileKeepsNoOtherFromGoing) {
+  EXPECT_TRUE(tests::succeeds([] {
+    Folder folder;
+    auto store = fresh_spilling(folder, uint64_t{16} << 20);
+    const auto maker = asked(store);
+    ::signal(SIGXFSZ, SIG_IGN);
+    const rlimit most{uint64_t{4} << 20, uint64_t{4} << 20};
+    if (::setrlimit(RLIMIT_FSIZE, &most) != 0 || !save_filled(store, "large", 9, uint64_t{6} << 20)) return false;
+    for (int i = 0; i < 30; ++i) {
+      const Status saved = save_filled(store, std::to_string(i), static_cast<uint8_t>(i), uint64_t{1} << 20);
+      if (saved) continue;
+      std::fprintf(stderr, "%d: %s\n", i, saved.what().c_str());
+      return false;
+    }
+    (void)store->write_ahead();  // the large one is first
+    for (int i = 0; i < 30; ++i) {
+      if (back(store, std::to_string(i), uint64_t{1} << 20) != i) return false;
+    }
+    return !on_disk(store, "large") && loaded(store, "large", uint64_t{6} << 20) == 9;
+  }));
+}
+
+TEST(Eviction, WhatCanNeverFitPushesNobodyOut) {
+  Folder folder;
+  auto store = fresh_spilling(folder, uint64_t{16} << 20);
+  const auto maker = asked(store);
+  ASSERT_TRUE(save_large(store, "drop", 1, {.policy = Policy::kDrop}));
+  ASSERT_TRUE(save_large(store, "keep", 2));
+  auto view = store.member->allocate(uint64_t{17} << 20, true);
+  ASSERT_EQ(view.code(), Code::kFull);
+  EXPECT_TRUE(view.status().too_large());
+  EXPECT_NE(view.status().what().find("limit of 16777216 bytes"), std::string::npos) << view.status().what();
+  EXPECT_TRUE(store->contains("drop"));
+  EXPECT_FALSE(on_disk(store, "keep"));
 }
 
 TEST(Eviction, SeveralAtOnceLoseNothing) {

@@ -109,6 +109,18 @@ TEST(Store, HoldsManyNames) {
   EXPECT_EQ(unsound(store), "");
 }
 
+TEST(Store, NamesAreUtf8) {
+  auto store = fresh_store();
+  for (const char* name :
+       {"plain", "caf\xc3\xa9", "\xed\x9f\xbf", "\xee\x80\x80", "\xf0\x90\x80\x80", "\xf4\x8f\xbf\xbf"})
+    EXPECT_TRUE(store->save(name, "", {})) << name;
+  // Cut short, without a beginning, longer than needed, surrogates, beyond the last one.
+  for (const char* name : {"caf\xe9", "\xc3", "\xe2\x82", "\x80", "\xc0\x80", "\xe0\x9f\xbf", "\xed\xa0\x80",
+                           "\xed\xb3\xa9", "\xf0\x8f\xbf\xbf", "\xf4\x90\x80\x80", "\xf5\x80\x80\x80", "\xff"})
+    EXPECT_EQ(store->save(name, "", {}).code(), Code::kInvalid) << name;
+  EXPECT_EQ(store->size(), 6U);
+}
+
 TEST(Store, ExpiredNamesAreMissingAndFree) {
   auto store = fresh_store();
   ASSERT_TRUE(save_filled(store, "soon", 1, 5000, {.ttl = kSecond / 2}));

@@ -75,6 +75,17 @@ class Checked:
         }
 
 
+def _catalogue(store: str, found: dict[str, Any]) -> Catalogue:
+    return Catalogue(store, found["names"], found["marks"], found["cells"], len(found["spilled"]))
+
+
+def _lost(found: dict[str, Any], store: str, pool_id: int) -> set[tuple[str, str]]:
+    """Names that are on disk, and whose files are not: csrc/store/spill_file.h says where they should be."""
+    place = os.path.join(found["directory"], f"{store}-{pool_id:016x}")
+    paths = {(key, os.path.join(place, f"{file:016x}.spill")) for key, file in found["spilled"]}
+    return {(key, path) for key, path in paths if not os.path.exists(path)}
+
+
 def check_descriptors(
     data: int, control: int, catalogue: int | None = None, *, at_rest: bool = False, name: str = ""
 ) -> Checked:
@@ -89,10 +100,16 @@ def check_descriptors(
         checked.violations += found["violations"]
         if catalogue is not None:
             of_store = _C.check_catalogue(catalogue, data, control, at_rest)
-            store = _C.catalogue_name(catalogue)[0]
-            counts = (of_store[count] for count in ("names", "marks", "cells", "on_disk"))
-            checked.catalogue = Catalogue(store, *counts)
+            store, pool_id = _C.catalogue_name(catalogue)
+            checked.catalogue = _catalogue(store, of_store)
             checked.violations += of_store["violations"]
+            if not checked.is_copy and (lost := _lost(of_store, store, pool_id)):
+                # What was just being read back, or written anew, is found in the second look.
+                now = _lost(_C.check_catalogue(catalogue, data, control, at_rest), store, pool_id)
+                checked.violations += [
+                    (14, f"{key!r} is on disk only, and its file {path} is not there")
+                    for key, path in sorted(lost & now)
+                ]
     except (TorchshmError, ValueError) as error:
         checked.error = str(error)
     return checked
@@ -142,9 +159,7 @@ def check_file(path: str | Path, *, at_rest: bool = False) -> Checked:
     checked.members = found["members"]
     checked.blocks, checked.tickets = found["blocks"], found["tickets"]
     checked.messages = found["tickets"] - found["named_tickets"]
-    checked.catalogue = Catalogue(
-        store, of_store["names"], of_store["marks"], of_store["cells"], of_store["on_disk"]
-    )
+    checked.catalogue = _catalogue(store, of_store)
     checked.violations += found["violations"] + of_store["violations"]
     return checked
 

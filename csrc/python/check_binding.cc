@@ -67,7 +67,14 @@ py::dict report_of(const store::CatalogueReport& report) {
   py::dict out;
   out["names"] = report.names;
   out["marks"] = report.marks;
-  out["on_disk"] = report.on_disk;
+  py::list spilled;
+  for (const auto& [key, file] : report.spilled) {
+    PyObject* name = PyUnicode_DecodeUTF8(key.data(), static_cast<Py_ssize_t>(key.size()), "backslashreplace");
+    if (name == nullptr) throw py::error_already_set();
+    spilled.append(py::make_tuple(py::reinterpret_steal<py::object>(name), file));
+  }
+  out["spilled"] = spilled;
+  out["directory"] = report.directory;
   out["cells"] = report.cells;
   out["violations"] = as_list(report.violations);
   return out;

@@ -174,6 +174,8 @@ class Look {
 
 void Look::header() {
   const Header& h = head();
+  if (h.spilling.load(std::memory_order_acquire) != 0)
+    report_.directory.assign(h.directory, ::strnlen(h.directory, sizeof h.directory));
   const auto expect = [&](const char* field, uint64_t found, uint64_t wanted) {
     if (found != wanted)
       suspect(10, std::string("header ") + field + " is " + pool::hex(found) + ", expected " + pool::hex(wanted));
@@ -313,7 +315,7 @@ void Look::named(uint32_t index, Pair word, const Body& seen, Pair cell) {
         standing(v.cell).file == known.file && slot_word(index) == word)
       is(14, "has the file " + pool::hex(known.file) + " of " + the_slot(other.slot, other.word));
   }
-  if ((known.flags & kSpilled) != 0) ++report_.on_disk;
+  if ((known.flags & kSpilled) != 0 && key) report_.spilled.push_back({*key, known.file});
   for (const auto& [invariant, what] : wrong)
     suspect(invariant,
             the_slot(index, word) + (key ? the_key(*key) : "") + ", " + the_cell(v.cell, cell) + ": " + what);

@@ -35,7 +35,13 @@ struct CatalogueReport {
   std::vector<pool::Violation> violations;
   uint64_t names = 0, marks = 0;  // named; marks are the names that begin with a zero byte
   uint64_t cells = 0;             // not free
-  uint64_t on_disk = 0;           // of the names
+  struct Spilled {
+    std::string key;
+    uint64_t file;
+  };
+  std::vector<Spilled>
+      spilled;            // the names whose values are on disk only; whether the files are there is not looked at
+  std::string directory;  // for such files; empty: none
   bool ok() const { return violations.empty(); }
   std::string first() const;  // "invariant 11: slot 512 ..."; empty when all is well
 };

@@ -19,6 +19,8 @@ from program import until
 from scripts import PATIENCE, passes, run_script
 
 import torchshm
+from torchshm import _C
+from torchshm._check import check_descriptors
 
 pytestmark = pytest.mark.apart
 
@@ -482,6 +484,16 @@ def test_a_full_disk_fails_what_needs_it_and_nothing_else(small):
         peer.kill()
 
 
+def check(name):
+    """What ``torchshm check --store`` finds wrong."""
+    data, control, catalogue = opened = _C.store_files(name)
+    try:
+        return check_descriptors(data, control, catalogue).violations
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
 def test_a_damaged_file_is_an_error_of_its_key_alone(tmp_path):
     with Peer() as peer:
         peer.call(serve, "hurt", tmp_path / "spill")
@@ -500,10 +512,12 @@ def test_a_damaged_file_is_an_error_of_its_key_alone(tmp_path):
             with pytest.raises(torchshm.TorchshmError, match=f"'{key}'"):
                 store.load(key)
             assert key in store  # it may be looked at, and removed
+        assert check("hurt") == []
         for path in place.glob("*.spill"):
             path.unlink()
         with pytest.raises(torchshm.TorchshmError, match=f"'{gone[0]}'.*gone"):
             store.load(gone[0])
+        assert [what.split("'")[1] for _, what in check("hurt")] == sorted(gone)
         store.save(gone[0], array(50), overwrite=True)
         assert is_array(store[gone[0]], 50)
         peer.kill()

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 there is no such store, name or file, or it can't be read 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -144,11 +145,20 @@ def snapshot(
     argument: Store,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The file to write.", dir_okay=False)],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at PATH.")] = False,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Leave out, and name, values that can't be read.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write all of a store into a file that can be opened without a service."""
-    with _open(argument) as store, _failures(), _progress("Writing") as tell:
-        written = _snapshot.snapshot(store, path, overwrite=overwrite, tell=tell)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with _open(argument) as store, _failures(), _progress("Writing") as tell:
+            written = _snapshot.snapshot(
+                store, path, overwrite=overwrite, skip_damaged=skip_damaged, tell=tell
+            )
+    for warning in said:
+        typer.echo(f"torchshm: {warning.message}", err=True)
     _say(
         as_json, {"name": argument, "path": str(path), "keys": written}, f"Wrote {_names(written)} to {path}."
     )

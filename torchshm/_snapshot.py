@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,16 @@ if TYPE_CHECKING:
 _ATTEMPTS = 100  # at a name that changes while it is copied
 _SLACK = 16 << 20  # bytes; what little there may be for what is saved meanwhile
 _SAID_EVERY = 0.05  # s
+_NAMED = 10  # names in a message
+_FOREVER = (1 << 63) - 1  # ns
 
 
 class _SourceFullError(PoolFullError):
     """A value on disk could not be brought back: a larger snapshot would not help."""
+
+
+class _DamagedError(TorchshmError):
+    """A value of the store can't be read."""
 
 
 Tell = Callable[[str, int, int, int], None]
@@ -46,33 +53,52 @@ def snapshot(
     path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    skip_damaged: bool = False,
     tell: Tell | None = None,
     limit: int | None = None,
 ) -> list[str]:
-    """Write the file; returns the keys in it. :meth:`Store.snapshot` says more. `limit` is a guess at its size, in bytes."""
+    """Write the file; returns the keys in it. :meth:`Store.snapshot` says more. `limit`: bytes that it may take, for tests."""
     target = Path(os.path.abspath(path))
     with written_beside(target, overwrite) as made:
-        limit = limit or _size(store)
+        size = limit or _size(store)  # a guess
+        limit = limit or max(size, store._core.limit)  # address space only: holes take no room
         while True:
             try:
-                keys = _copy_apart(store.name, made, limit, tell)
+                keys, damaged = _copy_apart(store.name, made, limit, tell)
                 break
             except _SourceFullError as error:
                 raise PoolFullError(
                     f"a value could not be brought back from disk to be copied: {error}"
                 ) from None
             except PoolFullError:
+                with contextlib.suppress(FileNotFoundError):
+                    size = max(size, made.stat().st_blocks * 512)
                 made.unlink(missing_ok=True)
                 disk = os.statvfs(made.parent)
                 free = disk.f_bavail * disk.f_frsize
-                if free < limit:
+                if free < size:
                     raise PoolFullError(
-                        f"no room for a snapshot of {store.name} at {target}: it takes up to {limit} bytes, and the file system has "
+                        f"no room for a snapshot of {store.name} at {target}: it takes up to {size} bytes, and the file system has "
                         f"{free} free"
                     ) from None
-                limit *= 2  # much was saved meanwhile
+                size *= 2  # much was saved meanwhile
+                limit = max(limit, size)
+        if damaged and not skip_damaged:
+            raise TorchshmError(
+                f"{_said(damaged)}. Nothing was written: skip_damaged=True (--skip-damaged) writes the rest"
+            )
         made.chmod(0o666 & ~_umask())
+    if damaged:
+        warnings.warn(f"{_said(damaged)}: not in {target}", RuntimeWarning, stacklevel=3)
     return keys
+
+
+def _said(damaged: dict[str, str]) -> str:
+    """The names that can't be read, in a line."""
+    named = ", ".join(map(repr, list(damaged)[:_NAMED]))
+    more = f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
+    names = "1 name" if len(damaged) == 1 else f"{len(damaged)} names"
+    return f"{names} can't be read: {named}{more} ({next(iter(damaged.values()))})"
 
 
 def _size(store: Store) -> int:
@@ -90,7 +116,7 @@ def _umask() -> int:
         return next(int(line.split()[1], 8) for line in file if line.startswith("Umask:"))
 
 
-def _copy_apart(name: str, made: Path, limit: int, tell: Tell | None) -> list[str]:
+def _copy_apart(name: str, made: Path, limit: int, tell: Tell | None) -> tuple[list[str], dict[str, str]]:
     paths = os.pathsep.join(path for path in sys.path if path)
     with tempfile.TemporaryDirectory(prefix="torchshm-") as aside, tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "-m", __name__, name, str(made), str(limit), aside]
@@ -104,16 +130,16 @@ def _copy_apart(name: str, made: Path, limit: int, tell: Tell | None) -> list[st
             text=True,
         ) as child:
             try:
-                keys = _follow(child, tell)
+                said = _follow(child, tell)
             except BaseException:
                 child.kill()
                 raise
-        if keys is None or child.returncode != 0:
+        if said is None or child.returncode != 0:
             errors.seek(0)
             raise TorchshmError(
                 f"the process that writes a snapshot of {name} has ended with the status {child.returncode}: {errors.read()}"
             )
-        return keys
+        return said
 
 
 _KINDS: dict[str, type[Exception]] = {
@@ -122,19 +148,19 @@ _KINDS: dict[str, type[Exception]] = {
 }
 
 
-def _follow(child: subprocess.Popen[str], tell: Tell | None) -> list[str] | None:
-    """The keys, when it has said them; its errors are raised here."""
-    keys: list[str] | None = None
+def _follow(child: subprocess.Popen[str], tell: Tell | None) -> tuple[list[str], dict[str, str]] | None:
+    """The keys, and those that can't be read and why, when it has said them; its errors are raised here."""
+    found: tuple[list[str], dict[str, str]] | None = None
     assert child.stdout is not None
     for line in child.stdout:
         said = json.loads(line)
         if "error" in said:
             raise _KINDS.get(said["error"], TorchshmError)(said["text"])
         if "keys" in said:
-            keys = said["keys"]
+            found = said["keys"], said["damaged"]
         elif tell is not None:
             tell(said["key"], said["bytes"], said["done"], said["of"])
-    return keys
+    return found
 
 
 # ---- in the process of its own
@@ -149,60 +175,103 @@ def main(name: str, made: str, limit: int, aside: str) -> None:
     try:
         source = _C.Store.connect(name, 2 * 10**9)
         os.environ["XDG_RUNTIME_DIR"] = aside  # nobody is to find the new one
-        target = _C.Store.start(name, limit, file=made)
+        target = _C.Store.start(name, limit, policy=-1, file=made)
         try:
-            keys = _copy(source, target, say)
+            keys, damaged = _copy(source, target, say)
+            taken = target.info()["committed_bytes"]
         finally:
             target.stop()
-        say(keys=keys)
+        _settle(source, made, taken, 2 * limit)
+        say(keys=keys, damaged=damaged)
     except (TorchshmError, OSError, MemoryError) as error:
         say(error=type(error).__name__, text=str(error))
     finally:
         shutil.rmtree(aside, ignore_errors=True)  # if nobody else does it any more
 
 
-def _copy(source: _C.Store, target: _C.Store, say: Callable[..., None]) -> list[str]:
+def _settle(source: _C.Store, made: str, taken: int, most: int) -> None:
+    """Give a finished file the settings of its store. Before, names without a ttl would have got the store's.
+
+    Its limit too, but where more than that was copied, from disk.
+    """
+    figures = source.info()
+    ttl, patience = (min(round((each or 0) * 1e9), _FOREVER) for each in (figures["ttl"], source.patience))
+    limit = min(max(source.limit, taken), most)
+    _C.Store.start(source.name, limit, ttl, policy=figures["policy"], patience=patience, file=made).stop()
+
+
+def _copy(source: _C.Store, target: _C.Store, say: Callable[..., None]) -> tuple[list[str], dict[str, str]]:
     copies: dict[tuple[int, int], _C.BlockRef] = {}  # what several names share is copied once
-    names, keys = source.keys(""), []
+    names, keys, damaged = source.keys(""), [], {}
     said = 0.0
     for i, key in enumerate(names):
         if time.monotonic() > said + _SAID_EVERY:
             said = time.monotonic()
             with contextlib.suppress(KeyError):
                 say(key=key, bytes=source.find(key)["bytes"], done=i, of=len(names))
-        with contextlib.suppress(KeyError):  # removed meanwhile
+        try:
             _copy_name(source, target, key, copies)
             keys.append(key)
-    return keys
+        except KeyError:
+            pass  # removed meanwhile
+        except _DamagedError as error:
+            damaged[key] = str(error)
+    return keys, damaged
 
 
 def _copy_name(
     source: _C.Store, target: _C.Store, key: str, copies: dict[tuple[int, int], _C.BlockRef]
 ) -> None:
     for attempt in range(_ATTEMPTS):
-        found = source.find(key)
-        left = found["expires_in"]
-        if left is not None and left <= 0:
-            raise KeyError(key)
-        ttl = 0 if left is None else max(1, int(left * 1e9))
         try:
-            try:
-                raw = source.load(key, _values.MODES["r"])
-            except PoolFullError as error:
-                raise _SourceFullError(*error.args) from None
+            found, raw = _whole(source, key)
+            left = found["expires_in"]
+            if left is not None and left <= 0:
+                raise KeyError(key)
+            ttl = 0 if left is None else max(1, int(left * 1e9))
             if isinstance(raw, np.ndarray):
                 # Its text says where it lies: that is made anew.
                 if not target.save_array(key, raw, False, ttl, False, found["policy"], 0):
-                    raise TorchshmError(f"the entry of {key!r} is damaged")
+                    raise _DamagedError(f"the entry of {key!r} is damaged")
                 return
             text, blocks = raw[:2]
             refs = [_copied(source, target, block, copies) for block in blocks]
-        except StaleHandleError:  # removed or replaced after it was found
+        except StaleHandleError as error:  # removed or replaced after it was found
             if attempt + 1 == _ATTEMPTS:
-                raise
+                raise _DamagedError(str(error)) from None
             continue
         target.save(key, text, refs, False, ttl, False, found["policy"])
         return
+
+
+def _whole(source: _C.Store, key: str) -> tuple[dict[str, Any], Any]:
+    """What is said of a name, and its value: of one and the same save.
+
+    Raises
+    ------
+    StaleHandleError
+        When it was removed or replaced in between.
+    """
+    with _reading():
+        before = source.find(key)
+        raw = source.load(key, _values.MODES["r"])
+        found = source.find(key)
+    if (found["cell"], found["life"]) != (before["cell"], before["life"]):
+        raise StaleHandleError(f"{key!r} is replaced faster than it can be copied")
+    return found, raw
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Tell what is wrong with the store from what is wrong with its copy."""
+    try:
+        yield
+    except PoolFullError as error:
+        raise _SourceFullError(*error.args) from None
+    except (StaleHandleError, StoreUnavailableError, KeyError):
+        raise
+    except (TorchshmError, ValueError, OSError) as error:
+        raise _DamagedError(str(error)) from None
 
 
 def _copied(
@@ -212,7 +281,8 @@ def _copied(
     copies: dict[tuple[int, int], _C.BlockRef],
 ) -> _C.BlockRef:
     if block not in copies:
-        whole = source.open(*block, _values.MODES["r"])
+        with _reading():
+            whole = source.open(*block, _values.MODES["r"])
         made = target.blank(whole.size)
         _C.copy_into(made, 0, whole.__array_interface__["data"][0], whole.size)
         copies[block] = made.base  # type: ignore[assignment]

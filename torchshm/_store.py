@@ -577,12 +577,15 @@ class Store(MutableMapping[str, Any]):
             policy=policy,
         )
 
-    def snapshot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[str]:
+    def snapshot(
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, skip_damaged: bool = False
+    ) -> list[str]:
         """Write all names into a file that :func:`torchshm.open` and ``start(file=)`` read, while others go on with the store.
 
         Everything that a store holds is copied as it is, pickled objects and modules too; nothing is unpickled. Each name has a value
         that was saved whole, of some moment between call and return: what is removed meanwhile may be left out, and what is saved
-        meanwhile may be in it. Writing to values in place (mode ``"r+"``) is seen in parts. What is left of a ttl is kept.
+        meanwhile may be in it. Writing to values in place (mode ``"r+"``) is seen in parts. What is left of a ttl is kept, and so are
+        policies and the store's own settings: served, the file is a store with the same limit.
 
         Parameters
         ----------
@@ -590,6 +593,8 @@ class Store(MutableMapping[str, Any]):
             The file appears there whole or not at all.
         overwrite : bool
             Replace what is there. Who has opened that keeps it.
+        skip_damaged : bool
+            Leave out values that can't be read, such as those whose file in the spill directory is gone; a RuntimeWarning names them.
 
         Returns
         -------
@@ -604,10 +609,12 @@ class Store(MutableMapping[str, Any]):
             When the disk has no room.
         StoreUnavailableError
             When the store is not served: the process that writes the file finds it by its service.
+        TorchshmError
+            When values can't be read and `skip_damaged` is not set; it names them, and nothing is written.
         """
         from torchshm import _snapshot
 
-        return _snapshot.snapshot(self, path, overwrite=overwrite)
+        return _snapshot.snapshot(self, path, overwrite=overwrite, skip_damaged=skip_damaged)
 
     # ---- modules
 
@@ -780,8 +787,7 @@ class Store(MutableMapping[str, Any]):
         found = self._core.find(_checked(key))
         found["policy"] = POLICIES[found["policy"]]
         kind = _values.kind_of(found.pop("text"))
-        for inner in ("bound", "abandoned", "cell", "life"):
-            del found[inner]
+        del found["bound"], found["abandoned"], found["cell"], found["life"]
         return {"kind": kind, **found}
 
     def __getitem__(self, key: str) -> Any:
@@ -810,11 +816,12 @@ class Store(MutableMapping[str, Any]):
 
         The death of processes needs none of it. Beside the file, in ``PATH.synced``, it records a checksum of every value, by which
         ``torchshm check --repair`` tells afterwards what is as it was. Takes the time to read all values and to write what has changed.
+        One process or thread does it at a time, and others wait.
 
         Raises
         ------
         TorchshmError
-            For a store in memory, and when the disk fails.
+            For a store in memory, when the disk fails, and when the file was removed or replaced.
         OSError
             When the record can't be written.
         """

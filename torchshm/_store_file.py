@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torchshm import _C, _values
+from torchshm._store import POLICIES
 from torchshm.errors import StoreUnavailableError
 
 _MODES = ("r", "c")
@@ -108,12 +109,17 @@ class StoreFile(Mapping[str, Any]):
         -------
         dict
             Of a name: ``kind`` ("array", "values" or "object"), ``bytes`` (of its blocks), ``blocks``, ``created`` (seconds since 1970),
-            ``expires_in`` (seconds, or None), ``pid`` of who saved it. Of the file: ``name`` of the store, ``created``, ``data_bytes``
-            (the part of the data region that was ever used), ``file_bytes`` (its length; it has holes).
+            ``expires_in`` (seconds, or None), ``pid`` of who saved it, ``policy``. Of the file: ``name`` of the store, ``created``,
+            ``pool_id``, ``ttl``, ``policy``, ``patience`` (seconds to wait for room), ``limit_bytes``, ``data_bytes`` (the part of the
+            data region that was ever used), ``data_size`` (of the data region: most that the limit may become), ``file_bytes`` (its
+            length; it has holes), ``trusted`` (False: the machine went down while it was in use).
         """
         if key is None:
-            return self._core.info()
+            figures = self._core.info()
+            return {**figures, "policy": POLICIES[figures["policy"]]}
         found = self._core.find(_checked(key))
+        found["policy"] = POLICIES[found["policy"]]
+        del found["cell"], found["life"]
         return {"kind": _values.kind_of(found.pop("text")), **found}
 
     def __getitem__(self, key: str) -> Any:

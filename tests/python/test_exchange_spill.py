@@ -1,7 +1,11 @@
 """Files that are larger than a store's memory: what does not fit is on disk, on the way in and on the way out."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from scripts import PATIENCE
 
 import torchshm
 
@@ -63,3 +67,32 @@ def test_a_value_that_can_not_be_brought_back_is_no_reason_for_a_larger_file(tmp
         store.snapshot(tmp_path / "copy")
     with torchshm.open(tmp_path / "copy") as copy:
         assert all((copy[f"k{i}"] == i).all() for i in range(6))
+
+
+def test_values_whose_files_are_gone_are_named_all_at_once(tmp_path):
+    with torchshm.start("holed", limit="24MiB", spill=tmp_path / "spill") as store:
+        for i in range(20):
+            store.save(f"k{i:02}", np.full(1 << 19, i, np.int64), policy="spill")
+        gone = [key for key in store if store.info(key)["where"] == "disk"]
+        assert 10 < len(gone) < 20
+        for file in (tmp_path / "spill").rglob("*.spill"):
+            file.unlink()
+        place = tmp_path / "place"
+        place.mkdir()
+        more = (
+            rf"^{len(gone)} names can't be read: 'k00'.*'k09' and {len(gone) - 10} more .*skip_damaged=True"
+        )
+        with pytest.raises(torchshm.TorchshmError, match=more):
+            store.snapshot(place / "s")
+        assert list(place.iterdir()) == []
+        with pytest.warns(RuntimeWarning, match=rf"^{len(gone)} names can't be read: 'k00'"):
+            written = store.snapshot(place / "s", skip_damaged=True)
+        assert sorted([*written, *gone]) == sorted(f"k{i:02}" for i in range(20))
+        command = [sys.executable, "-m", "torchshm", "snapshot", "holed", place / "t"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 1 and "--skip-damaged" in done.stderr and not (place / "t").exists()
+        done = subprocess.run([*command, "--skip-damaged"], capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0 and "'k00'" in done.stderr
+    for name in "st":
+        with torchshm.open(place / name) as file:
+            assert sorted(file) == sorted(written)

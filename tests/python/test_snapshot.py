@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from peer import Peer, keep
+from peer import Peer, keep, kept_value
 from scripts import PATIENCE
 
 import torchshm
@@ -154,6 +154,63 @@ def test_what_is_left_of_a_lifetime_is_kept(store, tmp_path):
     store.snapshot(tmp_path / "s")
     figures = in_file(tmp_path / "s", keys_and_figures)
     assert 3000 < figures["short"]["expires_in"] <= 3600 and figures["long"]["expires_in"] is None
+
+
+def test_a_value_has_its_own_lifetime_and_policy_in_it(store, tmp_path):
+    store.save("x", np.zeros(3), ttl=3600, policy="drop")
+    core = store._core
+
+    class Late:
+        """Somebody else saves between two looks."""
+
+        def __init__(self):
+            self.saved = False
+
+        def __getattr__(self, name):
+            return getattr(core, name)
+
+        def load(self, key, mode):
+            if not self.saved:
+                self.saved = True
+                store.save("x", np.ones(3), policy="pin", overwrite=True)
+            return core.load(key, mode)
+
+    target = _snapshot._C.Store.start(f"target-{os.getpid()}", 1 << 24, file=str(tmp_path / "s"))
+    _snapshot._copy_name(Late(), target, "x", {})
+    found = target.find("x")
+    assert (found["expires_in"], found["policy"]) == (None, 3)
+    assert target.load("x", 0).sum() == 3
+    target.stop()
+
+
+def test_it_can_be_a_store_as_large_as_the_one_it_is_of(tmp_path):
+    with Peer("spawn") as peer:
+        name = f"settings-{os.getpid()}"
+        peer.call(serve_with_settings, name, str(tmp_path / "source"))
+        torchshm.connect(name).snapshot(tmp_path / "s")
+    assert in_file(tmp_path / "s", settings) == (256 << 20, pytest.approx(1000.0), "drop", 2.5)
+    figures = in_file(tmp_path / "s", keys_and_figures)
+    assert figures["passing"]["expires_in"] > 1000 and figures["staying"]["expires_in"] is None
+    assert (tmp_path / "s").stat().st_blocks * 512 < 16 << 20
+    assert when_served(tmp_path / "s", filled) == 25
+
+
+def serve_with_settings(name, path):
+    with torchshm.start(name, limit="256MiB", policy="drop", timeout=2.5, file=path) as store:
+        store["staying"] = 1
+    keep("served", torchshm.start(name, ttl=1000.0, policy="drop", timeout=2.5, file=path))
+    kept_value("served").save("passing", 1, ttl=3600)
+
+
+def settings(file):
+    figures = file.info()
+    return tuple(figures[each] for each in ("limit_bytes", "ttl", "policy", "patience"))
+
+
+def filled(store):
+    for i in range(25):
+        store.save(f"k{i}", np.full(1 << 20, i), policy="pin")
+    return len(store.keys("k"))
 
 
 # ---- while others write

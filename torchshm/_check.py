@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchshm import _C, _pools
+from torchshm import _C, _persistence, _pools
 from torchshm.errors import TorchshmError
 
 if TYPE_CHECKING:
@@ -52,11 +52,14 @@ class Checked:
     is_copy: bool = False
     catalogue: Catalogue | None = None
     violations: list[tuple[int, str]] = field(default_factory=list)  # number of the invariant, text
+    compared: _persistence.Compared | None = None  # of a file, where its values were to be read
     error: str | None = None  # why it could not be opened
 
     @property
     def sound(self) -> bool:
-        """Whether all invariants hold."""
+        """Whether all invariants hold, and all values that were compared are as they were recorded."""
+        if self.compared is not None and (self.compared.differing or self.compared.missing):
+            return False
         return self.error is None and not self.violations
 
     def as_json(self) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class Checked:
             "messages": self.messages,
             "catalogue": None if self.catalogue is None else self.catalogue.as_json(),
             "violations": [{"invariant": number, "what": what} for number, what in self.violations],
+            "data": None if self.compared is None else self.compared.as_json(),
             "error": self.error,
         }
 
@@ -141,8 +145,16 @@ def check_files(
             os.close(fd)
 
 
-def check_file(path: str | Path, *, at_rest: bool = False) -> Checked:
-    """Check a persistent store by its file, whether it is being served or not.
+def check_file(path: str | Path, *, at_rest: bool = False, data: bool = False) -> Checked:
+    """Check the tables of a persistent store by its file, whether it is being served or not.
+
+    Parameters
+    ----------
+    path : path
+    at_rest : bool
+        Nobody is inside an operation and the dead were taken back: be exact.
+    data : bool
+        Read the values too, of a file that nobody uses, and compare them with what the last sync() has recorded.
 
     Raises
     ------
@@ -161,6 +173,11 @@ def check_file(path: str | Path, *, at_rest: bool = False) -> Checked:
     checked.messages = found["tickets"] - found["named_tickets"]
     checked.catalogue = _catalogue(store, of_store)
     checked.violations += found["violations"] + of_store["violations"]
+    if data:
+        try:
+            checked.compared = _persistence.compare(path)
+        except (TorchshmError, ValueError) as error:
+            checked.error = f"its values were not compared: {error}"
     return checked
 
 
@@ -234,6 +251,10 @@ def table(pools: list[Checked]) -> Table:
             result = "[red]not readable[/]"
         elif pool.violations:
             result = f"[red]{len(pool.violations)} violation{'s' if len(pool.violations) > 1 else ''}[/]"
+        elif pool.compared is not None and pool.compared.differing:
+            result = "[red]values differ[/]"
+        elif not pool.sound:
+            result = "[red]not compared[/]"
         else:
             result = "[green]sound[/]"
         lines.add_row(
@@ -254,4 +275,19 @@ def remarks(pools: list[Checked]) -> list[str]:
         if pool.error is not None:
             lines.append(f"{pool.name}: {pool.error}")
         lines += [f"{pool.name}: invariant {number}: {what}" for number, what in pool.violations]
+        if pool.compared is not None:
+            lines += _of_values(pool.name, pool.compared)
     return lines
+
+
+def _of_values(name: str, compared: _persistence.Compared) -> list[str]:
+    lines = [f"{name}: {key!r}: {how}" for key, how in compared.differing.items()]
+    lines += [
+        f"{name}: {key!r}: the last sync() has not recorded what it is now" for key in compared.unrecorded
+    ]
+    lines += [
+        f"{name}: {key!r}: recorded by the last sync(), and removed or expired since" for key in compared.gone
+    ]
+    if compared.missing:
+        return [*lines, f"{name}: no values were compared: {compared.missing}"]
+    return [*lines, f"{name}: {compared.same} names are as the last sync() has recorded them"]

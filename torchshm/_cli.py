@@ -101,6 +101,14 @@ def demo(
     console.print(f"Done in {time.monotonic() - start:.0f} s.", highlight=False)
 
 
+def _a_path(context: typer.Context, option: typer.CallbackParam, value: Path | None) -> Path | None:
+    if value is not None and str(value).startswith("--"):
+        raise typer.BadParameter(
+            f"a PATH is to follow, not {str(value)!r}: torchshm {context.info_name} {option.opts[0]} PATH {value}"
+        )
+    return value
+
+
 @app.command()
 def check(
     pid: Annotated[int | None, typer.Option("--pid", min=1, help="Only the pools of this process.")] = None,
@@ -117,13 +125,26 @@ def check(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", metavar="PATH", help="The file of a persistent store, served or not."),
+        typer.Option(
+            "--file",
+            metavar="PATH",
+            callback=_a_path,
+            help="The file of a persistent store, served or not: its tables.",
+        ),
     ] = None,
+    data: Annotated[
+        bool,
+        typer.Option(
+            "--data",
+            help="With --file, when nobody uses it: read the values too, and compare them with what store.sync() has recorded.",
+        ),
+    ] = False,
     repair: Annotated[
         Path | None,
         typer.Option(
             "--repair",
             metavar="PATH",
+            callback=_a_path,
             help="Of a persistent store that was in use when the machine went down: keep what is as store.sync() has recorded it.",
         ),
     ] = None,
@@ -140,6 +161,8 @@ def check(
 ) -> None:
     """Check the invariants of every pool and store of this user's processes, without joining and while they work.
 
+    They are those of the tables: what values hold is not looked at, but with --data.
+
     Exit status: 0 when all hold, 1 when one does not, 2 when there is no pool.
     """
     from rich.console import Console
@@ -151,6 +174,8 @@ def check(
         raise typer.BadParameter("--files, --pid, --store, --file and --repair exclude one another")
     if unverified and repair is None:
         raise typer.BadParameter("--unverified needs --repair")
+    if data and file is None:
+        raise typer.BadParameter("--data needs --file")
     if catalogue is not None and files is None:
         raise typer.BadParameter("--catalogue needs --files")
     if repair is not None:
@@ -158,7 +183,7 @@ def check(
         return
     try:
         if file is not None:
-            pools = [_check.check_file(file, at_rest=at_rest)]
+            pools = [_check.check_file(file, at_rest=at_rest, data=data)]
         elif files is not None:
             pools = [_check.check_files(*files, catalogue, at_rest=at_rest)]
         elif store is not None:
@@ -201,7 +226,7 @@ def _repair(path: Path, unverified: bool, as_json: bool) -> None:
         typer.echo(json.dumps(result.as_json(), indent=2))
     else:
         unsure = f", {len(result.unverified)} unverified" if unverified else ""
-        typer.echo(f"{path}: {len(result.kept)} names kept{unsure}, {len(result.lost)} lost.")
+        typer.echo(f"{result.path}: {len(result.kept)} names kept{unsure}, {len(result.lost)} lost.")
         for key, why in result.lost.items():
             typer.echo(f"lost {key!r}: {why}")
         typer.echo(f"The file as it was: {result.damaged}")

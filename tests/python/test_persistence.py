@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pytest
 from scripts import PATIENCE, passes
 
 import torchshm
-from torchshm import _check
+from torchshm import _check, _persistence
 from torchshm.errors import (
     KeyExistsError,
     PoolFullError,
@@ -277,6 +278,367 @@ def test_repair_keeps_what_was_synced_and_reports_the_rest(path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["unverified"] == ["array", "changed", "dict", "late", "other"]
+
+
+def synced_then_changed(path):
+    """Of names "a", "b" and "late" only "a" is as it was recorded, and the machine has gone down."""
+
+    def work():
+        store = torchshm.start("p", "16MiB", file=path)
+        store["a"], store["b"] = np.full(1000, 1), np.full(1000, 1)
+        store.sync()
+        store["b"], store["late"] = np.full(1000, 2), np.full(1000, 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert child(work) == -9
+    other_boot(path)
+
+
+def in_child(work):
+    """What it returns, in a forked process: who joins a pool never leaves it."""
+    reading, writing = os.pipe()
+    assert child(lambda: os.write(writing, json.dumps(work()).encode())) == 0
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        return json.load(pipe)
+
+
+def repaired(path, unverified=False):
+    return in_child(lambda: _persistence.repair(path, unverified=unverified).as_json())
+
+
+def values(path):
+    with torchshm.open(path) as file:
+        return {key: int(file[key][0]) for key in file}
+
+
+def test_repair_replaces_no_file_that_an_earlier_one_has_kept(path):
+    synced_then_changed(path)
+    before = os.stat(path).st_ino
+    first = repaired(path)
+    assert first["kept"] == ["a"]
+    assert first["damaged"] == f"{path}.damaged"
+    second = repaired(path)
+    assert (second["kept"], second["lost"]) == (["a"], {})
+    assert second["damaged"] == f"{path}.damaged-2"
+    assert os.stat(first["damaged"]).st_ino == before
+    assert repaired(first["damaged"])["kept"] == ["a"]  # by the record that lies beside it
+    assert repaired(first["damaged"] + ".damaged", unverified=True)["unverified"] == ["b", "late"]
+    assert values(first["damaged"] + ".damaged") == {"a": 1, "b": 2, "late": 2}
+
+
+def test_repair_without_links(path, monkeypatch):
+    synced_then_changed(path)
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert [repaired(path)["damaged"] for _ in range(3)] == [
+        f"{path}.damaged",
+        f"{path}.damaged-2",
+        f"{path}.damaged-3",
+    ]
+    assert repaired(f"{path}.damaged", unverified=True)["kept"] == ["a"]
+
+
+def test_a_kill_of_repair_leaves_the_old_file_or_the_new_one(path, tmp_path):
+    synced_then_changed(path)
+    calls = ("link", "rename", "fchmod", "mkdir")
+    for n in range(1, 100):
+        place = tmp_path / f"killed-{n}"
+        place.mkdir()
+        copy = place / "a.store"
+        subprocess.run(["cp", "--sparse=always", path, copy], check=True)
+        shutil.copy(f"{path}.synced", f"{copy}.synced")
+        old = os.stat(copy).st_ino
+
+        def work(copy=copy, n=n):
+            left = n
+
+            def counted(real):
+                def call(*arguments, **named):
+                    nonlocal left
+                    left -= 1
+                    if left == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return real(*arguments, **named)
+
+                return call
+
+            for name in calls:
+                setattr(os, name, counted(getattr(os, name)))
+            _persistence.repair(copy)
+
+        how = child(work)
+        if os.stat(copy).st_ino == old:
+            assert repaired(copy)["kept"] == ["a"]
+        assert values(copy) == {"a": 1}
+        kept = [each for each in place.glob("*.damaged*") if os.stat(each).st_ino == old]
+        assert kept
+        assert all(os.path.exists(f"{each}.synced") for each in kept)
+        shutil.rmtree(place)
+        if how == 0:
+            break
+        assert how == -9
+    assert 5 < n < 99
+
+
+def test_repair_that_would_keep_nothing_changes_nothing(path):
+    def work():
+        store = torchshm.start("p", "16MiB", file=path)
+        store["a"] = np.full(1000, 1)
+        if os.path.exists(f"{path}.sync"):
+            store.sync()
+            store["a"] = np.full(1000, 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for why in ("no sync() was ever recorded", "it has changed since the last sync()"):
+        assert child(work) == -9
+        other_boot(path)
+        before, listed = os.stat(path), sorted(os.listdir(path.parent))
+        done = subprocess.run(
+            [sys.executable, "-m", "torchshm", "check", "--repair", path],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 2
+        assert f"{why}. It is as it was; --unverified (unverified=True) keeps" in done.stderr
+        after = os.stat(path)
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+        assert sorted(os.listdir(path.parent)) == listed
+        assert repaired(path, unverified=True)["unverified"] == ["a"]
+        Path(f"{path}.sync").touch()
+        os.unlink(path)
+
+
+@pytest.mark.parametrize("how", ["clean", "killed"])
+def test_repair_of_a_file_in_order_loses_nothing(path, how):
+    save(path, {"a": np.full(10, 1), "b": np.full(10, 1)}, how=how)
+    assert repaired(path)["kept"] == ["a", "b"]
+    save(path, {"b": np.full(10, 2), "c": np.full(10, 3)}, how=how)
+    result = repaired(path)
+    assert (result["kept"], result["lost"]) == (["a", "b", "c"], {})
+    assert values(path) == {"a": 1, "b": 2, "c": 3}
+
+
+def test_repair_by_a_symbolic_link_repairs_what_it_leads_to(path, tmp_path):
+    synced_then_changed(path)
+    link = tmp_path / "elsewhere" / "link"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    result = repaired(link)
+    assert (result["kept"], result["path"], result["damaged"]) == (["a"], str(path), f"{path}.damaged")
+    assert link.is_symlink()
+    assert os.listdir(link.parent) == ["link"]
+    assert values(link) == {"a": 1}
+
+
+def test_repair_keeps_what_is_shared_shared_and_the_settings(path):
+    def work():
+        store = torchshm.start("p", "64MiB", policy="spill", timeout=3.0, file=path)
+        store.save("whole", np.arange(1_000_000), policy="pin")
+        store.save("passing", 5, ttl=3600)
+        lying = store["whole"]
+        for i in range(40):
+            store[f"part{i:02}"] = lying[i:][:: -1 if i % 2 else 1]
+            store[f"tree{i:02}"] = {"all": lying, "i": [i, lying[i : i + 5]]}
+        store.sync()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert child(work) == -9
+
+    def lower():  # below what there is; and a ttl that the names do not have
+        store = torchshm.start("p", "4MiB", 1000.0, policy="spill", timeout=3.0, file=path)
+        os.kill(os.getpid(), signal.SIGKILL)
+        assert store
+
+    assert child(lower) == -9
+    other_boot(path)
+    result = repaired(path)
+    assert (len(result["kept"]), result["lost"]) == (82, {})
+    with torchshm.open(path) as file:
+        figures = file.info()
+        assert figures["data_bytes"] < 16 << 20
+        assert figures["data_size"] == 128 << 20
+        assert [figures[each] for each in ("limit_bytes", "ttl", "policy", "patience")] == [
+            4 << 20,
+            pytest.approx(1000.0),
+            "spill",
+            3.0,
+        ]
+        assert file.info("whole")["expires_in"] is None
+        assert 3000 < file.info("passing")["expires_in"] <= 3600
+        assert [file.info(key)["policy"] for key in ("whole", "part00")] == ["pin", "spill"]
+        for i in range(40):
+            assert np.array_equal(file[f"part{i:02}"], np.arange(i, 1_000_000)[:: -1 if i % 2 else 1])
+            assert file[f"tree{i:02}"]["all"][-1] == 999_999
+            assert file[f"tree{i:02}"]["i"][1].tolist() == [*range(i, i + 5)]
+
+
+def test_two_syncs_at_once_leave_the_later_record(path, monkeypatch):
+    def work():
+        store = torchshm.start("p", "16MiB", file=path)
+        store["x"] = 1
+        writing, go, real = threading.Event(), threading.Event(), _persistence._write_whole
+
+        def slowly(*arguments):
+            if not writing.is_set():
+                writing.set()
+                assert go.wait(PATIENCE)
+            real(*arguments)
+
+        monkeypatch.setattr(_persistence, "_write_whole", slowly)
+        first = threading.Thread(target=store.sync)
+        first.start()
+        assert writing.wait(PATIENCE)
+        store["x"] = 2
+        second = threading.Thread(target=store.sync)
+        second.start()
+        second.join(0.3)
+        # From a signal's handler: who waits can be interrupted.
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            store.sync()
+        go.set()
+        first.join(PATIENCE)
+        second.join(PATIENCE)
+        recorded = json.loads(Path(f"{path}.synced").read_text())["names"]
+        assert recorded == {"x": _persistence._digest(store._core, "x")}
+
+    assert child(work) == 0
+
+
+def test_a_sync_that_is_killed_keeps_nobody_out(path):
+    def work():
+        store = torchshm.start("p", "16MiB", file=path)
+        store["x"] = 1
+        if os.fork() == 0:
+            _persistence._write_whole = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            torchshm.connect("p").sync()
+        os.wait()
+        assert not os.path.exists(f"{path}.synced")
+        store.sync()
+        assert os.path.exists(f"{path}.synced")
+
+    assert child(work) == 0
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced", "moved"])
+def test_sync_records_nothing_for_a_file_that_is_gone(path, how):
+    def work():
+        store = torchshm.start("p", "16MiB", file=path)
+        store["x"] = 1
+        store.sync()
+        before = Path(f"{path}.synced").read_text()
+        elsewhere = path.with_name("b.store")
+        if how == "moved":
+            os.rename(path, elsewhere)
+            os.rename(f"{path}.synced", f"{elsewhere}.synced")
+            store["x"] = 2
+            store.sync()
+            assert Path(f"{elsewhere}.synced").read_text() != before
+            assert not os.path.exists(f"{path}.synced")
+            return
+        os.unlink(path)
+        if how == "replaced":
+            torchshm.start("q", "16MiB", file=path).close()
+        with pytest.raises(TorchshmError, match=r"not at .*a\.store any more"):
+            store.sync()
+        assert Path(f"{path}.synced").read_text() == before
+
+    assert child(work) == 0
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640])
+def test_the_record_is_for_those_who_may_read_the_file(path, mode):
+    def work():
+        os.umask(0o022)
+        store = torchshm.start("p", "16MiB", file=path)
+        os.chmod(path, mode)
+        store.sync()
+        assert os.stat(f"{path}.synced").st_mode & 0o777 == mode
+
+    assert child(work) == 0
+
+
+def checked(path, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "torchshm", "check", *arguments, path, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    return done.returncode, json.loads(done.stdout)["pools"][0]
+
+
+def test_check_reads_values_where_it_is_told_to(path):
+    def work():
+        store = torchshm.start("p", "16MiB", file=path)
+        for key in "abcd":
+            store[key] = np.full(100_000, 7)
+        store.sync()
+        store["b"] = np.full(1000, 8)
+        store["late"] = 5
+        del store["c"]
+        store.close()
+
+    assert child(work) == 0
+    before = os.stat(path)
+    status, found = checked(path, "--data", "--file")
+    assert status == 0
+    assert found["data"] == {
+        "same": 2,
+        "differing": {},
+        "unrecorded": ["b", "late"],
+        "gone": ["c"],
+        "missing": None,
+    }
+    with torchshm.open(path) as file:
+        bytes_of_a = file["a"].tobytes()
+    assert os.stat(path).st_mtime_ns == before.st_mtime_ns
+    data = struct.unpack("<Q", _read(path, 72, 8))[0]
+    patch(path, data + _read(path, data, 2 * CHUNK).index(bytes_of_a) + 1234, b"!")
+    before = os.stat(path)
+    assert checked(path, "--file")[0] == 0
+    status, found = checked(path, "--data", "--file")
+    assert status == 1
+    assert not found["sound"]
+    assert len(found["data"]["differing"]) == 1
+    assert "are damaged" in next(iter(found["data"]["differing"].values()))
+    assert os.stat(path).st_mtime_ns == before.st_mtime_ns
+    os.unlink(f"{path}.synced")
+    status, found = checked(path, "--data", "--file")
+    assert (status, found["data"]["missing"]) == (1, "no sync() was ever recorded")
+
+
+def test_check_says_what_it_can_not_compare(path):
+    def work():
+        store = torchshm.start("p", "16MiB", file=path)
+        store["a"] = 1
+        assert _check.check_file(path).sound
+        found = _check.check_file(path, data=True)
+        assert not found.sound
+        assert "is being served" in found.error
+
+    assert child(work) == 0
+
+
+@pytest.mark.parametrize("option", ["--repair", "--file"])
+def test_an_option_is_no_path(path, option):
+    save(path, {"a": 1})
+    other = {"--repair": "--unverified", "--file": "--data"}[option]
+    done = subprocess.run(
+        [sys.executable, "-m", "torchshm", "check", option, other, path],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert done.returncode == 2
+    assert f"torchshm check {option} PATH {other}" in done.stderr
 
 
 def test_a_file_that_was_closed_needs_no_repair_after_a_boot(path):

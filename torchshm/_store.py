@@ -899,8 +899,8 @@ def start(
     spill_sync : bool
         A value's memory is given up when the disk has its file. False: when the kernel has it, which writes it out in its own time while
         memory is to spare. That is several times faster, and what a failing disk does not take then is lost: loading it is an error.
-    policy : {"keep", "drop", "spill", "pin"}
-        Of values that are saved without one, see :meth:`Store.save`. Default: ``"keep"``. ``"drop"`` makes the store a cache.
+    policy : {"keep", "drop", "spill", "pin"}, optional
+        Of values that are saved without one, see :meth:`Store.save`. ``"drop"`` makes the store a cache. Default: ``"keep"``.
     timeout : float, optional
         Seconds that :meth:`Store.save` and :meth:`Store.load` wait for room. Default: 10 with `spill` or ``policy="drop"``, else 0.
     file : path, optional

@@ -204,7 +204,9 @@ def serve(
     policy: Annotated[
         Policy | None,
         typer.Option(
-            help="What may become of values when room is needed: keep (to disk; the default), spill (to disk first), drop (removed), pin (nothing)."
+            help="What may become of values when room is needed: keep (to disk), spill (to disk first), drop (removed), pin (nothing). "
+            "Default: keep, or what the file has.",
+            show_default=False,
         ),
     ] = None,
     timeout: Annotated[

@@ -227,6 +227,20 @@ def test_a_message_that_nobody_can_receive_keeps_nothing(path):
     assert child(after) == 0
 
 
+def test_settings_that_are_not_given_stay(path):
+    def work(*settings):
+        store = torchshm.start("s", "16MiB", file=path, **dict(settings))
+        figures = store.info()
+        assert (figures["policy"], figures["ttl"], store._core.patience) == (
+            "drop",
+            pytest.approx(100.0),
+            2.5,
+        )
+
+    assert child(work, ("policy", "drop"), ("ttl", 100.0), ("timeout", 2.5)) == 0
+    assert child(work) == 0
+
+
 # ---- a loss of power
 
 

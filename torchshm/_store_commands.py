@@ -205,7 +205,7 @@ def serve(
         Policy | None,
         typer.Option(
             help="What may become of values when room is needed: keep (to disk), spill (to disk first), drop (removed), pin (nothing). "
-            "Default: keep, or what the file has.",
+            "Default: keep, or what the store has that is there already.",
             show_default=False,
         ),
     ] = None,

@@ -845,14 +845,16 @@ class Store(MutableMapping[str, Any]):
         self.close()
 
 
+def unavailable(name: str, error: StoreUnavailableError) -> str:
+    """Say that there is no such store, and how there will be one."""
+    return f"no store named {name}: {error}. Start one with torchshm.start({name!r}) or `torchshm serve --name {name}`, as the same user"
+
+
 def _connect(name: str, timeout: float) -> _C.Store:
     try:
         return _C.Store.connect(name, _nanoseconds(timeout))
     except StoreUnavailableError as error:
-        raise StoreUnavailableError(
-            f"no store named {name}: {error}. Start one with torchshm.start({name!r}) or `torchshm serve --name {name}`, as the same "
-            "user"
-        ) from None
+        raise StoreUnavailableError(unavailable(name, error)) from None
 
 
 _HUGEPAGES = {None: "auto", False: "never", True: "2MiB"}

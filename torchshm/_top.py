@@ -17,25 +17,50 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torchshm import _C
 from torchshm._figures import Sample, StoreSample, Watcher, hit_rate, rates
 from torchshm._size import format_size
-from torchshm._store_commands import Name
+from torchshm._store import unavailable
+from torchshm._store_commands import Name, _fail
+from torchshm.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.text import Text
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.measure import Measurement
 
-_WIDTH = 32  # of a bar, in characters
+_WIDTH = 32  # of a bar, in characters, where there is room
 _MOST_PROCESSES = 8  # shown of a store or pool
 _COLOURS = {"live": "green", "warm": "cyan", "in messages": "yellow", "spilled": "magenta"}
 
 
-def _bar(kind: str, part: int, limit: int) -> Text:
-    from rich.text import Text
+class _Bar:
+    """As wide as there is room for, so that a narrow one tells the same."""
 
-    full = 0 if limit <= 0 else min(_WIDTH, round(_WIDTH * part / limit))
-    full = max(full, 1 if part > 0 else 0)
-    return Text.assemble(("█" * full, _COLOURS[kind]), ("░" * (_WIDTH - full), "dim"))
+    def __init__(self, kind: str, part: int, limit: int) -> None:
+        self._kind, self._part, self._limit = kind, part, limit
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        width = min(_WIDTH, options.max_width)
+        full = 0 if self._limit <= 0 else min(width, round(width * self._part / self._limit))
+        full = max(full, 1 if self._part > 0 else 0)
+        yield Text.assemble(("█" * full, _COLOURS[self._kind]), ("░" * (width - full), "dim"))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        return Measurement(1, min(_WIDTH, options.max_width))
+
+
+class _Cropped:
+    """What does not fit into a line is cut off: a line that goes on below would push others off the screen."""
+
+    def __init__(self, what: RenderableType) -> None:
+        self._what = what
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self._what, options.update(no_wrap=True, overflow="ellipsis"))
 
 
 def _memory(figures: dict[str, Any]) -> RenderableType:
@@ -44,6 +69,10 @@ def _memory(figures: dict[str, Any]) -> RenderableType:
 
     limit = int(figures.get("limit_bytes", 0))
     grid = Table.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column()  # this one alone gets narrower with the terminal
+    for _ in range(2):
+        grid.add_column(no_wrap=True)
     for kind, key in (
         ("live", "live_bytes"),
         ("warm", "warm_bytes"),
@@ -52,24 +81,23 @@ def _memory(figures: dict[str, Any]) -> RenderableType:
     ):
         part = int(figures.get(key) or 0)
         share = f"{part / limit:4.0%}" if limit > 0 else ""
-        grid.add_row(kind, _bar(kind, part, limit), f"{format_size(part):>10}", share)
+        grid.add_row(kind, _Bar(kind, part, limit), f"{format_size(part):>10}", share)
     return grid
 
 
 def _processes(figures: dict[str, Any]) -> RenderableType:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     rows = sorted(figures.get("processes", []), key=lambda row: -int(row["held_bytes"]))
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    table.add_column("pid", justify="right")
-    table.add_column("process")
-    table.add_column("holds", justify="right")
-    table.add_column("blocks", justify="right")
+    table.add_column("pid", justify="right", no_wrap=True)
+    table.add_column("process")  # this one alone gets narrower with the terminal
+    for column in ("holds", "blocks"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows[:_MOST_PROCESSES]:
-        table.add_row(
-            str(row["pid"]), escape(row["name"]), format_size(row["held_bytes"]), str(row["held_blocks"])
-        )
+        name = Text(row["name"], no_wrap=True, overflow="ellipsis")
+        table.add_row(str(row["pid"]), name, format_size(row["held_bytes"]), str(row["held_blocks"]))
     if len(rows) > _MOST_PROCESSES:
         table.add_row("", f"and {len(rows) - _MOST_PROCESSES} more", "", "")
     return table
@@ -206,37 +234,60 @@ def _rest(fd: int | None, seconds: float) -> bool:
     return False
 
 
+def _print(picture: RenderableType) -> None:
+    from rich.console import Console
+
+    console = Console()
+    with console.capture() as captured:  # by itself it ends the program when nobody reads any more
+        console.print(picture)
+    typer.echo(captured.get(), nl=False)
+
+
+def _check_there(name: str) -> None:
+    """End the program with a message when there is no such store."""
+    try:
+        _C.store_status(name)
+    except StoreUnavailableError as error:
+        _fail(unavailable(name, error))
+    except ValueError as error:
+        _fail(error)
+
+
 def top(
     argument: Name = None,
     interval: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once.")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="A line of JSON for each look.")] = False,
 ) -> None:
-    """Show stores, their memory, rates and processes, as they change. q or Ctrl-C ends it."""
-    from rich.console import Console
+    """Show stores, their memory, rates and processes, as they change. q or Ctrl-C ends it.
+
+    Where standard output is no terminal, each look is printed below the one before.
+    """
     from rich.live import Live
 
     signal.signal(signal.SIGTERM, _end)
     before: Sample | None = None
     try:
+        if once and argument is not None:
+            _check_there(argument)
         with Watcher(argument) as watcher:
-            if once or json_lines:
+            if once or json_lines or not sys.stdout.isatty():
                 while True:
                     now = watcher.sample()
                     if json_lines:
                         typer.echo(json.dumps(as_json(now, before)))
-                        sys.stdout.flush()
                     else:
-                        Console().print(draw(now, before))
+                        _print(draw(now, before))
+                    sys.stdout.flush()
                     if once:
                         return
                     before = now
                     time.sleep(interval)
             now = watcher.sample()
-            with _keys() as fd, Live(draw(now, None), screen=True, auto_refresh=False) as live:
+            with _keys() as fd, Live(_Cropped(draw(now, None)), screen=True, auto_refresh=False) as live:
                 while not _rest(fd, interval):
                     before, now = now, watcher.sample()
-                    live.update(draw(now, before), refresh=True)
+                    live.update(_Cropped(draw(now, before)), refresh=True)
     except KeyboardInterrupt:
         return
     except BrokenPipeError:  # whoever read the lines has enough

@@ -244,7 +244,37 @@ def test_once_prints_and_ends(serve):
     done = subprocess.run(
         command("top", "nothing", "--once"), capture_output=True, text=True, timeout=PATIENCE
     )
-    assert done.returncode == 0 and "nobody serves it" in done.stdout
+    assert done.returncode == 1 and done.stdout == "", done
+    assert done.stderr.startswith("torchshm: no store named nothing: ") and "serve" in done.stderr
+
+
+def test_without_a_terminal_each_look_is_printed(serve):
+    serve("plain")
+    with subprocess.Popen(
+        command("top", "plain", "--interval", "0.1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as top:
+        looks = 0
+        while looks < 3:  # the watchdog ends it
+            looks += "store plain" in top.stdout.readline()
+        top.send_signal(signal.SIGINT)
+        _, said = top.communicate(timeout=PATIENCE)
+    assert top.returncode == 0 and said == ""
+    line = f"{' '.join(command('top', 'plain', '--interval', '0.1'))} | head -n 30; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=PATIENCE)
+    assert len(done.stdout.splitlines()) == 30 and done.stderr == "" and done.returncode == 0, done
+    assert done.stdout.count("store plain") > 1 and "\x1b" not in done.stdout
+
+
+def test_a_small_terminal_shows_the_beginning_of_each_line(screen, serve):
+    pid = serve("narrow")
+    screen.tmux("resize-window", "-x", "40", "-y", "8")
+    screen.type(f"clear; {' '.join(command('top', 'narrow', '--interval', '0.1'))}")
+    lines = screen.shows(f"served by {pid}", "saves/s").splitlines()
+    assert [line[2:6] for line in lines[1:7]] == ["serv", "live", "warm", "in m", "spil", "0 lo"]
+    assert "░" in lines[2] and lines[2].endswith(" 0 B   0% │")
 
 
 def test_a_reader_that_has_enough_ends_it(serve):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchshm import _C, _prefetch, _tensors, _values
+from torchshm import _C, _prefetch, _room, _tensors, _values
 from torchshm._locks import Lock
 from torchshm._size import parse_limit
 from torchshm.errors import KeyExistsError, PoolFullError, StaleHandleError, StoreUnavailableError
@@ -185,7 +185,7 @@ class Store(MutableMapping[str, Any]):
         KeyExistsError
             When the name is taken and `overwrite` is not set.
         PoolFullError
-            When the store has no room, and none was made in time.
+            When the store has no room, and none was made in time; at once for a value that needs more than the store's limit.
         TypeError
             For tensors that can't be shared: on another device, or of a layout without plain memory.
         """
@@ -203,18 +203,28 @@ class Store(MutableMapping[str, Any]):
         policy: int = -1,
         patience: int = -1,
     ) -> None:
-        if type(value) is np.ndarray and core.save_array(key, value, overwrite, ttl, False, policy, patience):
-            return
-        if not overwrite and core.contains(key):  # before the work
-            raise KeyExistsError(
-                f"{key} is a name in this store already; save it under another one, or with overwrite=True"
-            )
         try:
-            _place(core, key, value, ttl, overwrite, policy)
-            return
+            if type(value) is np.ndarray and core.save_array(
+                key, value, overwrite, ttl, False, policy, patience
+            ):
+                return
+            if not overwrite and core.contains(key):  # before the work
+                raise KeyExistsError(
+                    f"{key} is a name in this store already; save it under another one, or with overwrite=True"
+                )
+            try:
+                _place(core, key, value, ttl, overwrite, policy)
+                return
+            except _values.TooLargeError as error:
+                raise PoolFullError(str(error)) from None
+            except PoolFullError as error:
+                if _room.never(core, error):
+                    raise
+                wanting = error
+            self._save_in_turn(core, key, value, ttl, overwrite, policy, patience, wanting)
         except PoolFullError as error:
-            wanting = error
-        self._save_in_turn(core, key, value, ttl, overwrite, policy, patience, wanting)
+            _room.explain(core, error)
+            raise
 
     def _save_in_turn(
         self,
@@ -288,12 +298,21 @@ class Store(MutableMapping[str, Any]):
             When there is no such name, and `timeout` is 0.
         TimeoutError
             When the time is up.
+        PoolFullError
+            When a value is on disk and there is no room for it, and none was made in time; at once for several that together need
+            more than the store's limit.
         ValueError
             For an object that needs ``allow_pickle=True``.
         """
         if timeout == 0 and type(key) is str and prefix is None and (mode is None or mode in _values.MODES):
             core = self._held or self._core
-            raw = core.load(key if key[:1] not in ("", "\0") else _checked(key), _values.MODES[mode or "r"])
+            try:
+                raw = core.load(
+                    key if key[:1] not in ("", "\0") else _checked(key), _values.MODES[mode or "r"]
+                )
+            except PoolFullError as error:
+                _room.explain(core, error, key)
+                raise
             if type(raw) is not tuple:
                 return raw
             with contextlib.suppress(StaleHandleError):  # removed or replaced after it was found
@@ -305,7 +324,9 @@ class Store(MutableMapping[str, Any]):
         deadline = None if timeout < 0 else time.monotonic() + timeout
         if prefix is not None:
             found = {}
-            for each in self._core.keys(prefix):
+            keys = self._core.keys(prefix)
+            self._check_together(keys)
+            for each in keys:
                 try:
                     found[each] = self._load(each, 0, None, mode, allow_pickle)
                 except KeyError:
@@ -314,14 +335,24 @@ class Store(MutableMapping[str, Any]):
         if isinstance(key, str):
             return self._load(key, timeout, deadline, mode, allow_pickle)
         assert key is not None
-        return [self._load(each, timeout, deadline, mode, allow_pickle) for each in key]
+        keys = [_checked(each) for each in key]
+        self._check_together(keys)
+        return [self._load(each, timeout, deadline, mode, allow_pickle) for each in keys]
+
+    def _check_together(self, keys: list[str]) -> None:
+        if len(keys) > 1 and self._core.patience > 0:  # who does not wait finds it out soon
+            _room.check_together(self._core, keys)
 
     def _load(
         self, key: str, timeout: float, deadline: float | None, mode: str | None, allow_pickle: bool
     ) -> Any:
         core = self._core
         for attempt in range(_ATTEMPTS):
-            raw = self._find(core, _checked(key), timeout, deadline, _values.MODES[mode or "r"])
+            try:
+                raw = self._find(core, _checked(key), timeout, deadline, _values.MODES[mode or "r"])
+            except PoolFullError as error:
+                _room.explain(core, error, key)
+                raise
             try:
                 return self._open(core, key, raw, mode, allow_pickle)
             except StaleHandleError:

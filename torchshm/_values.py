@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from torchshm import _C, _arrow, _reducers
-from torchshm.errors import StaleHandleError, TorchshmError
+from torchshm._size import format_size
+from torchshm.errors import PoolFullError, StaleHandleError, TorchshmError
 
 MODES = {"r+": 0, "r": 1, "c": 2}
 _PACKED_BELOW = 1 << 16  # bytes; smaller pieces of one value share a block. Arbitrary
@@ -50,6 +51,18 @@ _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 class _NotPlainError(Exception):
     """Only pickle knows how."""
+
+
+class TooLargeError(PoolFullError):
+    """A value for which no store of this limit has room, whatever goes."""
+
+
+def _check_size(core: _C.Store, nbytes: int) -> None:
+    if nbytes > (limit := core.limit):
+        raise TooLargeError(
+            f"this value needs {format_size(nbytes)}, and the store's limit is {format_size(limit)}: save it in parts, under several "
+            "names, or start the store with a larger limit="
+        )
 
 
 # ---- dtypes
@@ -337,6 +350,7 @@ class _Writer:
                 fresh.append((low, high - low, pieces))
         small = [each for each in fresh if each[1] < _PACKED_BELOW]
         total = sum(length for _, length, _ in fresh)
+        _check_size(self.core, total)  # before others have to go for a part of it
         self._copy(small, total)
         for each in fresh:
             if each[1] >= _PACKED_BELOW:

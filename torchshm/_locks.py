@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from torchshm import _C
+from torchshm._size import parse_seconds
 
 if TYPE_CHECKING:
     from torchshm._store import Store
@@ -68,7 +69,7 @@ class Lock:
         if self._core is None:
             self._core = store.lock(self._key or "")
         lock = self._core
-        timeout = self._timeout if timeout is None else timeout
+        timeout = self._timeout if timeout is None else parse_seconds(timeout, "timeout")
         deadline = None if timeout < 0 else time.monotonic() + timeout
         while True:
             if lock.held and self._owner == threading.get_ident():

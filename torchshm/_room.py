@@ -12,8 +12,10 @@ from torchshm import _C
 from torchshm._size import format_size
 from torchshm.errors import PoolFullError, TorchshmError
 
-# What csrc/pool/member.cc advises for every store.
-_ADVICE = ". Drop arrays that are no longer needed, or start the store with a larger limit=, or with spill="
+# What csrc/pool/member.cc advises, who does not know what a store holds.
+_ADVICE = re.compile(
+    r"\. Drop arrays that are no longer needed, [^.]*start the store with a larger limit=[^.]*"
+)
 _WANTED = re.compile(r"no room for (\d+) bytes")
 _MOST = 1000  # names that are looked at, for an error. Arbitrary
 _LARGEST = 3
@@ -59,9 +61,10 @@ def never(core: _C.Store, error: PoolFullError) -> bool:
 def explain(core: _C.Store, error: PoolFullError, key: str | None = None) -> None:
     """Put advice for this store, as it is now, into an error that has advice for any. `key`: of what was to be loaded."""
     text = str(error)
-    what, found, trouble = text.partition(_ADVICE)
-    if not found:
+    found = _ADVICE.search(text)
+    if found is None:
         return
+    what, trouble = text[: found.start()], text[found.end() :]
     with contextlib.suppress(TorchshmError):
         more = _advice(core, core.info(), _wanted(what), bool(trouble))
         begin = "" if key is None else f"{key!r} can't come back from disk: "

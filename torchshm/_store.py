@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import math
 import multiprocessing.util
 import os
 import time
 import traceback
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from torchshm import _C, _prefetch, _room, _tensors, _values
 from torchshm._locks import Lock
-from torchshm._size import parse_limit
+from torchshm._size import parse_limit, parse_seconds
 from torchshm.errors import KeyExistsError, PoolFullError, StaleHandleError, StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -32,15 +32,17 @@ _ATTEMPTS = 100  # at a name that changes while it is being opened
 
 
 def _nanoseconds(timeout: float) -> int:
-    return _FOREVER if timeout < 0 else min(int(timeout * 1e9), _FOREVER)
+    seconds = parse_seconds(timeout, "timeout")
+    return _FOREVER if seconds < 0 else min(int(seconds * 1e9), _FOREVER)
 
 
 def _ttl(seconds: float | None) -> int:
     if seconds is None:
         return 0
-    if not 0 < seconds < math.inf:
+    number = parse_seconds(seconds, "ttl")
+    if number <= 0:
         raise ValueError(f"ttl is a number of seconds above 0, not {seconds}")
-    return max(1, int(seconds * 1e9))
+    return max(1, int(number * 1e9))
 
 
 POLICIES = ("keep", "drop", "spill", "pin")  # csrc/store/layout.h has the same order
@@ -321,6 +323,7 @@ class Store(MutableMapping[str, Any]):
             raise ValueError(f"mode is 'r', 'c' or 'r+', not {mode!r}")
         if (key is None) == (prefix is None):
             raise TypeError("load() takes a key, several keys, or prefix=")
+        timeout = parse_seconds(timeout, "timeout")
         deadline = None if timeout < 0 else time.monotonic() + timeout
         if prefix is not None:
             found = {}
@@ -426,7 +429,7 @@ class Store(MutableMapping[str, Any]):
         if mode is not None and mode not in _values.MODES:
             raise ValueError(f"mode is 'r', 'c' or 'r+', not {mode!r}")
         core = self._core
-        lifetime = _ttl(ttl)
+        lifetime, timeout = _ttl(ttl), parse_seconds(timeout, "timeout")
         mark = "\0" + _checked(key)  # csrc/api/locks.cc puts up the same
         deadline = None if timeout < 0 else time.monotonic() + timeout
         while True:
@@ -750,7 +753,7 @@ class Store(MutableMapping[str, Any]):
         Lock
             Not held yet: by ``with``, or by its ``acquire()`` and ``release()``.
         """
-        return Lock(self, None if key is None else _checked(key), shared, timeout)
+        return Lock(self, None if key is None else _checked(key), shared, parse_seconds(timeout, "timeout"))
 
     # ---- memory and disk
 
@@ -888,12 +891,45 @@ def _connect(name: str, timeout: float) -> _C.Store:
         raise StoreUnavailableError(unavailable(name, error)) from None
 
 
+def whole_path(path: str | os.PathLike[str], what: str, meant: str) -> str:
+    """From the root; `what` is the parameter that it was given as, and what it is `meant` to be."""
+    given = os.fsdecode(path)
+    if not given:
+        raise ValueError(f"{what} is {meant}, or None, not {given!r}: is a variable not set?")
+    return os.path.abspath(os.path.expanduser(given))
+
+
+def _spill_directory(spill: str | os.PathLike[str]) -> str:
+    directory = whole_path(spill, "spill", "a directory")
+    parent = os.path.dirname(directory)
+    os.makedirs(parent, exist_ok=True)
+    if lies_in_memory(directory if os.path.isdir(directory) else parent):
+        warnings.warn(
+            f"the spill directory {directory} is on tmpfs, which is memory: what goes there makes no room; give one on a disk",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return directory
+
+
+def lies_in_memory(directory: str) -> bool:
+    """Whether files there are kept in memory, by a file system that has no disk."""
+    try:
+        device = os.stat(directory).st_dev
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            rows = [line.split() for line in mounts]
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return any(row[2] == number and row[row.index("-") + 1] in ("tmpfs", "ramfs") for row in rows)
+
+
 _HUGEPAGES = {None: "auto", False: "never", True: "2MiB"}
 
 
 def start(
     name: str,
-    limit: int | str | None = None,
+    limit: float | str | None = None,
     ttl: float | None = None,
     *,
     mode: int = 0o600,
@@ -917,10 +953,10 @@ def start(
     ----------
     name : str
         Letters, digits, ``.``, ``_`` and ``-``.
-    limit : int or str, optional
-        Most memory that the store takes: bytes, as in ``"8GiB"``, or a share of what the machine or the cgroup allows, as in
-        ``"25%"``. Default: ``"50%"``; with reserved huge pages, those that are free, if they are fewer; with `file` at most half of what
-        its disk has free. Given for a file that is there, it becomes its limit.
+    limit : float or str, optional
+        Most memory that the store takes: bytes, of which whole ones count, as in ``"8GiB"``, or a share of what the machine or the
+        cgroup allows, as in ``"25%"``. Default: ``"50%"``; with reserved huge pages, those that are free, if they are fewer; with `file`
+        at most half of what its disk has free. Given for a file that is there, it becomes its limit.
     ttl : float, optional
         Seconds after which names go that were saved without a ttl. Default: never.
     mode : int
@@ -928,7 +964,8 @@ def start(
     group : int or str, optional
         Members of this group may use the store too; give it with a `mode` such as ``0o660``.
     spill : path, optional
-        Directory, on a disk, for values that do not fit into memory; made if it is missing. Files of a store that is gone are removed.
+        Directory, on a disk, for values that do not fit into memory; ``~`` is the home directory. Made if it is missing, for this user or
+        the group alone, with those that it lies in, which get the usual permissions. Files of a store that is gone are removed.
     spill_sync : bool
         A value's memory is given up when the disk has its file. False: when the kernel has it, which writes it out in its own time while
         memory is to spare. That is several times faster, and what a failing disk does not take then is lost: loading it is an error.
@@ -937,8 +974,8 @@ def start(
     timeout : float, optional
         Seconds that :meth:`Store.save` and :meth:`Store.load` wait for room. Default: 10 with `spill` or ``policy="drop"``, else 0.
     file : path, optional
-        Keep the store in this file, which is made if it is not there: on a local disk, or on tmpfs. docs/persistence.md says what
-        survives what.
+        Keep the store in this file, which is made if it is not there: on a local disk, or on tmpfs; ``~`` is the home directory.
+        docs/persistence.md says what survives what.
     hugepages : bool or {"auto", "never", "2MiB"}, optional
         ``"auto"``, the default: transparent huge pages where the system has some. False or ``"never"``: pages of 4 KiB only. True or
         ``"2MiB"``: huge pages that the administrator has reserved (``sysctl vm.nr_hugepages``).
@@ -950,6 +987,11 @@ def start(
 
     `limit`, `hugepages`, `prefault` and `numa` are those of a new store: one that is taken over keeps its own. `ttl`, `policy` and
     `timeout` become those of a store that is there, where they are given.
+
+    Warns
+    -----
+    RuntimeWarning
+        When `spill` is on tmpfs, such as ``/dev/shm``: what goes there stays in memory.
 
     Raises
     ------
@@ -965,7 +1007,9 @@ def start(
     PoolFullError
         When `prefault` asks for more memory than there is.
     ValueError
-        For limits and pages that there are none of, and nodes that this machine has not.
+        For limits and pages that there are none of, nodes that this machine has not, and an empty `spill`, `file` or `numa`.
+    OSError
+        When the directories that `spill` lies in can't be made.
     TorchshmError
         When fewer huge pages are reserved than the limit needs, and when the system refuses a policy.
     """
@@ -975,8 +1019,10 @@ def start(
         import grp
 
         group = grp.getgrnam(group).gr_gid
-    where = "" if file is None else os.path.abspath(os.fsdecode(file))
-    directory = "" if spill is None else os.path.abspath(os.fspath(spill))
+    if numa is not None and (not isinstance(numa, str) or not numa):
+        raise ValueError(f'numa is a policy such as "interleave" or "bind:0", or None, not {numa!r}')
+    where = "" if file is None else whole_path(file, "file", "a path")
+    directory = "" if spill is None else _spill_directory(spill)
     core = _C.Store.start(
         name,
         size,

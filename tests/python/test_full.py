@@ -151,7 +151,8 @@ def test_what_would_help_is_said_where_the_disk_is_full(script, tmp_path):
     try:
         script(
             """
-store = torchshm.start("disk", "64MiB", spill=sys.argv[1], timeout=0.3)
+with pytest.warns(RuntimeWarning, match="tmpfs"):
+    store = torchshm.start("disk", "64MiB", spill=sys.argv[1], timeout=0.3)
 def fill():
     for i in range(40):
         store[f"k{i}"] = np.ones(8 * MIB, np.uint8)

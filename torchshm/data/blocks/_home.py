@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
+import warnings
 from dataclasses import dataclass, field
 
 import torchshm
@@ -122,14 +123,18 @@ def home(parent: str | None, memory: int, name: str | None = None) -> Home:
             _sweep(place)
             directory, lock = _make_directory(place)
             try:
-                store = torchshm.start(
-                    name or f"blocks-{os.getpid()}-{os.urandom(3).hex()}",
-                    memory,
-                    spill=directory,
-                    spill_sync=False,
-                    policy="spill",
-                    timeout=PATIENCE,
-                )
+                with warnings.catch_warnings():
+                    # Where temporary files go is often tmpfs, and nobody has chosen it.
+                    if parent is None:
+                        warnings.simplefilter("ignore", RuntimeWarning)
+                    store = torchshm.start(
+                        name or f"blocks-{os.getpid()}-{os.urandom(3).hex()}",
+                        memory,
+                        spill=directory,
+                        spill_sync=False,
+                        policy="spill",
+                        timeout=PATIENCE,
+                    )
             except BaseException:
                 shutil.rmtree(directory, ignore_errors=True)
                 os.close(lock)

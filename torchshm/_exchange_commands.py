@@ -15,7 +15,7 @@ import typer
 
 from torchshm import _exchange, _snapshot
 from torchshm._size import format_size
-from torchshm._store_commands import Json, _fail, _keys, _open, _say, _seconds, _stores
+from torchshm._store_commands import Json, _fail, _keys, _lifetime, _open, _say, _stores
 from torchshm.errors import TorchshmError
 
 Store = Annotated[str, typer.Argument(metavar="NAME", help="The store's name.", autocompletion=_stores)]
@@ -51,10 +51,8 @@ def _failures() -> Iterator[None]:
     """Say in a line what is wrong with files, names and values."""
     try:
         yield
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
-    except (TorchshmError, ValueError, TypeError, ImportError, MemoryError, KeyError) as error:
-        _fail(error.args[0] if error.args else error)
+    except (OSError, TorchshmError, ValueError, TypeError, ImportError, MemoryError, KeyError) as error:
+        _fail(error)
 
 
 def _checked(path: Path, format: str | None) -> None:
@@ -91,7 +89,7 @@ def import_(
         raise typer.BadParameter(f"--framework is np or pt, not {framework!r}")
     if key is not None and prefix:
         raise typer.BadParameter("--key and --prefix exclude one another")
-    lifetime = _seconds(ttl)
+    lifetime = _lifetime(ttl)
     with _open(argument) as store, _failures(), _progress("Importing") as tell:
         saved = _exchange.import_(
             store,

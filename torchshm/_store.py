@@ -903,25 +903,26 @@ def _spill_directory(spill: str | os.PathLike[str]) -> str:
     directory = whole_path(spill, "spill", "a directory")
     parent = os.path.dirname(directory)
     os.makedirs(parent, exist_ok=True)
-    if lies_in_memory(directory if os.path.isdir(directory) else parent):
-        warnings.warn(
-            f"the spill directory {directory} is on tmpfs, which is memory: what goes there makes no room; give one on a disk",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    if warning := spill_warning(directory):
+        warnings.warn(warning, RuntimeWarning, stacklevel=3)
     return directory
 
 
-def lies_in_memory(directory: str) -> bool:
-    """Whether files there are kept in memory, by a file system that has no disk."""
+def spill_warning(directory: str) -> str | None:
+    """What is to be said of a directory, which need not be there yet, whose file system keeps files in memory."""
+    place = directory
     try:
-        device = os.stat(directory).st_dev
+        while not os.path.isdir(place):
+            place = os.path.dirname(place)
+        device = os.stat(place).st_dev
         with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
             rows = [line.split() for line in mounts]
     except OSError:
-        return False
+        return None
     number = f"{os.major(device)}:{os.minor(device)}"
-    return any(row[2] == number and row[row.index("-") + 1] in ("tmpfs", "ramfs") for row in rows)
+    if not any(row[2] == number and row[row.index("-") + 1] in ("tmpfs", "ramfs") for row in rows):
+        return None
+    return f"the spill directory {directory} is on tmpfs, which is memory: what goes there makes no room; give one on a disk"
 
 
 _HUGEPAGES = {None: "auto", False: "never", True: "2MiB"}

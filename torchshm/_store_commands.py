@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,10 +22,12 @@ import typer
 
 from torchshm import _C
 from torchshm._size import format_size, parse_limit
-from torchshm._store import Store, connect, start
+from torchshm._store import Store, connect, spill_warning, start, whole_path
+from torchshm._store_file import StoreFile, open_file
 from torchshm.errors import StoreUnavailableError, TorchshmError
 
 _MOST = 9 * 10**18  # nanoseconds; above, they do not fit
+_FILE_MAGIC = b"TRHSFILE"  # csrc/store/file_layout.h
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -46,6 +49,15 @@ Name = Annotated[
     str | None,
     typer.Argument(metavar="NAME", help="The store's name.", show_default=False, autocompletion=_stores),
 ]
+NameOrPath = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="NAME|PATH",
+        help="The store's name, or a path to its file.",
+        show_default=False,
+        autocompletion=_stores,
+    ),
+]
 NameOption = Annotated[
     str | None,
     typer.Option("--name", metavar="NAME", help="The store's name.", autocompletion=_stores),
@@ -64,9 +76,19 @@ class Policy(str, enum.Enum):
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
 
-def _fail(error: object) -> NoReturn:
-    typer.echo(f"torchshm: {error}", err=True)
-    raise typer.Exit(1)
+def _text(error: object) -> str:
+    """What is wrong, in a line that does not begin with the name of the program."""
+    said: object = error
+    if isinstance(error, OSError) and not isinstance(error, TorchshmError):
+        said = f"{error.filename}: {error.strerror}" if error.filename else error
+    elif isinstance(error, Exception) and error.args:
+        said = error.args[0]
+    return str(said).removeprefix("torchshm: ")
+
+
+def _fail(error: object, status: int = 1) -> NoReturn:
+    typer.echo(f"torchshm: {_text(error)}", err=True)
+    raise typer.Exit(status)
 
 
 def _one(argument: str | None, option: str | None) -> str:
@@ -82,21 +104,23 @@ def _say(as_json: bool, what: Any, text: str) -> None:
     typer.echo(json.dumps(what) if as_json else text)
 
 
-def _seconds(text: str | None) -> float | None:
-    """Seconds of "90", "90s", "15m", "2h" or "1d"."""
+def _seconds(text: str | None, option: str) -> float | None:
+    """Seconds of "90", "90s", "15m", "2h" or "1d", given as this option."""
     if text is None:
         return None
     number, unit = (text[:-1], text[-1:]) if text[-1:] in _UNITS else (text, "s")
     try:
         return float(number) * _UNITS[unit]
     except ValueError:
-        raise typer.BadParameter(f"not a time: {text!r}; write it as 90s, 15m, 2h or 1d") from None
+        raise typer.BadParameter(
+            f"not a time: {text!r}; write it as 90s, 15m, 2h or 1d", param_hint=option
+        ) from None
 
 
 def _lifetime(text: str | None) -> float | None:
-    seconds = _seconds(text)
+    seconds = _seconds(text, "--ttl")
     if seconds is not None and not 1e-9 <= seconds <= _MOST / 1e9:
-        raise typer.BadParameter(f"not a time: {text!r}; write it as 90s, 15m, 2h or 1d")
+        raise typer.BadParameter(f"not a time: {text!r}; write it as 90s, 15m, 2h or 1d", param_hint="--ttl")
     return seconds
 
 
@@ -106,12 +130,12 @@ def _limit(text: str | None) -> int | None:
     try:
         return parse_limit(text)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(str(error), param_hint="--limit") from None
 
 
 def _mode(text: str) -> int:
     if re.fullmatch("[0-7]+", text) is None or int(text, 8) > 0o777:
-        raise typer.BadParameter(f"not permissions: {text!r}; write them as 0660")
+        raise typer.BadParameter(f"not permissions: {text!r}; write them as 0660", param_hint="--mode")
     return int(text, 8)
 
 
@@ -124,7 +148,26 @@ def _group(text: str | None) -> int | None:
     try:
         return grp.getgrnam(text).gr_gid
     except KeyError:
-        raise typer.BadParameter(f"no group named {text!r}") from None
+        raise typer.BadParameter(f"no group named {text!r}", param_hint="--group") from None
+
+
+def _spill_directory(text: str | None) -> str | None:
+    if text is None:
+        return None
+    try:
+        directory = whole_path(text, "spill", "a directory")
+    except ValueError:
+        raise typer.BadParameter(
+            "not a directory: the name is empty; is a variable not set?", param_hint="--spill"
+        ) from None
+    if warning := spill_warning(directory):
+        typer.echo(f"torchshm: {warning}", err=True)
+    return directory
+
+
+def _status_of(error: Exception) -> int:
+    """The exit code when start() has failed: these two are known to be none only there."""
+    return 2 if isinstance(error, ValueError) and _text(error).startswith(("hugepages", "numa")) else 1
 
 
 def _age(seconds: float) -> str:
@@ -152,10 +195,11 @@ def _detach() -> int | None:
         os.close(writing)
         with os.fdopen(reading) as pipe:
             said = pipe.read()
-        # What is said is the pid, or why there is none.
+        # What is said is the pid, or the exit code and why there is none.
         if not said.startswith("{"):
-            typer.echo(said.strip() or "torchshm: the service died while it started", err=True)
-            os._exit(1)
+            status, _, why = said.partition(" ")
+            typer.echo(f"torchshm: {why or 'the service died while it started'}", err=True)
+            os._exit(int(status or 1))
         sys.stdout.write(said)
         sys.stdout.flush()
         os._exit(0)
@@ -238,12 +282,14 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve a store, in the background."""
-    place = None if file is None else file.absolute()
+    place = None if file is None else file.expanduser().absolute()
     store_name, size, lifetime, permissions = _one(argument, name), _limit(limit), _lifetime(ttl), _mode(mode)
-    members, patience = _group(group), _seconds(timeout)
+    members, patience = _group(group), _seconds(timeout, "--timeout")
     if patience is not None and not 0 <= patience <= _MOST / 1e9:
-        raise typer.BadParameter(f"not a time: {timeout!r}; write it as 0s, 90s or 15m")
-    directory = None if spill is None else os.path.abspath(spill)
+        raise typer.BadParameter(
+            f"not a time: {timeout!r}; write it as 0s, 90s or 15m", param_hint="--timeout"
+        )
+    directory = _spill_directory(spill)
     report = None if no_fork else _detach()
     # From here on a signal ends the service cleanly, and not in the middle of its start.
     ended: list[int] = []
@@ -251,25 +297,27 @@ def serve(
         if number != signal.SIGHUP or report is not None:
             signal.signal(number, lambda number, _frame: ended.append(number))
     try:
-        store = start(
-            store_name,
-            size,
-            lifetime,
-            mode=permissions,
-            group=members,
-            spill=directory,
-            spill_sync=spill_sync,
-            policy=None if policy is None else policy.value,
-            timeout=patience,
-            file=place,
-            hugepages=hugepages,
-            prefault=prefault,
-            numa=numa,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # it has been said
+            store = start(
+                store_name,
+                size,
+                lifetime,
+                mode=permissions,
+                group=members,
+                spill=directory,
+                spill_sync=spill_sync,
+                policy=None if policy is None else policy.value,
+                timeout=patience,
+                file=place,
+                hugepages=hugepages,
+                prefault=prefault,
+                numa=numa,
+            )
     except (TorchshmError, ValueError, OSError) as error:
         if report is None:
-            _fail(error.args[0] if error.args else error)
-        os.write(report, f"torchshm: {error.args[0] if error.args else error}".encode())
+            _fail(error, _status_of(error))
+        os.write(report, f"{_status_of(error)} {_text(error)}".encode())
         os._exit(1)
     core = store._core
     told = {"name": store_name, "pid": os.getpid(), "took_over": core.took_over}
@@ -330,11 +378,11 @@ def _status(name: str) -> dict[str, Any]:
 
 
 def ls(
-    argument: Name = None,
+    argument: NameOrPath = None,
     prefix: Annotated[str, typer.Option(metavar="TEXT", help="Only names that begin with this.")] = "",
     as_json: Json = False,
 ) -> None:
-    """List the stores of this user, or the names in one of them."""
+    """List the stores of this user, or the names in one of them, or in the file of one that nobody serves."""
     if argument is None:
         stores = [_status(each) for each in _C.store_names()]
         if as_json:
@@ -355,7 +403,7 @@ def ls(
         ]
         _table(["store", "process", "clients", "names", "used", "limit"], rows)
         return
-    with _open(argument) as store:
+    with _open_any(argument) as store:
         found = []
         for key in store.keys(prefix):
             try:
@@ -383,19 +431,20 @@ def ls(
 
 
 def info(
-    argument: Name = None,
+    argument: NameOrPath = None,
     key: Annotated[
         str | None,
         typer.Argument(metavar="KEY", help="A name in it.", show_default=False, autocompletion=_keys),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Figures about a store, or about a name in it."""
-    with _open(_one(argument, None)) as store:
+    """Figures about a store, or about a name in it; also of the file of one that nobody serves."""
+    name = _one(argument, None)
+    with _open_any(name) as store:
         try:
             figures = store.info(key)
         except KeyError:
-            _fail(f"the store {store.name} has no name {key!r}")
+            _fail(f"the store {name} has no name {key!r}")
     if as_json:
         typer.echo(json.dumps(figures))
         return
@@ -435,6 +484,28 @@ def _open(name: str) -> Store:
     try:
         return connect(name, 0)
     except (TorchshmError, ValueError) as error:
+        _fail(error)
+
+
+def _is_file(argument: str) -> bool:
+    """Whether it is no store's name: no name has a slash, and a file has to be a store's."""
+    if "/" in argument:
+        return True
+    if argument in _C.store_names():
+        return False
+    try:
+        with open(argument, "rb") as file:
+            return file.read(len(_FILE_MAGIC)) == _FILE_MAGIC
+    except OSError:
+        return False
+
+
+def _open_any(argument: str) -> Store | StoreFile:
+    if not _is_file(argument):
+        return _open(argument)
+    try:
+        return open_file(argument)
+    except (TorchshmError, ValueError, OSError) as error:
         _fail(error)
 
 

@@ -178,6 +178,90 @@ def test_wrong_usage(runtime, arguments):
     assert "Usage" in command(*arguments, code=2)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("serve", "x", "--limit", "much"), "--limit"),
+        (("serve", "x", "--ttl", "foo"), "--ttl"),
+        (("serve", "x", "--timeout", "foo"), "--timeout"),
+        (("serve", "x", "--timeout", "-1s"), "--timeout"),
+        (("serve", "x", "--mode", "9"), "--mode"),
+        (("serve", "x", "--group", "nosuchgroup"), "--group"),
+        (("serve", "x", "--spill", ""), "--spill"),
+        (("import", "x", "a.npz", "--ttl", "foo"), "--ttl"),
+        (("import", "x", "a.npz", "--ttl", "nan"), "--ttl"),
+    ],
+)
+def test_wrong_usage_says_of_which_option(runtime, arguments, option):
+    assert f"Invalid value for {option}: " in command(*arguments, code=2)
+
+
+@pytest.mark.parametrize("way", [(), ("--no-fork",)])
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("x", "--hugepages", "foo"), 2, "hugepages is auto, never or 2MiB, not 'foo'"),
+        (("x", "--numa", "spread:0"), 2, "numa"),
+        (("x", "--numa", ""), 2, "numa is a policy"),
+        (("bad name",), 1, "a store's name has"),
+        (("x", "--file", "/etc/passwd"), 1, "/etc/passwd is not the file of a torchshm store"),
+        (("x", "--spill", "/etc/passwd/x/y"), 1, "/etc/passwd/x: Not a directory"),
+    ],
+)
+def test_why_nothing_is_served_is_said_once_and_by_the_exit_code(runtime, way, arguments, code, said):
+    line = command("serve", *arguments, *way, code=code)
+    assert line.startswith(f"torchshm: {said}") and line.count("torchshm: ") == 1, line
+    assert len(line.splitlines()) == 1
+
+
+def test_a_spill_directory_in_memory_is_warned_of(runtime, tmp_path):
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, text=True)
+    if made.returncode != 0:
+        pytest.skip(f"mount: {made.stderr.strip()}")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "torchshm", "serve", "warned", "--spill", folder / "a" / "b", "--json"],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+        )
+        assert json.loads(done.stdout)["name"] == "warned"
+        assert done.stderr.startswith("torchshm: the spill directory") and "tmpfs" in done.stderr
+        command("stop", "warned")
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_the_file_of_a_store_is_looked_at_by_its_path(runtime, tmp_path, monkeypatch):
+    script = (
+        "import sys, numpy as np, torchshm\n"
+        "with torchshm.start('filed', '16MiB', file=sys.argv[1]) as store:\n"
+        "    store['a'], store['b'] = np.ones(1000), 'text'\n"
+    )
+    path = tmp_path / "p.store"
+    subprocess.run([sys.executable, "-c", script, path], check=True, timeout=PATIENCE)
+    monkeypatch.chdir(tmp_path)
+    for name in (str(path), "./p.store", "p.store"):
+        assert [(row["key"], row["kind"]) for row in asked("ls", name)] == [("a", "array"), ("b", "values")]
+        assert [row["key"] for row in asked("ls", name, "--prefix", "b")] == ["b"]
+        assert "array" in command("ls", name)
+        assert asked("info", name)["name"] == "filed" and asked("info", name, "a")["bytes"] >= 8000
+        assert "filed" in command("info", name)
+        assert f"the store {name} has no name 'c'" in command("info", name, "c", code=1)
+    assert "No such file" in command("ls", "./none.store", code=1)
+    assert "is not the file of a torchshm store" in command("info", "/etc/passwd", code=1)
+    (tmp_path / "plain").write_text("text")
+    assert "no store named plain" in command("ls", "plain", code=1)
+    asked("serve", "p.store", "--limit", "16MiB")  # a store of that name goes before a file
+    try:
+        assert asked("ls", "p.store") == [] and len(asked("ls", "./p.store")) == 2
+    finally:
+        command("stop", "p.store")
+
+
 def test_a_bad_name_can_t_be_served(runtime):
     assert "letters" in command("serve", "a/b", code=1)
 

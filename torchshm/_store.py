@@ -19,7 +19,13 @@ import numpy as np
 from torchshm import _C, _prefetch, _room, _tensors, _values
 from torchshm._locks import Lock
 from torchshm._size import parse_limit, parse_seconds
-from torchshm.errors import KeyExistsError, PoolFullError, StaleHandleError, StoreUnavailableError
+from torchshm.errors import (
+    KeyExistsError,
+    PoolFullError,
+    StaleHandleError,
+    StoreUnavailableError,
+    TorchshmError,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +34,7 @@ _FOREVER = (1 << 63) - 1  # ns
 _LOOK = 1_000_000_000  # ns; a saver that dies after it has named the value rings no bell
 _TURN = "\0room"  # the lock of those who wait for room for several parts
 _STOPPED = 1.0  # s after which one who has the turn is not waited for
+_TOO_MANY = "this process is a member of too many pools"  # csrc/pool/members.h
 _ATTEMPTS = 100  # at a name that changes while it is being opened
 
 
@@ -866,7 +873,10 @@ class Store(MutableMapping[str, Any]):
     # ---- the end
 
     def close(self) -> None:
-        """Stop using the store, and serving it if that is done here. Arrays that were loaded stay valid, names stay too."""
+        """Stop using the store, and serving it if that is done here. Arrays that were loaded stay valid, names stay too.
+
+        The process stays a member of the store's pool until it ends, and can be one of 16 pools.
+        """
         self._closed = True
         self._held = None
         if self._end is not None:
@@ -886,9 +896,24 @@ def unavailable(name: str, error: StoreUnavailableError) -> str:
 
 def _connect(name: str, timeout: float) -> _C.Store:
     try:
-        return _C.Store.connect(name, _nanoseconds(timeout))
+        with _counting_pools():
+            return _C.Store.connect(name, _nanoseconds(timeout))
     except StoreUnavailableError as error:
         raise StoreUnavailableError(unavailable(name, error)) from None
+
+
+@contextlib.contextmanager
+def _counting_pools() -> Iterator[None]:
+    """Where a process can join no further pool, say how many there may be, and what else can be done."""
+    try:
+        yield
+    except TorchshmError as error:
+        if str(error) == _TOO_MANY:
+            error.args = (
+                "this process is a member of 16 pools, which is the most; close() does not leave one until the process ends: use a child "
+                "process",
+            )
+        raise
 
 
 def whole_path(path: str | os.PathLike[str], what: str, meant: str) -> str:
@@ -1012,7 +1037,8 @@ def start(
     OSError
         When the directories that `spill` lies in can't be made.
     TorchshmError
-        When fewer huge pages are reserved than the limit needs, and when the system refuses a policy.
+        When fewer huge pages are reserved than the limit needs, and when the system refuses a policy; and for a 17th pool: those of
+        closed stores count until the process ends.
     """
     size = 0 if limit is None else parse_limit(limit)
     pages = _HUGEPAGES[hugepages] if hugepages is None or isinstance(hugepages, bool) else str(hugepages)
@@ -1024,21 +1050,22 @@ def start(
         raise ValueError(f'numa is a policy such as "interleave" or "bind:0", or None, not {numa!r}')
     where = "" if file is None else whole_path(file, "file", "a path")
     directory = "" if spill is None else _spill_directory(spill)
-    core = _C.Store.start(
-        name,
-        size,
-        _ttl(ttl),
-        mode,
-        -1 if group is None else group,
-        directory,
-        spill_sync,
-        _policy(policy),
-        _patience(timeout),
-        where,
-        pages,
-        prefault,
-        numa or "",
-    )
+    with _counting_pools():
+        core = _C.Store.start(
+            name,
+            size,
+            _ttl(ttl),
+            mode,
+            -1 if group is None else group,
+            directory,
+            spill_sync,
+            _policy(policy),
+            _patience(timeout),
+            where,
+            pages,
+            prefault,
+            numa or "",
+        )
     return Store(name, 10.0, core)
 
 
@@ -1055,6 +1082,8 @@ def connect(name: str, timeout: float = 10.0) -> Store:
     ------
     StoreUnavailableError
         When there is none, or it belongs to somebody else.
+    TorchshmError
+        For a 17th pool in one process: those of closed stores count until it ends.
     """
     return Store(name, timeout, _connect(name, timeout))
 

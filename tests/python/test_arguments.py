@@ -6,6 +6,8 @@ import math
 import os
 import re
 import subprocess
+import sys
+import textwrap
 import warnings
 from fractions import Fraction
 
@@ -141,3 +143,35 @@ def test_a_directory_in_memory_for_spilled_values_is_warned_of(start, tmp_path):
         assert warned[0].filename.endswith(".py") and "torchshm/_store" not in warned[0].filename
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_what_a_process_can_do_that_is_a_member_of_sixteen_pools(runtime, tmp_path):
+    script = """
+        import torchshm
+
+        said = "member of 16 pools, which is the most; close() does not leave one until the process ends: use a child process"
+        other = torchshm.start("one-0", "1MiB")
+        for i in range(1, 17):
+            try:
+                torchshm.start(f"one-{i}", "1MiB").close()
+            except torchshm.TorchshmError as error:
+                assert i == 16 and said in str(error) and type(error) is torchshm.TorchshmError, (i, error)
+                break
+        else:
+            raise AssertionError
+        print("full", flush=True)
+        input()
+        try:
+            torchshm.connect("elsewhere")
+        except torchshm.TorchshmError as error:
+            assert said in str(error) and "no store named" not in str(error), error
+            print("said")
+    """
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(script))
+    with subprocess.Popen(
+        [sys.executable, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as full:
+        assert full.stdout.readline() == "full\n"
+        with torchshm.start("elsewhere", "1MiB"):
+            assert full.communicate("\n")[0] == "said\n"

@@ -1,6 +1,7 @@
 """import and export as a shell sees them."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -47,8 +48,26 @@ def test_what_is_wrong_is_said_in_a_line(store, tmp_path, command):
     assert "has no name 'd'" in command("export", tmp_path / "c.npz", "d", code=1)
     assert "nothing to export" in command("export", tmp_path / "c.npz", "--prefix", "d", code=1)
     assert "none.npz: No such file" in command("import", tmp_path / "none.npz", code=1)
-    assert "No such file" in command("export", tmp_path / "no" / "c.npz", code=1)
+    for what, name in (("export", "c.npz"), ("snapshot", "c.shm")):
+        said = command(what, tmp_path / "no" / name, code=1)
+        assert said == f"torchshm: {tmp_path / 'no'}: No such file or directory\n"
     assert "give format=" in command("import", tmp_path / "c.tif", code=2).replace("\n", " ")
     for wrong in (["--framework", "tf"], ["--key", "k", "--prefix", "p"], ["--ttl", "soon"]):
         command("import", tmp_path / "none.npz", *wrong, code=2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_get_the_usual_permissions_whoever_writes_them(store, tmp_path, umask):
+    pytest.importorskip("safetensors")
+    pytest.importorskip("zarr")
+    store["a"] = np.arange(5)
+    before = os.umask(umask)
+    try:
+        for name in ("a.safetensors", "a.npy", "a.npz", "a.zarr.zip"):
+            store.export_to(tmp_path / name)
+        store.snapshot(tmp_path / "a.shm")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert len(modes) == 5 and set(modes.values()) == {0o666 & ~umask}, modes

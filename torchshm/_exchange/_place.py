@@ -30,18 +30,23 @@ def written_beside(path: Path, overwrite: bool) -> Iterator[Path]:
     ------
     FileExistsError
         When there is something at `path`, before the block or at its end, and `overwrite` is not set.
-    FileNotFoundError, PermissionError
-        When nothing can be made in the directory of `path`.
+    FileNotFoundError, NotADirectoryError, PermissionError
+        When nothing can be made in the directory of `path`, which it names.
     """
     if not overwrite and os.path.lexists(path):
         _refuse(path)
     _sweep(path)
-    home = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent))
+    try:
+        home = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent))
+    except OSError as error:  # it names what nobody has asked for
+        raise OSError(error.errno, error.strerror, str(path.parent)) from None
     lock = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         made = home / "made"
         yield made
+        if made.is_file():
+            made.chmod(0o666 & ~_umask())  # some libraries make theirs for this user alone
         _sync(made)
         _rename(made, path, overwrite)
         with contextlib.suppress(OSError):  # it stands; some file systems can't sync a directory
@@ -49,6 +54,12 @@ def written_beside(path: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(home, ignore_errors=True)
         os.close(lock)
+
+
+def _umask() -> int:
+    """Of this process; os.umask() could tell it by changing it only, for all threads."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1], 8) for line in file if line.startswith("Umask:"))
 
 
 def _refuse(path: Path) -> None:

@@ -23,8 +23,19 @@ _BLOCK = slice(1, 21)  # of the text of an array: which block, of which life
 _DROP, _PIN = 1, 3
 
 
-def check_together(core: _C.Store, keys: Iterable[str]) -> None:
-    """Raise PoolFullError when values can't be in memory at the same time, which loading them would find out by waiting.
+def weight(core: _C.Store, key: str, value: Any) -> int:
+    """About how many bytes a value has that was loaded from a name."""
+    try:
+        return int(value.nbytes)
+    except (AttributeError, TypeError):  # several, or a frame
+        pass
+    with contextlib.suppress(KeyError, TorchshmError):  # removed meanwhile
+        return int(core.find(key)["bytes"])
+    return 0
+
+
+def too_much(core: _C.Store, keys: Iterable[str]) -> PoolFullError | None:
+    """The error for values that can't be in memory at the same time, which loading them would find out by waiting.
 
     What is in memory and no array by itself is not counted: names may share its blocks.
     """
@@ -41,11 +52,12 @@ def check_together(core: _C.Store, keys: Iterable[str]) -> None:
             blocks.add(block)
         needed += found["bytes"]
     limit = core.limit
-    if len(several) > 1 and needed > limit:
-        raise PoolFullError(
-            f"these {len(several)} values need {format_size(needed)} together, and the store's limit is {format_size(limit)}: load "
-            "fewer at a time"
-        )
+    if len(several) < 2 or needed <= limit:
+        return None
+    return PoolFullError(
+        f"these {len(several)} values need {format_size(needed)} together, and the store's limit is {format_size(limit)}: load fewer "
+        "at a time"
+    )
 
 
 def _wanted(text: str) -> int:

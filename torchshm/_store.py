@@ -35,6 +35,7 @@ _LOOK = 1_000_000_000  # ns; a saver that dies after it has named the value ring
 _TURN = "\0room"  # the lock of those who wait for room for several parts
 _STOPPED = 1.0  # s after which one who has the turn is not waited for
 _TOO_MANY = "this process is a member of too many pools"  # csrc/pool/members.h
+_UNCHECKED = 4  # of the limit, a part: so much is loaded before it is asked whether all of it fits. Arbitrary
 _ATTEMPTS = 100  # at a name that changes while it is being opened
 
 
@@ -51,6 +52,8 @@ def _ttl(seconds: float | None) -> int:
         raise ValueError(f"ttl is a number of seconds above 0, not {seconds}")
     return max(1, int(number * 1e9))
 
+
+_GONE = object()  # a name that was removed meanwhile
 
 POLICIES = ("keep", "drop", "spill", "pin")  # csrc/store/layout.h has the same order
 
@@ -333,25 +336,44 @@ class Store(MutableMapping[str, Any]):
         timeout = parse_seconds(timeout, "timeout")
         deadline = None if timeout < 0 else time.monotonic() + timeout
         if prefix is not None:
-            found = {}
-            keys = self._core.keys(prefix)
-            self._check_together(keys)
-            for each in keys:
-                try:
-                    found[each] = self._load(each, 0, None, mode, allow_pickle)
-                except KeyError:
-                    pass  # removed meanwhile
-            return found
+            names = self._core.keys(prefix)
+            values = self._load_several(names, 0, None, mode, allow_pickle, _GONE)
+            return {name: value for name, value in zip(names, values, strict=True) if value is not _GONE}
         if isinstance(key, str):
             return self._load(key, timeout, deadline, mode, allow_pickle)
         assert key is not None
-        keys = [_checked(each) for each in key]
-        self._check_together(keys)
-        return [self._load(each, timeout, deadline, mode, allow_pickle) for each in keys]
+        return self._load_several([_checked(each) for each in key], timeout, deadline, mode, allow_pickle)
 
-    def _check_together(self, keys: list[str]) -> None:
-        if len(keys) > 1 and self._core.patience > 0:  # who does not wait finds it out soon
-            _room.check_together(self._core, keys)
+    def _load_several(
+        self,
+        keys: list[str],
+        timeout: float,
+        deadline: float | None,
+        mode: str | None,
+        allow_pickle: bool,
+        lacking: Any = None,
+    ) -> list[Any]:
+        """Values in the order of their names; `lacking`, if it is given, for those that are not there."""
+        core = self._core
+        # Few bytes always fit, and a look at all of the names would take longer than loading them.
+        unchecked = core.limit // _UNCHECKED if len(keys) > 1 and core.patience > 0 else -1
+        values: list[Any] = []
+        try:
+            for key in keys:
+                try:
+                    values.append(self._load(key, timeout, deadline, mode, allow_pickle))
+                except KeyError:
+                    if lacking is None:
+                        raise
+                    values.append(lacking)
+                if unchecked >= 0:
+                    unchecked -= _room.weight(core, key, values[-1])
+                    if unchecked < 0 and (error := _room.too_much(core, keys)):
+                        raise error
+        except PoolFullError as error:
+            values.clear()  # whoever keeps the error does not keep them
+            raise _room.too_much(core, keys) or error from None
+        return values
 
     def _load(
         self, key: str, timeout: float, deadline: float | None, mode: str | None, allow_pickle: bool

@@ -360,7 +360,7 @@ def repair(path: str | os.PathLike[str], *, unverified: bool = False) -> Repaire
     for key in there if figures["trusted"] else sorted({*there, *record.names}):
         _choose(old, key, record, figures["trusted"], unverified, runs, result)
     _refuse_if_empty(result, there, unverified)
-    with written_beside(Path(whole), True) as made:
+    with written_beside(Path(whole), True, own_mode=True) as made:
         _fill(made, old, runs, result)
         _refuse_if_empty(result, there, unverified)
         text = Path(_record_path(str(made))).read_text("ascii")

@@ -23,17 +23,6 @@ _BLOCK = slice(1, 21)  # of the text of an array: which block, of which life
 _DROP, _PIN = 1, 3
 
 
-def weight(core: _C.Store, key: str, value: Any) -> int:
-    """About how many bytes a value has that was loaded from a name."""
-    try:
-        return int(value.nbytes)
-    except (AttributeError, TypeError):  # several, or a frame
-        pass
-    with contextlib.suppress(KeyError, TorchshmError):  # removed meanwhile
-        return int(core.find(key)["bytes"])
-    return 0
-
-
 def too_much(core: _C.Store, keys: Iterable[str]) -> PoolFullError | None:
     """The error for values that can't be in memory at the same time, which loading them would find out by waiting.
 

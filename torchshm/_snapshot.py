@@ -87,7 +87,6 @@ def snapshot(
             raise TorchshmError(
                 f"{_said(damaged)}. Nothing was written: skip_damaged=True (--skip-damaged) writes the rest"
             )
-        made.chmod(0o666 & ~_umask())
     if damaged:
         warnings.warn(f"{_said(damaged)}: not in {target}", RuntimeWarning, stacklevel=3)
     return keys
@@ -108,12 +107,6 @@ def _size(store: Store) -> int:
         with contextlib.suppress(KeyError):
             size += store.info(key)["bytes"] + (1 << 12)
     return size + size // 8
-
-
-def _umask() -> int:
-    """Of this process; os.umask() could tell it by changing it only, for all threads."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1], 8) for line in file if line.startswith("Umask:"))
 
 
 def _copy_apart(name: str, made: Path, limit: int, tell: Tell | None) -> tuple[list[str], dict[str, str]]:

@@ -35,7 +35,7 @@ _LOOK = 1_000_000_000  # ns; a saver that dies after it has named the value ring
 _TURN = "\0room"  # the lock of those who wait for room for several parts
 _STOPPED = 1.0  # s after which one who has the turn is not waited for
 _TOO_MANY = "this process is a member of too many pools"  # csrc/pool/members.h
-_UNCHECKED = 4  # of the limit, a part: so much is loaded before it is asked whether all of it fits. Arbitrary
+_FROM_MEMORY = 0.005  # s of loading several values after which it is asked whether all of them fit. Arbitrary
 _ATTEMPTS = 100  # at a name that changes while it is being opened
 
 
@@ -342,7 +342,7 @@ class Store(MutableMapping[str, Any]):
         if isinstance(key, str):
             return self._load(key, timeout, deadline, mode, allow_pickle)
         assert key is not None
-        return self._load_several([_checked(each) for each in key], timeout, deadline, mode, allow_pickle)
+        return self._load_several(list(key), timeout, deadline, mode, allow_pickle)
 
     def _load_several(
         self,
@@ -354,21 +354,21 @@ class Store(MutableMapping[str, Any]):
         lacking: Any = None,
     ) -> list[Any]:
         """Values in the order of their names; `lacking`, if it is given, for those that are not there."""
-        core = self._core
-        # Few bytes always fit, and a look at all of the names would take longer than loading them.
-        unchecked = core.limit // _UNCHECKED if len(keys) > 1 and core.patience > 0 else -1
+        core, load, clock = self._core, self._load, time.monotonic
+        # What takes longer comes from disk. A look at all of the names would take longer than loading what is in memory.
+        look = clock() + _FROM_MEMORY if len(keys) > 1 and core.patience > 0 else None
         values: list[Any] = []
         try:
             for key in keys:
                 try:
-                    values.append(self._load(key, timeout, deadline, mode, allow_pickle))
+                    values.append(load(key, timeout, deadline, mode, allow_pickle))
                 except KeyError:
                     if lacking is None:
                         raise
                     values.append(lacking)
-                if unchecked >= 0:
-                    unchecked -= _room.weight(core, key, values[-1])
-                    if unchecked < 0 and (error := _room.too_much(core, keys)):
+                if look is not None and clock() > look:
+                    look = None
+                    if error := _room.too_much(core, keys):
                         raise error
         except PoolFullError as error:
             values.clear()  # whoever keeps the error does not keep them

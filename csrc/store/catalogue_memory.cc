@@ -121,9 +121,9 @@ void Catalogue::leave_directory() { spill_->leave(); }
 uint64_t Catalogue::make_room(uint64_t bytes) { return eviction_->make_room(bytes); }
 
 std::string Catalogue::advice() const {
-  const bool spills = header().spilling.load(std::memory_order_acquire) != 0;
-  return std::string("remove names, or start the store with a larger limit=") +
-         (spills || backing_ ? "" : ", or with spill=");
+  const bool drops = header().policy.load(std::memory_order_relaxed) == static_cast<uint32_t>(Policy::kDrop);
+  const bool may_spill = header().spilling.load(std::memory_order_acquire) == 0 && !backing_ && !drops;
+  return std::string("remove names, or start the store with a larger limit=") + (may_spill ? ", or with spill=" : "");
 }
 uint64_t Catalogue::write_ahead() { return eviction_->write_ahead(); }
 uint32_t Catalogue::sweep_files() { return spill_->sweep(); }

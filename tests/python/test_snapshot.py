@@ -17,6 +17,7 @@ from scripts import PATIENCE
 
 import torchshm
 from torchshm import _snapshot
+from torchshm._exchange import _place
 
 pytestmark = pytest.mark.apart
 
@@ -93,7 +94,7 @@ def test_all_that_a_store_holds_is_in_it(store, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["s"]
     assert in_file(tmp_path / "s", same)
     assert when_served(tmp_path / "s", same)
-    assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o666 & ~_snapshot._umask()
+    assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o666 & ~_place._umask()
     assert same(store)  # as before
 
 

@@ -484,7 +484,7 @@ def test_a_full_disk_fails_what_needs_it_and_nothing_else(small):
         peer.kill()
 
 
-def check(name):
+def found_wrong(name):
     """What ``torchshm check --store`` finds wrong."""
     data, control, catalogue = opened = _C.store_files(name)
     try:
@@ -512,12 +512,12 @@ def test_a_damaged_file_is_an_error_of_its_key_alone(tmp_path):
             with pytest.raises(torchshm.TorchshmError, match=f"'{key}'"):
                 store.load(key)
             assert key in store  # it may be looked at, and removed
-        assert check("hurt") == []
+        assert found_wrong("hurt") == []
         for path in place.glob("*.spill"):
             path.unlink()
         with pytest.raises(torchshm.TorchshmError, match=f"'{gone[0]}'.*gone"):
             store.load(gone[0])
-        assert [what.split("'")[1] for _, what in check("hurt")] == sorted(gone)
+        assert [what.split("'")[1] for _, what in found_wrong("hurt")] == sorted(gone)
         store.save(gone[0], array(50), overwrite=True)
         assert is_array(store[gone[0]], 50)
         peer.kill()

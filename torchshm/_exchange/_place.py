@@ -23,8 +23,10 @@ _SYNCS = 16  # at a time. Arbitrary
 
 
 @contextlib.contextmanager
-def written_beside(path: Path, overwrite: bool) -> Iterator[Path]:
+def written_beside(path: Path, overwrite: bool, *, own_mode: bool = False) -> Iterator[Path]:
     """Yield where to write; at the end of the block it is at `path`, after an error it is gone.
+
+    A file gets the permissions that the process gives to files, or with `own_mode` keeps those that the block gave it.
 
     Raises
     ------
@@ -45,7 +47,7 @@ def written_beside(path: Path, overwrite: bool) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         made = home / "made"
         yield made
-        if made.is_file():
+        if made.is_file() and not own_mode:
             made.chmod(0o666 & ~_umask())  # some libraries make theirs for this user alone
         _sync(made)
         _rename(made, path, overwrite)

@@ -191,6 +191,8 @@ class Publisher:
         while True:
             try:
                 return _values.describe(self._core, batch)
+            except _values.TooLargeError:
+                raise
             except PoolFullError:
                 if not self._subscribers or time.monotonic() - began > patience:
                     raise

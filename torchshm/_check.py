@@ -83,11 +83,32 @@ def _catalogue(store: str, found: dict[str, Any]) -> Catalogue:
     return Catalogue(store, found["names"], found["marks"], found["cells"], len(found["spilled"]))
 
 
-def _lost(found: dict[str, Any], store: str, pool_id: int) -> set[tuple[str, str]]:
-    """Names that are on disk, and whose files are not: csrc/store/spill_file.h says where they should be."""
+def _lost(found: dict[str, Any], store: str, pool_id: int, pids: list[int]) -> set[tuple[str, str]]:
+    """Names that are on disk, and whose files are not: csrc/store/spill_file.h says where they should be.
+
+    None, where this process can't look there: as another user, or from outside of a container.
+    """
+    if not found["spilled"]:
+        return set()
     place = os.path.join(found["directory"], f"{store}-{pool_id:016x}")
-    paths = {(key, os.path.join(place, f"{file:016x}.spill")) for key, file in found["spilled"]}
-    return {(key, path) for key, path in paths if not os.path.exists(path)}
+    names = _names_in(place, pids)
+    if names is None:
+        return set()
+    files = {(key, f"{file:016x}.spill") for key, file in found["spilled"]}
+    return {(key, os.path.join(place, file)) for key, file in files if file not in names}
+
+
+def _names_in(place: str, pids: list[int]) -> set[str] | None:
+    """What is in a directory, which may be there for its members alone; nothing when it is gone for them as well."""
+    gone = False
+    for root in ("", *(f"/proc/{pid}/root" for pid in pids)):
+        try:
+            return set(os.listdir(root + place))
+        except FileNotFoundError:
+            gone = gone or (root != "" and os.path.isdir(root))
+        except OSError:
+            continue
+    return set() if gone else None
 
 
 def check_descriptors(
@@ -107,9 +128,10 @@ def check_descriptors(
             store, pool_id = _C.catalogue_name(catalogue)
             checked.catalogue = _catalogue(store, of_store)
             checked.violations += of_store["violations"]
-            if not checked.is_copy and (lost := _lost(of_store, store, pool_id)):
+            pids = [pid for pid, _ in checked.members]
+            if not checked.is_copy and (lost := _lost(of_store, store, pool_id, pids)):
                 # What was just being read back, or written anew, is found in the second look.
-                now = _lost(_C.check_catalogue(catalogue, data, control, at_rest), store, pool_id)
+                now = _lost(_C.check_catalogue(catalogue, data, control, at_rest), store, pool_id, pids)
                 checked.violations += [
                     (14, f"{key!r} is on disk only, and its file {path} is not there")
                     for key, path in sorted(lost & now)

@@ -306,6 +306,7 @@ def _look_at(old: _C.StoreFile, key: str, runs: _Runs) -> None:
 
 
 def _copy(old: _C.StoreFile, new: _C.Store, key: str, runs: _Runs) -> None:
+    """Copy a name, kept."""
     found = old.find(key)
     left = found["expires_in"]
     ttl = 0 if left is None else max(1, int(left * 1e9))
@@ -314,7 +315,7 @@ def _copy(old: _C.StoreFile, new: _C.Store, key: str, runs: _Runs) -> None:
         if raw.nbytes:
             copy, at = runs.copied(new, raw.__array_interface__["data"][0])
             raw = np.ndarray(raw.shape, raw.dtype, copy, at, raw.strides)
-        if not new.save_array(key, raw, False, ttl, False, found["policy"], 0):
+        if not new.save_array(key, raw, False, ttl, False, _values.KEEP, 0):
             raise TorchshmError(f"the entry of {key!r} is damaged")
         return
     text, blocks = raw[:2]
@@ -326,7 +327,7 @@ def _copy(old: _C.StoreFile, new: _C.Store, key: str, runs: _Runs) -> None:
             copy = new.blank(data.nbytes)
             _C.copy_into(copy, 0, data.__array_interface__["data"][0], data.nbytes)
         refs.append(copy.base)
-    new.save(key, text, refs, False, ttl, False, found["policy"])
+    new.save(key, text, refs, False, ttl, False, _values.KEEP)
 
 
 def repair(path: str | os.PathLike[str], *, unverified: bool = False) -> Repaired:
@@ -443,6 +444,10 @@ def _fill(made: Path, old: _C.StoreFile, runs: _Runs, result: Repaired) -> None:
                     keys.remove(key)
                     result.lost[key] = str(error)
         runs.forget_copies()
+        # Only now: a copy that may be dropped would make room for the next one.
+        for key in (*result.kept, *result.unverified):
+            if (policy := old.find(key)["policy"]) != _values.KEEP:
+                new.set_policy(key, policy)
     # Only now: a name without a ttl would have got the store's, and the limit may be below what there is.
     with _served(
         made,

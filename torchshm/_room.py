@@ -16,6 +16,7 @@ from torchshm.errors import PoolFullError, TorchshmError
 _ADVICE = re.compile(
     r"\. Drop arrays that are no longer needed, [^.]*start the store with a larger limit=[^.]*"
 )
+_NEVER = re.compile(r"no room for \d+ bytes: larger than the (pool's limit|address space)")
 _WANTED = re.compile(r"no room for (\d+) bytes")
 _MOST = 1000  # names that are looked at, for an error. Arbitrary
 _LARGEST = 3
@@ -23,9 +24,10 @@ _BLOCK = slice(1, 21)  # of the text of an array: which block, of which life
 _DROP, _PIN = 1, 3
 
 
-def too_much(core: _C.Store, keys: Iterable[str]) -> PoolFullError | None:
+def too_much(core: _C.Store, keys: Iterable[str], *, surely: bool = True) -> PoolFullError | None:
     """The error for values that can't be in memory at the same time, which loading them would find out by waiting.
 
+    Where it has to be sure, arrays alone are counted: of what else there is some kinds are copied, and their blocks let go of.
     What is in memory and no array by itself is not counted: names may share its blocks.
     """
     several, needed, blocks = set(keys), 0, set()
@@ -34,9 +36,12 @@ def too_much(core: _C.Store, keys: Iterable[str]) -> PoolFullError | None:
             found = core.find(key)
         except (KeyError, TorchshmError):  # load() meets it again, and says it
             continue
+        array = found["text"][:1] == b"A"
+        if not array and (surely or found["where"] == "memory"):
+            continue
         if found["where"] == "memory":
             block = found["text"][_BLOCK]
-            if found["text"][:1] != b"A" or block in blocks:
+            if block in blocks:
                 continue
             blocks.add(block)
         needed += found["bytes"]
@@ -54,9 +59,9 @@ def _wanted(text: str) -> int:
     return int(found[1]) if found else 0
 
 
-def never(core: _C.Store, error: PoolFullError) -> bool:
-    """Whether a block was asked for that is larger than the limit: there is nothing to wait for."""
-    return _wanted(str(error)) > core.limit
+def never(error: PoolFullError) -> bool:
+    """Whether a block was asked for that is larger than all that there can be: there is nothing to wait for."""
+    return _NEVER.search(str(error)) is not None
 
 
 def explain(core: _C.Store, error: PoolFullError, key: str | None = None) -> None:

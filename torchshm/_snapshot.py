@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _ATTEMPTS = 100  # at a name that changes while it is copied
 _SLACK = 16 << 20  # bytes; what little there may be for what is saved meanwhile
+_TABLES = 2 << 30  # bytes; more than a file has before its values, almost all of them holes
 _SAID_EVERY = 0.05  # s
 _NAMED = 10  # names in a message
 _FOREVER = (1 << 63) - 1  # ns
@@ -61,7 +63,14 @@ def snapshot(
     target = Path(os.path.abspath(path))
     with written_beside(target, overwrite) as made:
         size = limit or _size(store)  # a guess
-        limit = limit or max(size, store._core.limit)  # address space only: holes take no room
+        # Address space only: holes take no room, but count where the length of files is limited.
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        room = (
+            store._core.limit
+            if most == resource.RLIM_INFINITY
+            else min(store._core.limit, (most - _TABLES) // 3)
+        )
+        limit = limit or max(size, room)
         while True:
             try:
                 keys, damaged = _copy_apart(store.name, made, limit, tell)
@@ -195,7 +204,9 @@ def _settle(source: _C.Store, made: str, taken: int, most: int) -> None:
 
 def _copy(source: _C.Store, target: _C.Store, say: Callable[..., None]) -> tuple[list[str], dict[str, str]]:
     copies: dict[tuple[int, int], _C.BlockRef] = {}  # what several names share is copied once
-    names, keys, damaged = source.keys(""), [], {}
+    names = source.keys("")
+    policies: dict[str, int] = {}
+    damaged: dict[str, str] = {}
     said = 0.0
     for i, key in enumerate(names):
         if time.monotonic() > said + _SAID_EVERY:
@@ -203,18 +214,22 @@ def _copy(source: _C.Store, target: _C.Store, say: Callable[..., None]) -> tuple
             with contextlib.suppress(KeyError):
                 say(key=key, bytes=source.find(key)["bytes"], done=i, of=len(names))
         try:
-            _copy_name(source, target, key, copies)
-            keys.append(key)
+            policies[key] = _copy_name(source, target, key, copies)
         except KeyError:
             pass  # removed meanwhile
         except _DamagedError as error:
             damaged[key] = str(error)
-    return keys, damaged
+    # Only now: a copy that may be dropped would make room for the next one.
+    for key, policy in policies.items():
+        if policy != _values.KEEP:
+            target.set_policy(key, policy)
+    return list(policies), damaged
 
 
 def _copy_name(
     source: _C.Store, target: _C.Store, key: str, copies: dict[tuple[int, int], _C.BlockRef]
-) -> None:
+) -> int:
+    """Copy a name, kept; gives the policy that it should have."""
     for attempt in range(_ATTEMPTS):
         try:
             found, raw = _whole(source, key)
@@ -224,17 +239,18 @@ def _copy_name(
             ttl = 0 if left is None else max(1, int(left * 1e9))
             if isinstance(raw, np.ndarray):
                 # Its text says where it lies: that is made anew.
-                if not target.save_array(key, raw, False, ttl, False, found["policy"], 0):
+                if not target.save_array(key, raw, False, ttl, False, _values.KEEP, 0):
                     raise _DamagedError(f"the entry of {key!r} is damaged")
-                return
+                return int(found["policy"])
             text, blocks = raw[:2]
             refs = [_copied(source, target, block, copies) for block in blocks]
         except StaleHandleError as error:  # removed or replaced after it was found
             if attempt + 1 == _ATTEMPTS:
                 raise _DamagedError(str(error)) from None
             continue
-        target.save(key, text, refs, False, ttl, False, found["policy"])
-        return
+        target.save(key, text, refs, False, ttl, False, _values.KEEP)
+        return int(found["policy"])
+    raise AssertionError
 
 
 def _whole(source: _C.Store, key: str) -> tuple[dict[str, Any], Any]:

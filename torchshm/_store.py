@@ -230,7 +230,7 @@ class Store(MutableMapping[str, Any]):
             except _values.TooLargeError as error:
                 raise PoolFullError(str(error)) from None
             except PoolFullError as error:
-                if _room.never(core, error):
+                if _room.never(error):
                     raise
                 wanting = error
             self._save_in_turn(core, key, value, ttl, overwrite, policy, patience, wanting)
@@ -271,7 +271,11 @@ class Store(MutableMapping[str, Any]):
                 try:
                     _place(core, key, value, ttl, overwrite, policy)
                     return
+                except _values.TooLargeError as error:
+                    raise PoolFullError(str(error)) from None
                 except PoolFullError as error:
+                    if _room.never(error):
+                        raise
                     wanting = error
         finally:
             del wanting
@@ -372,7 +376,7 @@ class Store(MutableMapping[str, Any]):
                         raise error
         except PoolFullError as error:
             values.clear()  # whoever keeps the error does not keep them
-            raise _room.too_much(core, keys) or error from None
+            raise _room.too_much(core, keys, surely=False) or error from None
         return values
 
     def _load(

@@ -31,6 +31,7 @@ from torchshm._size import format_size
 from torchshm.errors import PoolFullError, StaleHandleError, TorchshmError
 
 MODES = {"r+": 0, "r": 1, "c": 2}
+KEEP = 0  # the policy; csrc/store/layout.h
 _PACKED_BELOW = 1 << 16  # bytes; smaller pieces of one value share a block. Arbitrary
 _LINE = 64
 _CARRIED = 1024  # bytes objects up to this many bytes lie in the text. Arbitrary

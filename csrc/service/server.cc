@@ -158,6 +158,7 @@ Result<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
   // Nothing fails from here on.
   attempt.failed = false;
   cleaned.backing.reset();
+  if (server->took_over_) server->apply_settings();
   server->lock_ = lock.take();
   server->catalogue_->header().serving.store(os::self().pid, std::memory_order_relaxed);
   adoption.keep();

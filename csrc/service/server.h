@@ -72,6 +72,7 @@ class Server {
   };
   static Result<Opened> open_file(const ServerOptions& options, pool::Adoption& adoption, Cleaned& cleaned);
   void close_file();
+  void apply_settings();
   void run();
   void accept_clients();
   void serve(int socket);

@@ -23,14 +23,6 @@ store::Settings settings_of(const ServerOptions& options) {
   return settings;
 }
 
-// To a store that is there: what was asked for, and no more.
-void apply(const ServerOptions& options, store::Header& header) {
-  if (options.ttl != 0) header.default_ttl.store(options.ttl, std::memory_order_relaxed);
-  if (options.policy) header.policy.store(static_cast<uint32_t>(*options.policy), std::memory_order_relaxed);
-  const bool roomy = options.policy == store::Policy::kDrop && header.patience.load(std::memory_order_relaxed) == 0;
-  if (options.patience >= 0 || roomy) header.patience.store(settings_of(options).patience, std::memory_order_relaxed);
-}
-
 // One that is not finished is taken away again.
 struct Unfinished {
   store::Backing& backing;
@@ -59,7 +51,6 @@ Result<Server::Opened> Server::open_memory(const ServerOptions& options, pool::A
                                     : store::Catalogue::create(*opened.member, options.name, settings_of(options));
   if (!catalogue) return std::move(catalogue.status());
   opened.catalogue = catalogue.take();
-  if (opened.was_there) apply(options, opened.catalogue->header());
   return opened;
 }
 
@@ -132,14 +123,25 @@ Result<Server::Opened> Server::open_file(const ServerOptions& options, pool::Ado
     (void)opened.member->drop_messages();
     (void)opened.catalogue->sweep();
   }
-  pool::Header& header = opened.member->arena().header();
+  const pool::Header& header = opened.member->arena().header();
   if (options.limits.limit > header.data_size)
     return Status(Code::kInvalid,
                   options.file + " was made for a limit of " + std::to_string(header.data_size / 2) +
                       " bytes, and twice that is all that it can have: torchshm snapshot copies it into a new file");
-  if (options.limits.limit != 0) header.limit.store(options.limits.limit, std::memory_order_relaxed);
-  apply(options, opened.catalogue->header());
   return opened;
+}
+
+// Of a store that was there: what was asked for, and no more. Not before the start has succeeded: living clients go by it.
+void Server::apply_settings() {
+  store::Header& header = catalogue_->header();
+  if (options_.ttl != 0) header.default_ttl.store(options_.ttl, std::memory_order_relaxed);
+  if (options_.policy) header.policy.store(static_cast<uint32_t>(*options_.policy), std::memory_order_relaxed);
+  const bool roomy = options_.policy == store::Policy::kDrop || !catalogue_->directory().empty();
+  if (options_.patience >= 0 || (roomy && header.patience.load(std::memory_order_relaxed) == 0))
+    header.patience.store(options_.patience >= 0 ? static_cast<uint64_t>(options_.patience) : kRoomWithin,
+                          std::memory_order_relaxed);
+  if (catalogue_->backing() != nullptr && options_.limits.limit != 0)
+    member_.arena().header().limit.store(options_.limits.limit, std::memory_order_relaxed);
 }
 
 // Nobody else has it: it was not in use, and the service that would give it to others has not begun.
@@ -180,8 +182,6 @@ Status Server::prepare_spill() {
   if (!directory) return std::move(directory.status());
   catalogue_->use(directory.take());
   catalogue_->set_directory(path);
-  if (catalogue_->header().patience.load(std::memory_order_relaxed) == 0 && options_.patience < 0)
-    catalogue_->header().patience.store(kRoomWithin, std::memory_order_relaxed);
   return {};
 }
 

@@ -215,7 +215,9 @@ Status Backing::sync(uint32_t state) {
     superblock().state.store(kOpen, std::memory_order_release);
     return written;
   }
-  return os::sync_directory_of(path_);
+  // Where it is now; one that was removed is in none.
+  const std::string now = where();
+  return os::is_at(now, fd_.get()) ? os::sync_directory_of(now) : Status();
 }
 
 // On the disk before the change is: after a loss of power it would pass for clean.

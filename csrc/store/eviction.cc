@@ -20,7 +20,7 @@ constexpr uint32_t kFewCells = 4096;
 constexpr uint64_t kListed = 32;  // of the limit, as much as is taken by one list
 constexpr uint64_t kFit = 4;      // of all that could go, as much as is looked at for neighbours; arbitrary
 constexpr uint32_t kInOrder = 4;  // how often the order alone counts; arbitrary
-constexpr uint64_t kLookAnyway = 2'000'000'000;  // ns
+constexpr uint64_t kLookAnyway = 2'000'000'000, kTryAgain = 1'000'000'000;  // ns
 constexpr int kBusyTries = 20;
 constexpr std::chrono::milliseconds kBusyRest{1};
 // Of the limit: from where on files are written ahead, and how much of what goes next should have one.
@@ -195,17 +195,21 @@ uint64_t Eviction::write_ahead() {
   if (clock == nothing_at_ && now - nothing_since_ < kLookAnyway) return 0;
   const pool::Member::Restraint restraint;
   uint64_t ready = 0, written = 0;
-  Writable writable;
+  // What could not be written is tried again in a while: each try may fill a disk for everybody.
+  if (now - ahead_since_ > kTryAgain) ahead_ = {};
   for (const Unit& unit : gather()) {
     if (ready >= usage.limit / kAhead) break;
     for (const Name& name : unit.names) {
       ready += name.bytes;
       const StandingValue known = catalogue_.standing(name.cell);
-      if (known.life != name.life || known.file != 0 || !writable(name.bytes)) continue;
+      if (known.life != name.life || known.file != 0 || !ahead_(name.bytes)) continue;
       auto copied = spill_.out(name.cell, name.life, How::kCopy);
       if (copied) written += *copied;
-      if (!copied && copied.code() != Code::kBusy) writable.failed(copied.status(), name.bytes);
-      if (writable.none()) return written;
+      if (!copied && copied.code() != Code::kBusy) {
+        ahead_.failed(copied.status(), name.bytes);
+        ahead_since_ = now;
+      }
+      if (ahead_.none()) return written;
     }
   }
   if (written == 0) {

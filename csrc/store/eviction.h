@@ -64,6 +64,8 @@ class Eviction {
   std::atomic<uint32_t> turn_{0};
   // When there was nothing to write: the clock, and the time. Of the one thread that writes ahead.
   uint64_t nothing_at_ = 0, nothing_since_ = 0;
+  Writable ahead_;  // and since when that thread knows it
+  uint64_t ahead_since_ = 0;
   std::mutex mutex_;
   List list_;
 };

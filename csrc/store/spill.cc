@@ -7,6 +7,7 @@
 #include <unordered_set>
 
 #include "base/failpoint.h"
+#include "os/futex.h"
 #include "pool/array_wire.h"
 #include "store/key.h"
 
@@ -20,7 +21,8 @@ namespace {
 
 // ns after a value went or came for which freed memory is kept for the next
 constexpr uint64_t kMoving = uint64_t{10} * 1'000'000'000;
-constexpr int kQuietScans = 8;  // tries at a scan during which no file changes hands
+constexpr uint64_t kRecently = uint64_t{10} * 1'000'000'000;  // ns
+constexpr int kQuietScans = 8;                                // tries at a scan during which no file changes hands
 
 uint64_t file_of(uint32_t cell, uint32_t life) { return uint64_t{cell} << 32 | life; }
 
@@ -175,7 +177,10 @@ Status Spill::write(const Standing& what) {
   for (const uint64_t length : head.lengths) bytes += length;
   Catalogue::count(catalogue_.counters().written);
   Catalogue::count(catalogue_.counters().written_bytes, bytes);
-  if (catalogue_.header().spill_failed.load(std::memory_order_relaxed) != 0)
+  // Where a larger one has just failed here, it says nothing that a smaller one has been written.
+  const bool well = bytes >= failed_bytes_.load(std::memory_order_relaxed) ||
+                    os::boot_time() - failed_at_.load(std::memory_order_relaxed) > kRecently;
+  if (well && catalogue_.header().spill_failed.load(std::memory_order_relaxed) != 0)
     catalogue_.header().spill_failed.store(0, std::memory_order_relaxed);
   return {};
 }
@@ -210,6 +215,8 @@ Result<uint64_t> Spill::out(uint32_t cell, uint32_t life, How how) {
     if (how == How::kFree || !directory_ || (how == How::kCopy && written)) return uint64_t{0};
     if (Status done = write(what); !done) {
       if (done.code() == Code::kStale) return uint64_t{0};
+      failed_bytes_.store(bytes, std::memory_order_relaxed);
+      failed_at_.store(os::boot_time(), std::memory_order_relaxed);
       return fail("writing", what.entry.key, std::move(done));
     }
     const uint64_t before = std::exchange(what.file, file_of(cell, life));

@@ -59,7 +59,8 @@ class Spill {
 
   Catalogue& catalogue_;
   std::unique_ptr<SpillDirectory> directory_;
-  std::atomic<uint64_t> alone_since_{0};  // the service that is gone, and whose spares this has swept
+  std::atomic<uint64_t> failed_bytes_{0}, failed_at_{0};  // of the last value that could not be written here; and when
+  std::atomic<uint64_t> alone_since_{0};                  // the service that is gone, and whose spares this has swept
 };
 
 }  // namespace torchshm::store

@@ -382,6 +382,24 @@ TEST_F(Service, WhatIsAskedOfAStoreThatIsThereBecomesItsOwn) {
   EXPECT_EQ(header.patience.load(), 7U);
 }
 
+TEST_F(Service, AStartThatFailsAsksNothingOfAStoreThatIsThere) {
+  auto server = start();
+  auto client = reach();
+  ASSERT_TRUE(server != nullptr && client.ok());
+  server.reset();
+  const std::string socket = service::socket_path("store");
+  std::filesystem::create_directories(socket);
+  ServerOptions cache = options();
+  cache.policy = store::Policy::kDrop;
+  cache.ttl = 1;
+  cache.patience = 5;
+  ASSERT_EQ(Server::start(cache).code(), Code::kSystem);
+  std::filesystem::remove(socket);
+  const store::Header& header = client->catalogue->header();
+  EXPECT_EQ(header.policy.load(), static_cast<uint32_t>(store::Policy::kKeep));
+  EXPECT_EQ(header.default_ttl.load() + header.patience.load(), 0U);
+}
+
 TEST_F(Service, ClientsComeThoughTheSpillDirectoryWasRemoved) {
   ServerOptions spilling = options();
   spilling.spill = directory_ + "/spill";

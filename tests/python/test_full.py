@@ -56,6 +56,11 @@ for key in keys:
 store["one"] = np.ones(40 * MIB, np.uint8)
 store["two"] = store["one"]  # the same memory
 assert len(store.load(["one", "two"])) == 2
+del store["one"], store["two"]
+for i, key in enumerate(keys):
+    store[key] = bytes([i]) * (10 * MIB)  # copied when they are loaded
+assert store.info(keys[0])["where"] == "disk"
+assert [x[0] for x in store.load(keys)] == list(range(20))
 assert time.monotonic() - begun < 30
 """,
         tmp_path / "spill",

@@ -177,7 +177,7 @@ def test_a_value_has_its_own_lifetime_and_policy_in_it(store, tmp_path):
             return core.load(key, mode)
 
     target = _snapshot._C.Store.start(f"target-{os.getpid()}", 1 << 24, file=str(tmp_path / "s"))
-    _snapshot._copy_name(Late(), target, "x", {})
+    assert _snapshot._copy(Late(), target, lambda **what: None) == (["x"], {})
     found = target.find("x")
     assert (found["expires_in"], found["policy"]) == (None, 3)
     assert target.load("x", 0).sum() == 3
@@ -353,15 +353,35 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(store, small_disk):
+@pytest.mark.parametrize("policy", ["keep", "drop"])
+def test_a_full_disk_is_an_error_and_leaves_nothing(store, small_disk, policy):
     for i in range(8):
-        store[f"k{i}"] = np.ones(1 << 20)
+        store.save(f"k{i}", np.ones(1 << 20), policy=policy)
     with pytest.raises(torchshm.PoolFullError, match=r"no room for a snapshot of .* and the file system has"):
         store.snapshot(small_disk / "s")
     assert list(small_disk.iterdir()) == []
     for i in range(6):
         del store[f"k{i}"]
     assert store.snapshot(small_disk / "s") == ["k6", "k7"]
+
+
+LIMITED = """
+import resource
+import sys
+import torchshm
+
+store = torchshm.start(sys.argv[1], limit="64GiB")
+store["x"] = [1, 2, 3]
+resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 30, 4 << 30))
+assert store.snapshot(sys.argv[2]) == ["x"]
+assert torchshm.open(sys.argv[2])["x"] == [1, 2, 3]
+"""
+
+
+def test_where_files_must_not_be_long_what_fits_is_written(tmp_path):
+    name = f"limited-{os.getpid()}"
+    done = subprocess.run([sys.executable, "-c", LIMITED, name, str(tmp_path / "s")], timeout=PATIENCE)
+    assert done.returncode == 0
 
 
 READER = """

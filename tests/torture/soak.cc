@@ -535,9 +535,9 @@ class Conductor {
     const uint32_t age = header.ticket_age.load();
     member_->set_ticket_age(0);
     header.limit.store(committed_);
-    auto none = timed("allocation beyond the limit", [&] { return member_->allocate(uint64_t{8} << 20, false); });
+    auto none = timed("allocation beyond the limit", [&] { return member_->allocate(committed_, false); });
     if (none) {
-      board_->report("8 MiB more than the limit were given out");
+      board_->report("as much as the limit was given out beside what there is");
       member_->release(none->block, pool::Mode::kReadWrite);
     }
     header.limit.store(limit_);

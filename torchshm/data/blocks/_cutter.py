@@ -11,9 +11,11 @@ from torchshm import _C
 from torchshm._store import Store
 from torchshm.data.blocks._formats import format_of
 from torchshm.data.blocks._recipes import Made
+from torchshm.errors import PoolFullError
 
 _ALIGNED = 64  # bytes: where columns begin
 _OVERFULL = 1.25  # of the size that was asked for: a block of several values is not more
+_SOON = 1.0  # s in which there mostly is room
 _ROOMY = 0.75  # a block that fills less than that of its memory is moved to memory of its size
 
 
@@ -21,11 +23,18 @@ class Cutter:
     """Makes blocks of about `target` bytes of the values that it gets, in the store's memory, and saves them."""
 
     def __init__(
-        self, store: Store, prefix: str, target: int, skip: int, tell: Callable[[Made], None], policy: str
+        self,
+        store: Store,
+        prefix: str,
+        target: int,
+        skip: int,
+        tell: Callable[[Made], None],
+        policy: str,
+        let_go: Callable[[], None],
     ) -> None:
-        """policy: ``"spill"`` for what goes to disk before what others are about to use."""
+        """policy: ``"spill"`` for what goes to disk before what others are about to use. let_go: called before a wait for room."""
         self._store, self._prefix, self._target, self._skip, self._tell = store, prefix, target, skip, tell
-        self._policy = policy
+        self._policy, self._let_go = policy, let_go
         self._count = 0
         self._block: dict[str, Any] | None = None  # arrays that are being filled
         self._filled = self._capacity = 0
@@ -158,7 +167,11 @@ class Cutter:
         if number < self._skip:
             return
         key = f"{self._prefix}{number}"
-        self._store.save(key, value, policy=self._policy)
+        try:
+            self._store.save(key, value, policy=self._policy, timeout=_SOON)
+        except PoolFullError:
+            self._let_go()
+            self._store.save(key, value, policy=self._policy)
         self._tell(Made(key, rows, nbytes))
 
 

@@ -32,11 +32,25 @@ from torchshm.data.blocks._sources import Source
 _GATHERED = 16 << 20  # bytes of rows that are put in order in one go
 
 
+class _Loaded(list[Any]):
+    """Values, of which the first `own` are copies, and the others lie in the store."""
+
+    own = 0
+
+
 class Kitchen:
     """Runs the tasks of one process."""
 
     def __init__(self, store: Store, stages: Sequence[tuple[Source | None, Sequence[Step]]]) -> None:
         self._store, self._stages = store, stages
+        self._held: list[_Loaded] = []  # by tasks under way
+
+    def let_go(self) -> None:
+        """Go on with copies of what tasks have loaded: who waits with many blocks in his hands leaves room in between that fits nobody."""
+        for values in self._held:
+            for number in range(values.own, len(values)):
+                values[number] = _own(values[number])
+            values.own = len(values)
 
     def label(self, task: Task) -> str:
         """What the task is, for messages."""
@@ -45,6 +59,14 @@ class Kitchen:
         return f"task {task.number}, attempt {task.attempt}, of stage {task.stage}: {task.recipe}{', ' + functions if functions else ''}"
 
     def run(self, task: Task, tell: Callable[[Made], None], outcome: Outcome) -> None:
+        """`tell` may wait, and run others in between."""
+        before = len(self._held)
+        try:
+            self._run(task, tell, outcome)
+        finally:
+            del self._held[before:]
+
+    def _run(self, task: Task, tell: Callable[[Made], None], outcome: Outcome) -> None:
         source, steps = self._stages[task.stage]
         recipe = task.recipe
         if isinstance(recipe, Deal):
@@ -62,7 +84,8 @@ class Kitchen:
         # For a core's cache where functions follow, else at most as much as a block.
         piece = CACHED if steps else max(CACHED, min(_GATHERED, task.target))
         cuts = recipe.cuts if isinstance(recipe, Shuffled) else ()
-        cutter = Cutter(self._store, task.prefix, task.target, task.skip, tell, "spill" if cuts else "keep")
+        policy = "spill" if cuts else "keep"
+        cutter = Cutter(self._store, task.prefix, task.target, task.skip, tell, policy, self.let_go)
         if isinstance(recipe, Shuffled) and cuts:
             for begin, end in cuts:
                 cutter.whole(self._counted(self._shuffled(recipe, begin, end, piece), outcome), end - begin)
@@ -108,6 +131,15 @@ class Kitchen:
     def _load(self, key: str) -> Any:
         return self._store.load(key, allow_pickle=True)
 
+    def _load_all(self, keys: Sequence[str]) -> list[Any]:
+        values = _Loaded()
+        self._held.append(values)
+        for key in keys:
+            if values and self._store.info(key)["where"] == "disk":  # it may have to wait for room
+                self.let_go()
+            values.append(self._load(key))
+        return values
+
     def _parts(self, parts: Sequence[Part]) -> Iterator[Any]:
         for part in parts:
             value = self._load(part.key)
@@ -135,11 +167,11 @@ class Kitchen:
         yield first.merge([whole[0], convert(whole[1], first.name)])
 
     def _shuffled(self, recipe: Shuffled, begin: int, end: int, piece: int) -> Iterator[Any]:
-        order = self._load(recipe.order)[begin:end]
-        return self._in_order([self._load(key) for key in recipe.keys], recipe.rows, order, piece)
+        order = self._load(recipe.order)[begin:end].copy()
+        return self._in_order(self._load_all(recipe.keys), recipe.rows, order, piece)
 
     def _merged(self, recipe: Merge, piece: int) -> Iterator[Any]:
-        values = [self._load(key) for key in recipe.keys]
+        values = self._load_all(recipe.keys)
         rows = tuple(format_of(value).rows(value) for value in values)
         order = np.random.default_rng(recipe.seed).permutation(sum(rows))
         return self._in_order(values, rows, order, piece)
@@ -157,6 +189,13 @@ class Kitchen:
             step = max(1, int(piece / max(per_row, 1e-9)))
         for begin in range(0, len(order), step):
             yield gather(found, values, starts, order[begin : begin + step])
+
+
+def _own(value: Any) -> Any:
+    found = format_of(value)
+    if found.name == "numpy":
+        return {name: array.copy() for name, array in value.items()}
+    return found.take(value, np.arange(found.rows(value)))
 
 
 def gather(found: Any, values: Sequence[Any], starts: Indices, order: Indices) -> Any:

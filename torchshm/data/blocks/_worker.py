@@ -50,6 +50,9 @@ def _keep_memory() -> None:
         mallopt(_TRIM_THRESHOLD, _KEPT)
 
 
+_PATIENT = 0.5  # s that a task waits to go on before it lets go of what it has loaded
+
+
 class _Gone(BaseException):
     """The executor has."""
 
@@ -102,6 +105,8 @@ class _Worker:
             doing.credit -= 1
             since = time.perf_counter()
             while doing.credit <= 0:
+                if not self._link.poll(_PATIENT):
+                    self._kitchen.let_go()
                 self._hear(doing)
             doing.waited += time.perf_counter() - since
 

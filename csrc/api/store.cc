@@ -73,12 +73,7 @@ bool Store::remove(std::string_view key) const {
   return impl_->catalogue->remove(key);
 }
 
-std::vector<std::string> Store::keys(std::string_view prefix) const {
-  std::vector<std::string> found;
-  impl_->catalogue->each(prefix, [&](store::Entry entry) { found.push_back(std::move(entry.key)); });
-  std::sort(found.begin(), found.end());
-  return found;
-}
+std::vector<std::string> Store::keys(std::string_view prefix) const { return impl_->catalogue->keys(prefix); }
 
 uint64_t Store::size() const { return impl_->catalogue->size(); }
 

@@ -398,8 +398,7 @@ class Store {
     std::vector<std::string> found;
     {
       const WithoutGil release;
-      catalogue_->each(prefix, [&](store::Entry entry) { found.push_back(std::move(entry.key)); });
-      std::sort(found.begin(), found.end());
+      found = catalogue_->keys(prefix);
     }
     py::list names;
     for (const std::string& key : found) {

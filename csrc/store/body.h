@@ -16,6 +16,10 @@ namespace torchshm::store {
 
 using BodyWords = std::array<uint64_t, sizeof(Body) / sizeof(uint64_t)>;
 
+inline void prefetch_body(const std::byte* file, uint32_t cell) {
+  const auto* at = file + offsets::kBodiesAt + sizeof(Body) * uint64_t{cell};
+  for (uint64_t line = 0; line < sizeof(Body); line += 64) __builtin_prefetch(at + line);
+}
 // Of a mapped catalogue file. Its numbers are as found: not to be believed.
 inline Body load_body(const std::byte* file, uint32_t cell) {
   const auto* from =

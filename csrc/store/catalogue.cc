@@ -320,40 +320,56 @@ std::optional<Place> Catalogue::referring(uint32_t cell, uint32_t life, uint64_t
   return find_referring(file_.data(), levels(), cell, life, hash);
 }
 
-void Catalogue::each(std::string_view prefix, const std::function<void(Entry)>& visit) {
+// By slots and not by cells: whoever replaces a name, or moves its value to disk or back, gives it another cell and leaves it its slot.
+// visit(body) gives false when the block that has the name is gone: the slot has changed then, and is looked at again.
+template <class Visit>
+void Catalogue::each_named(Visit visit) {
+  const uint32_t last = levels() - 1;
   const uint64_t moment = now();
-  for (uint32_t cell = 0, used = cells_used(); cell < used; ++cell) {
-    for (;;) {
-      const CellValue found = cell_value(cell);
-      if (found.state == CellState::kFree || found.state == CellState::kReleasing) break;
-      const Body body = read_body(cell);
-      const auto place = referring(cell, found.life, body.hash);
-      if (!place || place->value.state != SlotState::kNamed || (body.expires != 0 && body.expires <= moment)) break;
-      auto entry = entry_of({*place, body});
-      if (SlotValue::of(slot(place->index).value.load()) != place->value) continue;
-      const bool shown = entry && (!is_mark(entry->key) || is_mark(prefix));
-      if (shown && std::string_view(entry->key).substr(0, prefix.size()) == prefix) visit(std::move(*entry));
-      break;
+  const uint32_t end = level_start(last) + level_size(last);
+  constexpr uint32_t kAhead = 24;  // slots; arbitrary
+  for (uint32_t index = 0; index < end; ++index) {
+    if (index + kAhead < end) {
+      const SlotValue next = SlotValue::of(slot(index + kAhead).value.load());
+      if (next.state == SlotState::kNamed && next.cell < kCells) prefetch_body(file_.data(), next.cell);
+    }
+    const Slot& at = slot(index);
+    SlotValue value = SlotValue::of(at.value.load());
+    for (bool done = false; !done && value.state == SlotState::kNamed && value.cell < kCells;) {
+      TORCHSHM_POINT("names.slot_seen");
+      const Body body = read_body(value.cell);
+      const bool expired = body.expires != 0 && body.expires <= moment;
+      done = SlotValue::of(at.value.load()) == value && (expired || visit(body));
+      const SlotValue now = SlotValue::of(at.value.load());
+      done = done || now == value;
+      value = now;
     }
   }
 }
 
+std::vector<std::string> Catalogue::keys(std::string_view prefix) {
+  std::vector<std::string> found;
+  each_named([&](const Body& body) {
+    std::optional<std::string> key = key_of(body);
+    if (key && !key->empty() && (!is_mark(*key) || is_mark(prefix)) &&
+        std::string_view(*key).substr(0, prefix.size()) == prefix)
+      found.push_back(std::move(*key));
+    return key.has_value();
+  });
+  std::sort(found.begin(), found.end());
+  // Removed and saved again meanwhile, into another slot.
+  found.erase(std::unique(found.begin(), found.end()), found.end());
+  return found;
+}
+
 uint64_t Catalogue::size() {
   uint64_t names = 0;
-  const uint64_t moment = now();
-  for (uint32_t cell = 0, used = cells_used(); cell < used; ++cell) {
-    const CellValue found = cell_value(cell);
-    if (found.state == CellState::kFree || found.state == CellState::kReleasing) continue;
-    const Body body = read_body(cell);
-    if (body.expires != 0 && body.expires <= moment) continue;
+  each_named([&](const Body& body) {
     // Marks are short: they lie in the cell itself.
-    if (fits(body) && body.key_bytes > 0 && body.text[0] == 0) continue;
-    if (found.state == CellState::kStanding || found.state == CellState::kBound) {
-      ++names;
-    } else if (const auto place = referring(cell, found.life, body.hash)) {
-      names += place->value.state == SlotState::kNamed ? 1 : 0;
-    }
-  }
+    const bool mark = fits(body) && body.key_bytes > 0 && body.text[0] == 0;
+    names += mark ? 0 : 1;
+    return true;
+  });
   return names;
 }
 

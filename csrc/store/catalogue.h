@@ -8,7 +8,6 @@
 // Thread safety: all functions, from any thread and, after a fork, in the child.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -115,9 +114,9 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   bool contains(std::string_view key);
   // True when this call has removed it. Who holds its blocks keeps them.
   bool remove(std::string_view key);
-  // Calls visit for each name that begins with `prefix`, in no order; names that come or go meanwhile may be among them or not. A name that
-  // begins with a zero byte is a program's mark and not data: each() shows it to a prefix that does so too, and size() does not count it.
-  void each(std::string_view prefix, const std::function<void(Entry)>& visit);
+  // The names that begin with `prefix`, sorted; those that come or go meanwhile may be among them or not. A name that begins with a zero byte
+  // is a program's mark and not data: it is shown to a prefix that does so too, and size() does not count it.
+  std::vector<std::string> keys(std::string_view prefix);
   uint64_t size();
 
   // Sleeps until a name that shares this one's bell is saved, for `ns` at most. Take the ticket before you look for the name.
@@ -231,6 +230,8 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
   // The name, when it has not expired.
   std::optional<Found> look(const Key& key);
   bool same_key(const Body& body, const Key& key);
+  template <class Visit>
+  void each_named(Visit visit);
   // Takes a name out of the index, or puts another cell in its place. False when it was not the same any more.
   // With `only`: nor when it has another policy by now. REQUIRES then: `found` is from before the policy was read.
   bool replace(const Found& found, const SlotValue* successor, std::optional<Policy> only = std::nullopt);

@@ -101,9 +101,7 @@ TEST(Store, HoldsManyNames) {
   EXPECT_GT(store->levels(), 1U);
   EXPECT_EQ(store->size(), uint64_t{kNames});
   for (int i = 0; i < kNames; ++i) ASSERT_EQ(store->find("name/" + std::to_string(i))->text, std::to_string(i));
-  int listed = 0;
-  store->each("name/11999", [&](const store::Entry&) { ++listed; });
-  EXPECT_EQ(listed, 1 + 10);  // 11999 and 119990 to 119999
+  EXPECT_EQ(store->keys("name/11999").size(), 1U + 10);  // 11999 and 119990 to 119999
   for (int i = 0; i < kNames; i += 2) ASSERT_TRUE(store->remove("name/" + std::to_string(i)));
   for (int i = 0; i < kNames; ++i) ASSERT_EQ(store->contains("name/" + std::to_string(i)), i % 2 == 1);
   EXPECT_EQ(unsound(store), "");
@@ -190,14 +188,9 @@ TEST(Store, MarksAreFoundByThoseWhoAskForThemAndNotCounted) {
   const std::string mark("\0mark", 5);
   ASSERT_TRUE(store->save(mark, "", {}, {.bound = true}));
   ASSERT_TRUE(store->save("data", "", {}));
-  const auto listed = [&](std::string_view prefix) {
-    std::vector<std::string> keys;
-    store->each(prefix, [&](const store::Entry& entry) { keys.push_back(entry.key); });
-    return keys;
-  };
   EXPECT_EQ(store->size(), 1U);
-  EXPECT_EQ(listed(""), std::vector<std::string>{"data"});
-  EXPECT_EQ(listed(std::string_view("\0", 1)), std::vector<std::string>{mark});
+  EXPECT_EQ(store->keys(""), std::vector<std::string>{"data"});
+  EXPECT_EQ(store->keys(std::string_view("\0", 1)), std::vector<std::string>{mark});
 }
 
 TEST(Store, OfManySaversOfOneNameOneSucceeds) {
@@ -370,6 +363,27 @@ TEST(Store, DeathAtEveryPointLeavesAllOfANameOrNothing) {
   }
   EXPECT_GT(kills, 60U);
   EXPECT_GT(nested, 20U);
+}
+
+TEST(Store, NamesThatAreReplacedMeanwhileAreListedOnce) {
+  Store store = fresh_store();
+  std::vector<std::string> names;
+  for (int i = 0; i < 40; ++i) names.push_back("name/" + std::to_string(10 + i));
+  for (const std::string& name : names) ASSERT_TRUE(store->save(name, "first", {}));
+  // Others give them other cells, those that have just become free again too.
+  int replaced = 0;
+  const Between between(
+      "names.slot_seen",
+      [&] {
+        const std::string& name = names[static_cast<size_t>(++replaced * 7) % names.size()];
+        ASSERT_TRUE(store->save(name, "again", {}, {.overwrite = true}));
+      },
+      Between::kEachTime);
+  for (int i = 0; i < 20; ++i) {
+    EXPECT_EQ(store->keys(""), names);
+    EXPECT_EQ(store->size(), names.size());
+  }
+  EXPECT_GT(replaced, 1000);
 }
 
 TEST(Store, AnExpiredNameGoesAlsoWhenASweeperMovesItsSlotMeanwhile) {

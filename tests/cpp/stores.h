@@ -65,8 +65,7 @@ inline std::string unsound(Store& store) {
   auto report = store::check_catalogue(store->fd(), store.member->arena(), true);
   if (!report) return report.status().what();
   if (!report->ok()) return report->first();
-  uint64_t listed = 0;
-  store->each("", [&](const store::Entry&) { ++listed; });
+  const uint64_t listed = store->keys("").size();
   if (listed != report->names || store->size() != report->names)
     return std::to_string(listed) + " names are listed, " + std::to_string(store->size()) + " counted, and there are " +
            std::to_string(report->names);

@@ -84,7 +84,7 @@ void work(Scene& s, std::mt19937_64& random) {
       if (here.board->leave_dead.load() == 0) (void)names(s).sweep();
       break;
     case 4:
-      names(s).each("survivor/", [&](const store::Entry& entry) { (void)get(s, entry.key); });
+      for (const std::string& each : names(s).keys("survivor/")) (void)get(s, each);
       break;
     default:
       (void)get(s, random() % 2 == 0 && expected->key[0] != 0 ? expected->key : key);
@@ -151,20 +151,23 @@ std::string left_by(Scene& d, const Operation& operation) {
   }
   if (const uint64_t files = spill_files(false); files != with_file)
     return std::to_string(files) + " files are left, of " + std::to_string(with_file) + " names";
-  names(d).each("", [&](const store::Entry& entry) {
+  for (const std::string& key : names(d).keys("")) {
     ++listed;
-    if (entry.owner != 0 && d.member->gone(entry.owner)) wrong = "a bound name of the dead is left: " + entry.key;
-    if (get(d, entry.key) == kBroken) wrong = entry.key + " is broken";
-  });
+    auto entry = names(d).find(key);
+    if (!entry) {
+      wrong = key + " is listed and not found";
+      continue;
+    }
+    if (entry->owner != 0 && d.member->gone(entry->owner)) wrong = "a bound name of the dead is left: " + key;
+    if (get(d, key) == kBroken) wrong = key + " is broken";
+  }
   if (wrong.empty() && (listed != report->names || names(d).size() != report->names))
     wrong = std::to_string(listed) + " names are listed, " + std::to_string(report->names) + " are there";
   return wrong;
 }
 
 void remove_all(Scene& d) {
-  std::vector<std::string> keys;
-  names(d).each("", [&](const store::Entry& entry) { keys.push_back(entry.key); });
-  for (const std::string& key : keys) {
+  for (const std::string& key : names(d).keys("")) {
     if (!names(d).remove(key)) d.wrong("%s can't be removed", key.c_str());
   }
 }

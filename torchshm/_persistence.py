@@ -25,6 +25,7 @@ import numpy as np
 
 from torchshm import _C, _values
 from torchshm._exchange._place import written_beside
+from torchshm._size import nanoseconds
 from torchshm.errors import StaleHandleError, TorchshmError
 
 _VERSION = 1
@@ -33,7 +34,6 @@ _TURN = "\0sync"  # the lock of those who write the record
 _NAP = 50_000_000  # ns; a death rings no bell
 _LINE = 64  # bytes
 _SLACK = 16 << 20  # bytes; for what little a store takes by itself
-_FOREVER = (1 << 63) - 1  # ns
 
 
 def _record_path(path: str) -> str:
@@ -285,7 +285,7 @@ class _Runs:
 
     def copied(self, new: _C.Store, first: int) -> tuple[np.ndarray[Any, Any], int]:
         """The copy in `new` of the run that an address is in, and where in it that is."""
-        start, last = self._runs[bisect.bisect_right(self._runs, (first, _FOREVER)) - 1]
+        start, last = self._runs[bisect.bisect_right(self._runs, first, key=lambda run: run[0]) - 1]
         ahead = start % _LINE  # what is aligned stays so
         if start not in self._copies:
             self._copies[start] = new.blank(ahead + last - start)
@@ -452,15 +452,11 @@ def _fill(made: Path, old: _C.StoreFile, runs: _Runs, result: Repaired) -> None:
     with _served(
         made,
         min(figures["limit_bytes"], 2 * room),
-        _nanoseconds(figures["ttl"] or 0),
+        nanoseconds(figures["ttl"] or 0),
         figures["policy"],
-        _nanoseconds(figures["patience"]),
+        nanoseconds(figures["patience"]),
     ) as new:
         sync(new)
-
-
-def _nanoseconds(seconds: float) -> int:
-    return min(round(seconds * 1e9), _FOREVER)
 
 
 def _set_aside(whole: str) -> str:

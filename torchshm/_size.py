@@ -72,6 +72,11 @@ def parse_limit(text: str | float) -> int:
     return size
 
 
+def nanoseconds(seconds: float) -> int:
+    """A time that the core has told, as it takes one."""
+    return min(round(seconds * 1e9), (1 << 63) - 1)
+
+
 def parse_seconds(seconds: Any, what: str) -> float:
     """A number of seconds; `what` is the parameter that it was given as. Without end is -1.
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from torchshm import _C, _values
 from torchshm._exchange._place import written_beside
+from torchshm._size import nanoseconds
 from torchshm.errors import PoolFullError, StaleHandleError, StoreUnavailableError, TorchshmError
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ _SLACK = 16 << 20  # bytes; what little there may be for what is saved meanwhile
 _TABLES = 2 << 30  # bytes; more than a file has before its values, almost all of them holes
 _SAID_EVERY = 0.05  # s
 _NAMED = 10  # names in a message
-_FOREVER = (1 << 63) - 1  # ns
 
 
 class _SourceFullError(PoolFullError):
@@ -197,7 +197,7 @@ def _settle(source: _C.Store, made: str, taken: int, most: int) -> None:
     Its limit too, but where more than that was copied, from disk.
     """
     figures = source.info()
-    ttl, patience = (min(round((each or 0) * 1e9), _FOREVER) for each in (figures["ttl"], source.patience))
+    ttl, patience = nanoseconds(figures["ttl"] or 0), nanoseconds(source.patience)
     limit = min(max(source.limit, taken), most)
     _C.Store.start(source.name, limit, ttl, policy=figures["policy"], patience=patience, file=made).stop()
 

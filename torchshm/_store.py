@@ -86,6 +86,21 @@ def _place(core: _C.Store, key: str, value: Any, ttl: int, overwrite: bool, poli
     core.save(key, text, refs, overwrite, ttl, False, policy)
 
 
+def _try_to_place(
+    core: _C.Store, key: str, value: Any, ttl: int, overwrite: bool, policy: int
+) -> PoolFullError | None:
+    """Give the error when there is no room now, and raise it when there never will be."""
+    try:
+        _place(core, key, value, ttl, overwrite, policy)
+    except _values.TooLargeError as error:
+        raise PoolFullError(str(error)) from None
+    except PoolFullError as error:
+        if _room.never(error):
+            raise
+        return error
+    return None
+
+
 # At the end of the program whoever had a store last removes its files.
 _cores: weakref.WeakSet[_C.Store] = weakref.WeakSet()
 
@@ -224,15 +239,9 @@ class Store(MutableMapping[str, Any]):
                 raise KeyExistsError(
                     f"{key} is a name in this store already; save it under another one, or with overwrite=True"
                 )
-            try:
-                _place(core, key, value, ttl, overwrite, policy)
+            wanting = _try_to_place(core, key, value, ttl, overwrite, policy)
+            if wanting is None:
                 return
-            except _values.TooLargeError as error:
-                raise PoolFullError(str(error)) from None
-            except PoolFullError as error:
-                if _room.never(error):
-                    raise
-                wanting = error
             self._save_in_turn(core, key, value, ttl, overwrite, policy, patience, wanting)
         except PoolFullError as error:
             _room.explain(core, error)
@@ -268,15 +277,10 @@ class Store(MutableMapping[str, Any]):
                 if not mine and time.monotonic() < tried + _STOPPED:
                     continue
                 tried = time.monotonic()
-                try:
-                    _place(core, key, value, ttl, overwrite, policy)
+                still = _try_to_place(core, key, value, ttl, overwrite, policy)
+                if still is None:
                     return
-                except _values.TooLargeError as error:
-                    raise PoolFullError(str(error)) from None
-                except PoolFullError as error:
-                    if _room.never(error):
-                        raise
-                    wanting = error
+                wanting = still
         finally:
             del wanting
             if turn.held:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 
 import pytest
+from disks import small_disk
 from scripts import passes
 
 pytestmark = pytest.mark.apart
@@ -146,14 +146,7 @@ assert "'a' (50.0 MiB)" in said and said.endswith("with its file= and a larger l
 
 
 def test_what_would_help_is_said_where_the_disk_is_full(script, tmp_path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", folder], capture_output=True, text=True
-    )
-    if made.returncode != 0:
-        pytest.skip(f"mount: {made.stderr.strip()}")
-    try:
+    with small_disk(tmp_path / "small", 48) as folder:
         script(
             """
 with pytest.warns(RuntimeWarning, match="tmpfs"):
@@ -168,5 +161,3 @@ assert "spill=" not in said, said
             folder / "spill",
             os.strerror(errno.ENOSPC),
         )
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from disks import small_disk
 from peer import Peer, keep, kept_value
 from scripts import PATIENCE
 
@@ -341,28 +342,22 @@ def serve(name):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(disk)], capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+def small(tmp_path):
+    """A file system of 32 MiB."""
+    with small_disk(tmp_path / "disk", 32) as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("policy", ["keep", "drop"])
-def test_a_full_disk_is_an_error_and_leaves_nothing(store, small_disk, policy):
+def test_a_full_disk_is_an_error_and_leaves_nothing(store, small, policy):
     for i in range(8):
         store.save(f"k{i}", np.ones(1 << 20), policy=policy)
     with pytest.raises(torchshm.PoolFullError, match=r"no room for a snapshot of .* and the file system has"):
-        store.snapshot(small_disk / "s")
-    assert list(small_disk.iterdir()) == []
+        store.snapshot(small / "s")
+    assert list(small.iterdir()) == []
     for i in range(6):
         del store[f"k{i}"]
-    assert store.snapshot(small_disk / "s") == ["k6", "k7"]
+    assert store.snapshot(small / "s") == ["k6", "k7"]
 
 
 LIMITED = """

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from disks import small_disk
 from peer import Peer, keep
 from program import until
 from scripts import PATIENCE, passes, run_script
@@ -444,15 +445,8 @@ def test_several_processes_share_what_one_brings_back(store):
 @pytest.fixture
 def small(tmp_path):
     """A file system of 48 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", folder], capture_output=True, text=True
-    )
-    if made.returncode != 0:
-        pytest.skip(f"mount: {made.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with small_disk(tmp_path / "small", 48) as folder:
+        yield folder
 
 
 def test_a_full_disk_fails_what_needs_it_and_nothing_else(small):

@@ -1,5 +1,8 @@
 // Every operation on names, each with what must be there before it; see points_operations.cc.
 #include "store_points_names.h"
+
+#include <algorithm>
+
 #include "store/key.h"
 
 namespace torchshm::torture {
@@ -159,6 +162,12 @@ void add_names(std::vector<Operation>& all) {
         expect("there", {kMissing}, {kNew});
       },
       [](Scene& s) { return put(s, "there", kNew, kOne, {.overwrite = true}); });
+  add("list", 0, there(kMany3, kOld), [](Scene& s) {
+    const std::vector<std::string> keys = names(s).keys("");
+    if (std::find(keys.begin(), keys.end(), "there") == keys.end() && expected->contested == 0)
+      s.wrong("what was there is not listed");
+    return Status();
+  });
   add("load", 0, there(kMany3, kOld), [](Scene& s) {
     if (get(s, "there") != kOld && expected->contested == 0) s.wrong("what was there could not be loaded");
     return Status();

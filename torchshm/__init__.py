@@ -6,9 +6,11 @@
 
 import torchshm._C  # noqa: F401 - before NumPy, which has less to say to a subinterpreter  # isort: skip
 from torchshm._context import get_context
+from torchshm._key import key
 from torchshm._reducers import is_shared, register, unregister
 from torchshm._sharing import dumps, empty, inline, loads, pooled, share, stats, trim
-from torchshm._store import Store, connect, key, start
+from torchshm._starting import connect, start
+from torchshm._store import Store
 from torchshm._store_file import StoreFile
 from torchshm._store_file import open_file as open
 from torchshm.errors import (

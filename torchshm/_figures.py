@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchshm import _C, _pools
-from torchshm._store import Store, connect
+from torchshm._starting import connect
+from torchshm._store import Store
 from torchshm.errors import TorchshmError
 
 _PATIENCE = 5.0  # s; for an answer of a process that looks, and so for its start

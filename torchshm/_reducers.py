@@ -120,11 +120,11 @@ def register(
         raise ValueError(f"min_bytes is a number of bytes, 0 or more, not {min_bytes}")
     size = None if limit is None else parse_limit(limit)
     if store is not None:
-        from torchshm import _store
+        from torchshm._starting import connect
 
         if size is not None:
             raise ValueError("limit is the store's: give it to torchshm.start() or `torchshm serve --limit`")
-        found = _store.connect(store) if isinstance(store, str) else store
+        found = connect(store) if isinstance(store, str) else store
         _family.change_to(found._core.pool_id, found._core)
     elif size is not None and _C.is_member() and _C.family() == _family.STORES:
         raise ValueError(

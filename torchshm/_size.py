@@ -72,9 +72,12 @@ def parse_limit(text: str | float) -> int:
     return size
 
 
+FOREVER = (1 << 63) - 1  # ns
+
+
 def nanoseconds(seconds: float) -> int:
     """A time that the core has told, as it takes one."""
-    return min(round(seconds * 1e9), (1 << 63) - 1)
+    return min(round(seconds * 1e9), FOREVER)
 
 
 def parse_seconds(seconds: Any, what: str) -> float:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import multiprocessing.util
 import os
 import time
 import traceback
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -17,57 +15,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchshm import _C, _prefetch, _room, _tensors, _values
+from torchshm._arguments import POLICIES, patience_of, policy_of, ttl_of
+from torchshm._joining import join
 from torchshm._locks import Lock
-from torchshm._size import parse_limit, parse_seconds
+from torchshm._size import FOREVER, parse_seconds
 from torchshm.errors import (
     KeyExistsError,
     PoolFullError,
     StaleHandleError,
     StoreUnavailableError,
-    TorchshmError,
 )
 
 if TYPE_CHECKING:
     import torch
 
-_FOREVER = (1 << 63) - 1  # ns
 _LOOK = 1_000_000_000  # ns; a saver that dies after it has named the value rings no bell
 _TURN = "\0room"  # the lock of those who wait for room for several parts
 _STOPPED = 1.0  # s after which one who has the turn is not waited for
-_TOO_MANY = "this process is a member of too many pools"  # csrc/pool/members.h
 _FROM_MEMORY = 0.005  # s of loading several values after which it is asked whether all of them fit. Arbitrary
 _ATTEMPTS = 100  # at a name that changes while it is being opened
 
 
-def _nanoseconds(timeout: float) -> int:
-    seconds = parse_seconds(timeout, "timeout")
-    return _FOREVER if seconds < 0 else min(int(seconds * 1e9), _FOREVER)
-
-
-def _ttl(seconds: float | None) -> int:
-    if seconds is None:
-        return 0
-    number = parse_seconds(seconds, "ttl")
-    if number <= 0:
-        raise ValueError(f"ttl is a number of seconds above 0, not {seconds}")
-    return max(1, int(number * 1e9))
-
-
 _GONE = object()  # a name that was removed meanwhile
-
-POLICIES = ("keep", "drop", "spill", "pin")  # csrc/store/layout.h has the same order
-
-
-def _policy(policy: str | None) -> int:
-    if policy is None:
-        return -1
-    if policy not in POLICIES:
-        raise ValueError(f"policy is one of {', '.join(map(repr, POLICIES))}, not {policy!r}")
-    return POLICIES.index(policy)
-
-
-def _patience(timeout: float | None) -> int:
-    return -1 if timeout is None else _nanoseconds(timeout)
 
 
 def _checked(key: Any) -> str:
@@ -148,7 +117,7 @@ class Store(MutableMapping[str, Any]):
                 raise StoreUnavailableError(
                     f"this client of the store {self._name} is closed; torchshm.connect({self._name!r}) makes another"
                 )
-            core = self._held = _connect(self._name, self._timeout)
+            core = self._held = join(self._name, self._timeout)
             _cores.add(core)
         return core
 
@@ -217,7 +186,7 @@ class Store(MutableMapping[str, Any]):
             For tensors that can't be shared: on another device, or of a layout without plain memory.
         """
         self._save(
-            self._core, _checked(key), value, _ttl(ttl), overwrite, _policy(policy), _patience(timeout)
+            self._core, _checked(key), value, ttl_of(ttl), overwrite, policy_of(policy), patience_of(timeout)
         )
 
     def _save(
@@ -415,7 +384,7 @@ class Store(MutableMapping[str, Any]):
                 return core.load(key, mode)
             except KeyError:
                 pass
-            left = _FOREVER if deadline is None else int((deadline - time.monotonic()) * 1e9)
+            left = FOREVER if deadline is None else int((deadline - time.monotonic()) * 1e9)
             if left <= 0:
                 raise TimeoutError(f"nobody has saved {key!r} within {timeout} s")
             core.wait(key, bell, min(left, _LOOK))
@@ -466,7 +435,7 @@ class Store(MutableMapping[str, Any]):
         if mode is not None and mode not in _values.MODES:
             raise ValueError(f"mode is 'r', 'c' or 'r+', not {mode!r}")
         core = self._core
-        lifetime, timeout = _ttl(ttl), parse_seconds(timeout, "timeout")
+        lifetime, timeout = ttl_of(ttl), parse_seconds(timeout, "timeout")
         mark = "\0" + _checked(key)  # csrc/api/locks.cc puts up the same
         deadline = None if timeout < 0 else time.monotonic() + timeout
         while True:
@@ -517,7 +486,7 @@ class Store(MutableMapping[str, Any]):
             return
         if waiting is not None:
             waiting(found)
-        left = _FOREVER if deadline is None else int((deadline - time.monotonic()) * 1e9)
+        left = FOREVER if deadline is None else int((deadline - time.monotonic()) * 1e9)
         if left <= 0:
             raise TimeoutError(f"another process has not made {key!r} within {timeout} s")
         core.wait(key, bell, min(left, 50_000_000))  # a death rings no bell
@@ -703,7 +672,7 @@ class Store(MutableMapping[str, Any]):
         """
         from torchshm import _modules
 
-        self._save(self._core, _checked(key), _modules.describe(module), _ttl(ttl), overwrite)
+        self._save(self._core, _checked(key), _modules.describe(module), ttl_of(ttl), overwrite)
 
     def load_module(
         self,
@@ -802,7 +771,7 @@ class Store(MutableMapping[str, Any]):
         KeyError
             When there is no such name.
         """
-        if not self._core.set_policy(_checked(key), _policy(policy)):
+        if not self._core.set_policy(_checked(key), policy_of(policy)):
             raise KeyError(key)
 
     def prefetch(self, keys: str | Iterable[str]) -> None:
@@ -917,257 +886,3 @@ class Store(MutableMapping[str, Any]):
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-def unavailable(name: str, error: StoreUnavailableError) -> str:
-    """Say that there is no such store, and how there will be one."""
-    return f"no store named {name}: {error}. Start one with torchshm.start({name!r}) or `torchshm serve --name {name}`, as the same user"
-
-
-def _connect(name: str, timeout: float) -> _C.Store:
-    try:
-        with _counting_pools():
-            return _C.Store.connect(name, _nanoseconds(timeout))
-    except StoreUnavailableError as error:
-        raise StoreUnavailableError(unavailable(name, error)) from None
-
-
-@contextlib.contextmanager
-def _counting_pools() -> Iterator[None]:
-    """Where a process can join no further pool, say how many there may be, and what else can be done."""
-    try:
-        yield
-    except TorchshmError as error:
-        if str(error) == _TOO_MANY:
-            error.args = (
-                "this process is a member of 16 pools, which is the most; close() does not leave one until the process ends: use a child "
-                "process",
-            )
-        raise
-
-
-def whole_path(path: str | os.PathLike[str], what: str, meant: str) -> str:
-    """From the root; `what` is the parameter that it was given as, and what it is `meant` to be."""
-    given = os.fsdecode(path)
-    if not given:
-        raise ValueError(f"{what} is {meant}, or None, not {given!r}: is a variable not set?")
-    return os.path.abspath(os.path.expanduser(given))
-
-
-def _spill_directory(spill: str | os.PathLike[str]) -> str:
-    directory = whole_path(spill, "spill", "a directory")
-    parent = os.path.dirname(directory)
-    os.makedirs(parent, exist_ok=True)
-    if warning := spill_warning(directory):
-        warnings.warn(warning, RuntimeWarning, stacklevel=3)
-    return directory
-
-
-def spill_warning(directory: str) -> str | None:
-    """What is to be said of a directory, which need not be there yet, whose file system keeps files in memory."""
-    place = directory
-    try:
-        while not os.path.isdir(place):
-            place = os.path.dirname(place)
-        device = os.stat(place).st_dev
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-            rows = [line.split() for line in mounts]
-    except OSError:
-        return None
-    number = f"{os.major(device)}:{os.minor(device)}"
-    if not any(row[2] == number and row[row.index("-") + 1] in ("tmpfs", "ramfs") for row in rows):
-        return None
-    return f"the spill directory {directory} is on tmpfs, which is memory: what goes there makes no room; give one on a disk"
-
-
-_HUGEPAGES = {None: "auto", False: "never", True: "2MiB"}
-
-
-def start(
-    name: str,
-    limit: float | str | None = None,
-    ttl: float | None = None,
-    *,
-    mode: int = 0o600,
-    group: int | str | None = None,
-    spill: str | os.PathLike[str] | None = None,
-    spill_sync: bool = True,
-    policy: str | None = None,
-    timeout: float | None = None,
-    file: str | os.PathLike[str] | None = None,
-    hugepages: bool | str | None = None,
-    prefault: bool = False,
-    numa: str | None = None,
-) -> Store:
-    """Serve a store from this process, by a thread that needs neither Python nor its lock, and return a client of it.
-
-    A store of that name whose service has died, or was stopped, while some process still has it, is taken over with all that is in
-    it. With `file` the store lies in that file, and whatever becomes of the processes, the next ``start`` with the file has what was
-    in it.
-
-    Parameters
-    ----------
-    name : str
-        Letters, digits, ``.``, ``_`` and ``-``.
-    limit : float or str, optional
-        Most memory that the store takes: bytes, of which whole ones count, as in ``"8GiB"``, or a share of what the machine or the
-        cgroup allows, as in ``"25%"``. Default: ``"50%"``; with reserved huge pages, those that are free, if they are fewer; with `file`
-        at most half of what its disk has free. Given for a file that is there, it becomes its limit.
-    ttl : float, optional
-        Seconds after which names go that were saved without a ttl. Default: never.
-    mode : int
-        Permissions of the socket.
-    group : int or str, optional
-        Members of this group may use the store too; give it with a `mode` such as ``0o660``.
-    spill : path, optional
-        Directory, on a disk, for values that do not fit into memory; ``~`` is the home directory. Made if it is missing, for this user or
-        the group alone, with those that it lies in, which get the usual permissions. Files of a store that is gone are removed.
-    spill_sync : bool
-        A value's memory is given up when the disk has its file. False: when the kernel has it, which writes it out in its own time while
-        memory is to spare. That is several times faster, and what a failing disk does not take then is lost: loading it is an error.
-    policy : {"keep", "drop", "spill", "pin"}, optional
-        Of values that are saved without one, see :meth:`Store.save`. ``"drop"`` makes the store a cache. Default: ``"keep"``.
-    timeout : float, optional
-        Seconds that :meth:`Store.save` and :meth:`Store.load` wait for room. Default: 10 with `spill` or ``policy="drop"``, else 0.
-    file : path, optional
-        Keep the store in this file, which is made if it is not there: on a local disk, or on tmpfs; ``~`` is the home directory.
-        docs/persistence.md says what survives what.
-    hugepages : bool or {"auto", "never", "2MiB"}, optional
-        ``"auto"``, the default: transparent huge pages where the system has some. False or ``"never"``: pages of 4 KiB only. True or
-        ``"2MiB"``: huge pages that the administrator has reserved (``sysctl vm.nr_hugepages``).
-    prefault : bool
-        Take the memory up to the limit at the start, and keep it: no save waits for the kernel to find and clear pages.
-    numa : str, optional
-        On which nodes memory is put: ``"local"``, the default: the node of who first writes to it; ``"interleave"``, over all nodes
-        in turn, or ``"interleave:0,1"``; ``"bind:0,1"``: on these only; ``"preferred:0"``: there while there is room.
-
-    `limit`, `hugepages`, `prefault` and `numa` are those of a new store: one that is taken over keeps its own. `ttl`, `policy` and
-    `timeout` become those of a store that is there, where they are given.
-
-    Warns
-    -----
-    RuntimeWarning
-        When `spill` is on tmpfs, such as ``/dev/shm``: what goes there stays in memory.
-
-    Raises
-    ------
-    KeyExistsError
-        When a store of that name or file is being served, or the file is being read by :func:`torchshm.open`.
-    PoolFullError
-        When the file's disk has no room.
-    TorchshmError
-        When the file is no store's, or another version's, or has been cut short; or when the machine went down while it was in use:
-        ``torchshm check --repair`` then keeps what can be relied on.
-    StoreUnavailableError
-        When the directory of sockets is not this user's alone.
-    PoolFullError
-        When `prefault` asks for more memory than there is.
-    ValueError
-        For limits and pages that there are none of, nodes that this machine has not, and an empty `spill`, `file` or `numa`.
-    OSError
-        When the directories that `spill` lies in can't be made.
-    TorchshmError
-        When fewer huge pages are reserved than the limit needs, and when the system refuses a policy; and for a 17th pool: those of
-        closed stores count until the process ends.
-    """
-    size = 0 if limit is None else parse_limit(limit)
-    pages = _HUGEPAGES[hugepages] if hugepages is None or isinstance(hugepages, bool) else str(hugepages)
-    if isinstance(group, str):
-        import grp
-
-        group = grp.getgrnam(group).gr_gid
-    if numa is not None and (not isinstance(numa, str) or not numa):
-        raise ValueError(f'numa is a policy such as "interleave" or "bind:0", or None, not {numa!r}')
-    where = "" if file is None else whole_path(file, "file", "a path")
-    directory = "" if spill is None else _spill_directory(spill)
-    with _counting_pools():
-        core = _C.Store.start(
-            name,
-            size,
-            _ttl(ttl),
-            mode,
-            -1 if group is None else group,
-            directory,
-            spill_sync,
-            _policy(policy),
-            _patience(timeout),
-            where,
-            pages,
-            prefault,
-            numa or "",
-        )
-    return Store(name, 10.0, core)
-
-
-def connect(name: str, timeout: float = 10.0) -> Store:
-    """Return a client of a store of this machine, waiting for one that is about to start.
-
-    Parameters
-    ----------
-    name : str
-    timeout : float
-        Seconds; ``0``: one try, ``-1``: until it is there.
-
-    Raises
-    ------
-    StoreUnavailableError
-        When there is none, or it belongs to somebody else.
-    TorchshmError
-        For a 17th pool in one process: those of closed stores count until it ends.
-    """
-    return Store(name, timeout, _connect(name, timeout))
-
-
-def key(*parts: Any) -> str:
-    """Return a name made of values: the same in every process and run, different for different values or types.
-
-    Parameters
-    ----------
-    *parts : object
-        None, bool, int, float, complex, str, bytes, paths, dtypes, arrays and NumPy scalars, and tuples, lists, sets and dicts of those.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits (BLAKE2b, 16 bytes).
-
-    Raises
-    ------
-    TypeError
-        For other types: what they mean can't be told from outside.
-    """
-    return hashlib.blake2b(_canonical(parts), digest_size=16).hexdigest()
-
-
-def _canonical(x: Any) -> bytes:
-    """Bytes that say type and value, and where they end."""
-    if isinstance(x, np.generic) and not isinstance(x, (np.void, np.datetime64, np.timedelta64)):
-        x = x.item()
-    kind = type(x)
-    if x is None or kind in (bool, int):
-        tag, body = kind.__name__, str(x).encode()
-    elif kind is float:
-        tag, body = "float", (0.0 if x == 0 else x).hex().encode()
-    elif kind is complex:
-        tag, body = "complex", _canonical(x.real) + _canonical(x.imag)
-    elif kind is str:
-        tag, body = "str", x.encode("utf-8", "surrogatepass")
-    elif kind in (bytes, bytearray, memoryview):
-        tag, body = "bytes", bytes(x)
-    elif isinstance(x, os.PathLike):
-        tag, body = "path", os.fsencode(x)
-    elif kind in (tuple, list):
-        tag, body = kind.__name__, b"".join(map(_canonical, x))
-    elif kind in (set, frozenset):
-        tag, body = "set", b"".join(sorted(map(_canonical, x)))
-    elif isinstance(x, dict):
-        tag, body = "dict", b"".join(sorted(_canonical(k) + _canonical(v) for k, v in x.items()))
-    elif isinstance(x, np.dtype):
-        tag, body = "dtype", _canonical(repr(x))
-    elif isinstance(x, (np.ndarray, np.generic)) and not x.dtype.hasobject:
-        tag, body = "array", _canonical((x.dtype, x.shape)) + x.tobytes()
-    else:
-        raise TypeError(
-            f"torchshm.key: no name can be made of a {kind.__name__}; give the values that identify it"
-        )
-    return f"{tag}:{len(body)}:".encode() + body

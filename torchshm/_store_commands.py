@@ -21,8 +21,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from torchshm import _C
+from torchshm._arguments import whole_path
 from torchshm._size import format_size, parse_limit
-from torchshm._store import Store, connect, spill_warning, start, whole_path
+from torchshm._starting import connect, spill_warning, start
+from torchshm._store import Store
 from torchshm._store_file import StoreFile, open_file
 from torchshm.errors import StoreUnavailableError, TorchshmError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torchshm import _C, _values
-from torchshm._store import POLICIES
+from torchshm._arguments import POLICIES
 from torchshm.errors import StoreUnavailableError
 
 _MODES = ("r", "c")

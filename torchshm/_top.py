@@ -19,8 +19,8 @@ import typer
 
 from torchshm import _C
 from torchshm._figures import Sample, StoreSample, Watcher, hit_rate, rates
+from torchshm._joining import unavailable
 from torchshm._size import format_size
-from torchshm._store import unavailable
 from torchshm._store_commands import Name, _fail
 from torchshm.errors import StoreUnavailableError
 

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from torchshm import _C, _family
-from torchshm._store import Store, start
+from torchshm._starting import start
+from torchshm._store import Store
 from torchshm.errors import KeyExistsError, StoreUnavailableError
 
 _PREFIX = "job-"

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torchshm import _family, _reducers
-from torchshm._store import Store, connect
+from torchshm._starting import connect
+from torchshm._store import Store
 from torchshm.data import _job
 from torchshm.errors import TorchshmError
 

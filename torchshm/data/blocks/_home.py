@@ -20,7 +20,8 @@ import warnings
 from dataclasses import dataclass, field
 
 import torchshm
-from torchshm._store import Store, connect
+from torchshm._starting import connect
+from torchshm._store import Store
 from torchshm.data._job import tidy, tidy_dead
 
 PATIENCE = 600.0

@@ -384,7 +384,7 @@ class Store {
   }
   uint32_t sweep_files() {
     const WithoutGil release;
-    return catalogue_->sweep_files();
+    return catalogue_->sweep_files().value_or(0);
   }
 
   bool contains(std::string_view key) { return catalogue_->contains(key); }

@@ -214,7 +214,7 @@ void Server::write_ahead() {
       looked = now;
     }
     if (now - swept > kSweepFiles && deaths_.exchange(false)) {
-      (void)catalogue_->sweep_files();
+      if (!catalogue_->sweep_files()) deaths_ = true;  // not now
       swept = now;
     }
     if (written != 0) continue;

@@ -365,10 +365,12 @@ std::vector<std::string> Catalogue::keys(std::string_view prefix) {
 uint64_t Catalogue::size() {
   uint64_t names = 0;
   each_named([&](const Body& body) {
-    // Marks are short: they lie in the cell itself.
-    const bool mark = fits(body) && body.key_bytes > 0 && body.text[0] == 0;
-    names += mark ? 0 : 1;
-    return true;
+    if (body.key_bytes == 0) return true;
+    // Only what lies in a block takes a look there.
+    const std::optional<std::string> apart =
+        fits(body) ? std::string(1, static_cast<char>(body.text[0])) : key_of(body);
+    names += apart && !is_mark(*apart) ? 1 : 0;
+    return apart.has_value();
   });
   return names;
 }

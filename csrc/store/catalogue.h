@@ -133,8 +133,8 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
 
   // Finishes what the dead have left half done, and removes what has expired. Returns how many cells came back.
   uint32_t sweep();
-  // Removes files that no cell has any more. For one process at a time, the service.
-  uint32_t sweep_files();
+  // Removes files that no cell has any more; nothing where values moved all the while. For one process at a time, the service.
+  std::optional<uint32_t> sweep_files();
   // Gives back the room of those that values were done with.
   uint32_t sweep_discarded(bool all);
 

@@ -126,7 +126,7 @@ std::string Catalogue::advice() const {
   return std::string("remove names, or start the store with a larger limit=") + (may_spill ? ", or with spill=" : "");
 }
 uint64_t Catalogue::write_ahead() { return eviction_->write_ahead(); }
-uint32_t Catalogue::sweep_files() { return spill_->sweep(); }
+std::optional<uint32_t> Catalogue::sweep_files() { return spill_->sweep(); }
 uint32_t Catalogue::sweep_discarded(bool all) { return spill_->sweep_discarded(all); }
 std::string Catalogue::trouble() const { return spill_->trouble(); }
 

@@ -330,7 +330,7 @@ uint32_t Spill::sweep_discarded(bool all) {
 // Files that change hands during the scan could be missed twice. The claim is read before the cell: the other way round, both could have
 // passed by. A file that is found to be nobody's could be written anew, by who spills the same value again: it goes under the claim that
 // this takes.
-uint32_t Spill::sweep() {
+std::optional<uint32_t> Spill::sweep() {
   if (!directory_) return 0;
   const auto files = directory_->list();
   if (files.empty()) return 0;
@@ -342,6 +342,7 @@ uint32_t Spill::sweep() {
   };
   for (int attempt = 0; attempt < kQuietScans; ++attempt) {
     const uint64_t moves = catalogue_.header().moves.load(std::memory_order_seq_cst);
+    TORCHSHM_POINT("spill.scanning");
     std::unordered_set<uint64_t> known;
     for (uint32_t cell = 0, used = catalogue_.cells_used(); cell < used; ++cell) {
       const uint64_t claim = catalogue_.use_of(cell).claim.load(std::memory_order_seq_cst);
@@ -366,7 +367,7 @@ uint32_t Spill::sweep() {
     }
     return removed;
   }
-  return 0;
+  return std::nullopt;
 }
 
 }  // namespace torchshm::store

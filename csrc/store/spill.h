@@ -43,8 +43,8 @@ class Spill {
   Result<uint64_t> out(uint32_t cell, uint32_t life, How how);
 
   void remove(uint64_t file);
-  // Removes the files of the dead that no cell has.
-  uint32_t sweep();
+  // Removes the files of the dead that no cell has, and says how many; nothing when values moved all the while: to be tried again.
+  std::optional<uint32_t> sweep();
   // Gives back where discarded files lay that nobody took to write anew for a second; or all of them. Returns how many wait for that second.
   uint32_t sweep_discarded(bool all);
   // What keeps values from going to disk, as far as this process or the service have met it.

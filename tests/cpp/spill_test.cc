@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "parts.h"
 #include "pool/members.h"
 #include "spills.h"
 
@@ -15,6 +16,7 @@ namespace {
 using pool::Mode;
 using store::Policy;
 using tests::back;
+using tests::Between;
 using tests::dies_at;
 using tests::Folder;
 using tests::fresh_spilling;
@@ -484,6 +486,12 @@ TEST(SpillSweep, RemovesWhatNoCellHasAndNothingElse) {
       for (int i = 3; i < 20; i += 4) (void)out(mine, std::to_string(i), How::kCopy);
     })) << point;
   (void)store.member->reap();
+  EXPECT_GT(folder.files().size(), 15U);
+  {
+    const Between between(
+        "spill.scanning", [&] { store->header().moves.fetch_add(1); }, Between::kEachTime);
+    EXPECT_EQ(store->sweep_files(), std::nullopt);  // to be tried again
+  }
   EXPECT_GT(folder.files().size(), 15U);
   EXPECT_GT(store->sweep_files(), 0U);
   EXPECT_EQ(folder.files().size(), 15U);

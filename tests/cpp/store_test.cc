@@ -187,10 +187,12 @@ TEST(Store, MarksAreFoundByThoseWhoAskForThemAndNotCounted) {
   Store store = fresh_store();
   const std::string mark("\0mark", 5);
   ASSERT_TRUE(store->save(mark, "", {}, {.bound = true}));
+  const std::string told = mark + " with much to say";
+  ASSERT_TRUE(store->save(told, std::string(300, 'x'), {}));  // in a block of its own
   ASSERT_TRUE(store->save("data", "", {}));
   EXPECT_EQ(store->size(), 1U);
   EXPECT_EQ(store->keys(""), std::vector<std::string>{"data"});
-  EXPECT_EQ(store->keys(std::string_view("\0", 1)), std::vector<std::string>{mark});
+  EXPECT_EQ(store->keys(std::string_view("\0", 1)), (std::vector<std::string>{mark, told}));
 }
 
 TEST(Store, OfManySaversOfOneNameOneSucceeds) {

@@ -106,6 +106,8 @@ Result<Client> connect(const std::string& name, uint64_t nanoseconds, bool (*go_
     if (!member) return std::move(member.status());
     client.member = adoption.hold(member.take());
   }
+  // After the lease was taken: the service may have closed the file since it answered. It looks for leases once more after that.
+  if (persistent) backing->touch();
   auto catalogue = persistent ? store::Catalogue::attach_in(*client.member, backing)
                               : store::Catalogue::attach(*client.member, std::move(answered->files[2]));
   if (!catalogue) return std::move(catalogue.status());

@@ -156,9 +156,14 @@ void Server::close_file() {
   const int fd = member_.arena().control_fd();
   const uint32_t me = member_.membership().slot();
   // Nor is there another client here, or an array that something may still be written to.
-  const bool alone =
-      member_.idle(1) && !os::any_locked(fd, 0, me) && !os::any_locked(fd, me + 1, pool::kMaxLeases - me - 1);
-  if (alone) (void)backing->sync(store::kClean);
+  const auto others = [&] {
+    return os::any_locked(fd, 0, me) || os::any_locked(fd, me + 1, pool::kMaxLeases - me - 1);
+  };
+  if (member_.idle(1) && !others()) {
+    (void)backing->sync(store::kClean);
+    // One that had its answer while the socket was still there: it may have found the file open.
+    if (others()) backing->touch();
+  }
   TORCHSHM_POINT("serve.written");
   backing->unlock();
 }

@@ -10,7 +10,9 @@
 #include "base/failpoint.h"
 #include "os/lock.h"
 #include "os/mapped_file.h"
+#include "parts.h"
 #include "pool/checker.h"
+#include "service/client.h"
 #include "service/server.h"
 #include "store/file_layout.h"
 #include "store/store_file.h"
@@ -23,6 +25,7 @@ namespace fs = std::filesystem;
 using failpoint::Action;
 using service::Server;
 using store::Superblock;
+using tests::Between;
 
 TEST(StoreFileLayout, TheSuperblockKeepsItsBytes) {
   EXPECT_EQ(sizeof(Superblock), 192U);
@@ -295,6 +298,39 @@ TEST_F(StoreFile, AStartThatFailsLeavesACleanFileClean) {
       ::abort();
     ::close(fd);
   });
+}
+
+// One that had the service's answer before it closed the file: what it changes is on the disk half, after a loss of power.
+TEST_F(StoreFile, OneWhoComesAsItIsClosedFindsItOpen) {
+  const std::string path = directory_ + "/late";
+  make(path, true);
+  const int late = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+  ASSERT_GE(late, 0);
+  const auto state = [&] {
+    uint32_t found = 0;
+    EXPECT_EQ(::pread(late, &found, sizeof found, offsetof(Superblock, state)), ssize_t{sizeof found});
+    return found;
+  };
+  {
+    auto started = serve(path);
+    ASSERT_TRUE(started) << started.status().what();
+    std::unique_ptr<Server> server = started.take();
+    const uint32_t clean = store::kClean;
+    ASSERT_EQ(::pwrite(late, &clean, sizeof clean, offsetof(Superblock, state)), ssize_t{sizeof clean});
+    ASSERT_TRUE(service::connect("file", 0, [] { return false; }));
+    EXPECT_EQ(state(), uint32_t{store::kOpen});
+    const Between between("backing.written", [&] {
+      struct flock lease {};
+      lease.l_type = F_WRLCK;
+      lease.l_whence = SEEK_SET;
+      lease.l_start = 7;
+      lease.l_len = 1;
+      ASSERT_EQ(::fcntl(late, F_OFD_SETLK, &lease), 0);
+    });
+    server.reset();
+  }
+  EXPECT_EQ(state(), uint32_t{store::kOpen});
+  ::close(late);
 }
 
 TEST_F(StoreFile, IsTrustedUnlessTheMachineWentDownWhileItWasInUse) {

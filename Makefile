@@ -63,7 +63,7 @@ test-cpp: build/dev/build.ninja ## The C++ tests alone
 .PHONY: test-python
 test-python: build build/dev/build.ninja $(NODES)/.installed ## The Python tests alone
 	cmake --build --preset dev --parallel $(JOBS) --target python_modules torchshm_store torchshmd
-	PYTHONPATH=$(CURDIR)/build/dev/python $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	PYTHONPATH=$(CURDIR)/build/dev/python $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: sanitize
 sanitize: $(INSTALLED) ## The C++ tests and those of _C under ASan + UBSan and under TSan

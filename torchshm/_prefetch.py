@@ -19,13 +19,17 @@ _starting = threading.Lock()
 def _bring_back(core: _C.Store, keys: Iterable[str]) -> None:
     room = core.limit // _SHARE
     for key in keys:
-        found = core.find(key)
+        try:
+            found = core.find(key)
+        except KeyError:
+            continue
         if found["where"] == "memory":
             continue
         room -= found["bytes"]
         if room < 0:
             return
-        core.restore(key)
+        with contextlib.suppress(KeyError):
+            core.restore(key)
 
 
 def _run() -> None:

@@ -243,7 +243,11 @@ def _copy_name(
                     raise _DamagedError(f"the entry of {key!r} is damaged")
                 return int(found["policy"])
             text, blocks = raw[:2]
-            refs = [_copied(source, target, block, copies) for block in blocks]
+            # Held, all of them, before the first is copied.
+            wholes = {block: _opened(source, block) for block in blocks if block not in copies}
+            for block, whole in wholes.items():
+                copies[block] = _copied(target, whole)
+            refs = [copies[block] for block in blocks]
         except StaleHandleError as error:  # removed or replaced after it was found
             if attempt + 1 == _ATTEMPTS:
                 raise _DamagedError(str(error)) from None
@@ -283,19 +287,15 @@ def _reading() -> Iterator[None]:
         raise _DamagedError(str(error)) from None
 
 
-def _copied(
-    source: _C.Store,
-    target: _C.Store,
-    block: tuple[int, int],
-    copies: dict[tuple[int, int], _C.BlockRef],
-) -> _C.BlockRef:
-    if block not in copies:
-        with _reading():
-            whole = source.open(*block, _values.MODES["r"])
-        made = target.blank(whole.size)
-        _C.copy_into(made, 0, whole.__array_interface__["data"][0], whole.size)
-        copies[block] = made.base  # type: ignore[assignment]
-    return copies[block]
+def _opened(source: _C.Store, block: tuple[int, int]) -> np.ndarray:
+    with _reading():
+        return source.open(*block, _values.MODES["r"])
+
+
+def _copied(target: _C.Store, whole: np.ndarray) -> _C.BlockRef:
+    made = target.blank(whole.size)
+    _C.copy_into(made, 0, whole.__array_interface__["data"][0], whole.size)
+    return made.base  # type: ignore[return-value]
 
 
 if __name__ == "__main__":

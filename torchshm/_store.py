@@ -9,7 +9,7 @@ import os
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torchshm import _C, _prefetch, _room, _tensors, _values
 from torchshm._arguments import POLICIES, patience_of, policy_of, ttl_of
 from torchshm._joining import join
 from torchshm._locks import Lock
+from torchshm._mapping import LiveMapping
 from torchshm._size import FOREVER, parse_seconds
 from torchshm.errors import (
     KeyExistsError,
@@ -83,7 +84,7 @@ def _leave_all() -> None:
 multiprocessing.util.Finalize(None, _leave_all, exitpriority=-100)
 
 
-class Store(MutableMapping[str, Any]):
+class Store(LiveMapping):
     """A client of a store, from :func:`torchshm.start` or :func:`torchshm.connect`.
 
     Saving, loading and removing work on shared memory and need no answer from the service: they go on while it is down. A Store may
@@ -339,8 +340,8 @@ class Store(MutableMapping[str, Any]):
             for key in keys:
                 try:
                     values.append(load(key, timeout, deadline, mode, allow_pickle))
-                except KeyError:
-                    if lacking is None:
+                except KeyError as missing:
+                    if lacking is None or missing.args != (key,):  # one that unpickling has raised
                         raise
                     values.append(lacking)
                 if look is not None and clock() > look:

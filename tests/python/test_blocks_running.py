@@ -65,8 +65,8 @@ def job(spill, rows=ROWS, width=64, **more):
 
 
 def test_four_times_the_memory_is_shuffled_by_way_of_the_disk(spill):
-    rows = 4 * (128 << 20) // 520
-    dataset = job(spill, rows, memory="128MiB", block_size="1MiB").shuffle()
+    rows = 4 * (64 << 20) // 520
+    dataset = job(spill, rows, memory="64MiB", block_size="1MiB").shuffle()
     found = np.zeros(rows, bool)
     most, home = 0, None
     for batch in dataset.iter_batches(1000):
@@ -75,7 +75,7 @@ def test_four_times_the_memory_is_shuffled_by_way_of_the_disk(spill):
         home = home or next(each for each in _homes() if each.shares)
         most = max(most, home.store.info()["committed_bytes"])
     assert found.all()
-    assert most <= 128 << 20
+    assert most <= 64 << 20
     assert dataset._statistics["spills"] > 0
 
 

@@ -405,7 +405,7 @@ def test_prefetch_brings_values_back(store):
         store.save(f"k{i}", array(i, 4 * MIB))
     gone = [key for key in store if where(store, key) == ["disk"]]
     assert gone
-    store.prefetch(gone[:2])
+    store.prefetch(["nobody", *gone[:2]])
     store.prefetch("nobody")
     deadline = time.monotonic() + PATIENCE
     while where(store, *gone[:2]) != ["memory"] * 2:

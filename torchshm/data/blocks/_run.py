@@ -209,11 +209,16 @@ class Consumer:
                     raise raised(found["error"], found["text"])
                 self.statistics, self._over = found["statistics"], True
                 return
-            where = store.info(found["key"])
-            if where["where"] == "disk":
-                self._check_kept(store, where["bytes"])
-            value = store.load(found["key"], mode=self._mode, allow_pickle=True)
-            store.remove(name)
+            try:
+                where = store.info(found["key"])
+                if where["where"] == "disk":
+                    self._check_kept(store, where["bytes"])
+                value = store.load(found["key"], mode=self._mode, allow_pickle=True)
+                store.remove(name)
+            except KeyError as error:
+                if error.args not in ((found["key"],), (name,)):  # one that unpickling has raised
+                    raise
+                raise self._dead() from None  # whoever executes has left, with all that was its
             yield value, found["begin"], found["end"]
             del value
 
@@ -255,15 +260,19 @@ class Consumer:
                 if time.monotonic() > late:
                     self._check_kept(store)
                     late += _KEEPING
+        raise self._dead()
+
+    def _dead(self) -> BaseException:
+        """Why nothing more comes."""
         mine = self._mine()
         if mine is not None and (error := mine.failure()) is not None:
-            raise error
+            return error
         if mine is None and not self._begun:
-            raise TorchshmError(
+            return TorchshmError(
                 f"nobody has begun to execute the plan ({self._name}) within {_COMING:.0f} s: the process with the first shard "
                 "has to iterate too"
             )
-        raise TorchshmError(
+        return TorchshmError(
             f"the process that executes the plan ({self._name}) has died"
             + self._how()
             + "; iterate again to begin anew"

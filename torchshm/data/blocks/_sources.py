@@ -338,12 +338,17 @@ class StoreSource(Source):
 
     def plan(self, target: int) -> Source:
         store = self._client()
-        keys = store.keys() if self._keys is None else self._keys
-        missing = [key for key in keys if not store.contains(key)]
-        if missing:
+        sizes: dict[str, int] = {}
+        missing: list[str] = []
+        for key in store.keys() if self._keys is None else self._keys:
+            try:
+                sizes[key] = store.info(key)["bytes"]
+            except KeyError:
+                missing.append(key)
+        if missing and self._keys is not None:
             raise KeyError(f"the store {self._store} has no {', '.join(map(repr, missing[:5]))}")
-        sizes = [store.info(key)["bytes"] for key in keys]
-        return StoreSource(self._store, keys, self.once, self._allow_pickle, sizes)
+        keys = list(sizes) if self._keys is None else self._keys
+        return StoreSource(self._store, keys, self.once, self._allow_pickle, [sizes[key] for key in keys])
 
     def __len__(self) -> int:
         return len(self._sizes)

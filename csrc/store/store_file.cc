@@ -36,10 +36,11 @@ Result<std::unique_ptr<StoreFile>> StoreFile::open(const std::string& path, bool
   const auto boot = os::boot_id();
   const bool same_boot = boot[0] == s.boot[0] && boot[1] == s.boot[1];
   if (!clean && os::any_locked(fd->get(), 0, pool::kMaxLeases))
-    return Status(Code::kMissing,
-                  path +
-                      " has no service, but living processes still use it: end them, or serve it again by "
-                      "torchshm.start(file=) and connect to it by its name");
+    return Status(
+        Code::kMissing,
+        path +
+            " has no service, but living processes still use it, as this one would that held arrays of it at close(): "
+            "end them, or serve it again by torchshm.start(file=) and connect to it by its name");
   if (!clean && !same_boot && !any_state)
     return Status(Code::kCorrupt,
                   path +

@@ -8,6 +8,7 @@ Opponent: PyTorch alone with its strategy file_descriptor.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from benchmarks.sample import Sample, rounded
 NAME = "syscalls"
 ARMS = {arm: LOADERS[arm] for arm in ("stock", "register", "loader")}
 NAMED = 8  # of the calls, in `also`
+# % time, seconds, usecs/call, calls, errors or nothing, name. Between the rows strace puts what it says of processes.
+_ROW = re.compile(r"^ *[\d.]+ +[\d.]+ +\d+ +(\d+) +(?:\d+ +)?(\w+)$", re.MULTILINE)
 
 
 class CountedLoader:
@@ -53,15 +56,8 @@ class CountedLoader:
             )
             if done.returncode:
                 raise RuntimeError(f"{done.stderr.strip()}\nstrace ended with {done.returncode}")
-            # % time, seconds, usecs/call, calls, errors or nothing, name
-            lines = [line.split() for line in Path(summary.name).read_text().splitlines()]
-        return Counter(
-            {
-                line[-1]: int(line[3])
-                for line in lines
-                if line and line[0][0].isdigit() and line[-1] != "total"
-            }
-        )
+            rows = _ROW.findall(Path(summary.name).read_text())
+        return Counter({name: int(calls) for calls, name in rows if name != "total"})
 
 
 def load(arm: str, batches: int) -> None:

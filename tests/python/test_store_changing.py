@@ -91,7 +91,7 @@ def test_of_several_that_pop_a_name_one_gets_it(store):
     one, other = both(store, pop_all)
     assert sorted(one + other) == list(range(len(NAMES))) and not list(store)
     with pytest.raises(KeyError, match="k0000"):
-        store.pop("k000")
+        store.pop("k0000")
 
 
 def test_of_several_that_pop_names_each_gets_others(store):

@@ -19,6 +19,10 @@ class Holds {
   static Result<Holds> create(uint32_t pages);
 
   uint32_t count(uint32_t block) const { return counts()[block]; }
+  void prefetch(uint32_t block) const {
+    __builtin_prefetch(counts() + block, 1);
+    __builtin_prefetch(generations() + block, 1);
+  }
   // A block that came in a message is this process's alone in the eyes of the program: until the last hold goes.
   void mark_exclusive(uint32_t block) { exclusive()[block / 64] |= uint64_t{1} << (block % 64); }
   bool is_exclusive(uint32_t block) const { return (exclusive()[block / 64] >> (block % 64) & 1) != 0; }

@@ -92,6 +92,12 @@ class Member final : public FreedSink {
   void give_up(const Handle& handle);
   // A block that a name keeps alive, held once more. kStale when it is not that block any more.
   Result<View> attach(uint32_t block, uint64_t generation, Mode mode);
+  // Of a block that is about to be attached, what that looks at first. Any number will do.
+  void prefetch(uint32_t block) const {
+    if (block >= arena_.pages()) return;
+    holds_.prefetch(block);
+    __builtin_prefetch(&arena_.block(block));
+  }
   // Who this process is in the pool: slot:12 | incarnation:48, and whether such a one is gone. Never true of this process.
   uint64_t identity();
   uint32_t pid() const { return arena_.lease(membership_.slot()).pid.load(std::memory_order_relaxed); }

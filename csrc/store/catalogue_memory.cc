@@ -34,6 +34,7 @@ bool Catalogue::set_policy(std::string_view name, Policy policy) {
 Result<Entry> Catalogue::load(std::string_view name) {
   auto entry = find(name);
   if (!entry || entry->spilled) return entry;
+  if (!entry->blocks.empty()) member_.prefetch(entry->blocks.front().block);
   // Relaxed: a mistake makes it go a little early or late.
   std::atomic<uint64_t>& used = use_of(entry->cell).used;
   const uint64_t now = header().clock.load(std::memory_order_relaxed);

@@ -58,6 +58,7 @@ std::optional<Found> search_index(const std::byte* file, uint32_t levels, const 
         found.place.value = SlotValue::of(slot_of(file, found.place.index).value.load());
         const SlotValue& value = found.place.value;
         if (value.state != state || value.tag != key.tag || value.cell >= kCells) break;
+        prefetch_cell(file, value.cell);
         found.body = load_bounded_body(file, value.cell);
         const bool same = same_key(found.body);
         // The cell stays as it is while the slot does.

@@ -47,11 +47,11 @@ def until(true: Callable[[], Any]) -> None:
 
 
 class Program:
-    """Starts with `code`. What it prints goes to this process's stderr."""
+    """Starts with `code`, by the command `under` where there is one. What it prints goes to this process's stderr."""
 
-    def __init__(self, code: str = "") -> None:
+    def __init__(self, code: str = "", under: tuple[str, ...] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _LOOP],
+            [*under, sys.executable, "-c", _LOOP],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,

@@ -5,7 +5,16 @@ import shutil
 import pytest
 from program import Program, until
 
-CONTAINER = ("--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--ipc", "--uts")
+CONTAINER = (
+    "--map-root-user",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+    "--mount",
+    "--ipc",
+    "--uts",
+)
 
 
 @pytest.fixture

@@ -323,14 +323,17 @@ def test_a_worker_that_leaves_a_child_behind_is_seen_to_die(tmp_path):
     left = tmp_path / "left"
 
     def deadly(batch):
-        if not left.exists():
-            child = os.fork()
-            if child == 0:  # holds the pipes of the worker
-                time.sleep(120)
-                os._exit(0)
-            left.write_text(str(child))
-            os.kill(os.getpid(), signal.SIGKILL)
-        return batch
+        try:
+            mark = left.open("x")  # one worker, not each
+        except FileExistsError:
+            return batch
+        child = os.fork()
+        if child == 0:  # holds the pipes of the worker
+            time.sleep(120)
+            os._exit(0)
+        with mark:
+            mark.write(str(child))
+        os.kill(os.getpid(), signal.SIGKILL)
 
     begun = time.monotonic()
     try:

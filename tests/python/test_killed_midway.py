@@ -39,8 +39,8 @@ def main():
         theirs.close()
         x = ours.recv()  # it is at work
         end = time.monotonic() + chance.uniform(0, 0.03)
-        while time.monotonic() < end:
-            if ours.poll():
+        while time.monotonic() < end or messages <= n:  # the slowest is killed at work too
+            if ours.poll(0.001):
                 x = ours.recv()
                 assert x[1] == 1 and x[-1] == size - 1
                 messages += 1
@@ -69,7 +69,7 @@ def main():
     whole[:: 1 << 12] = 1
     figures = torchshm.stats()
     assert figures["blocks"] - 1 <= figures["tickets"], figures  # what fits beside it need not go
-    print("ok" if messages > kills else "the children were too slow to be caught at work")
+    print("ok")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ const std::string& spill_place();
 std::unique_ptr<store::SpillDirectory> join_directory(Scene& s);
 
 Status put(Scene& s, const std::string& key, uint64_t seed, const Shape& shape, const store::SaveOptions& options = {});
-// The seed of the value, kMissing, or kBroken after saying why to Scene::wrong().
-uint64_t get(Scene& s, const std::string& key);
+// The seed of the value, kMissing, or kBroken after saying why to Scene::wrong(). may_be_full: no room for what is on disk is no wrong.
+uint64_t get(Scene& s, const std::string& key, bool may_be_full = false);
 
 constexpr uint32_t kBoundThere = 262144;  // a flag of operations: the driver has bound the name "there"
 

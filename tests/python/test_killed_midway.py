@@ -115,14 +115,16 @@ def main():
         child.start()
         theirs.close()
         answer.close()
+        # The clock runs from the child's first answer, which a slow machine takes its time for: each child dies at work.
         killer = threading.Timer(chance.uniform(0, 0.05), child.kill)
-        killer.start()
         try:
             for m in range(10**9):
                 x[0] = m
                 ours.send(x if m % 2 else pooled)
                 if m > 3:
                     received += answers.recv() >= 0
+                if m == 4:
+                    killer.start()
         except OSError:
             pass
         except EOFError:
@@ -139,7 +141,7 @@ def main():
     whole = torchshm.empty(figures["limit_bytes"] - (16 << 20), "u1")
     figures = torchshm.stats()
     assert figures["blocks"] - figures["tickets"] <= 2, figures
-    print("ok" if received > 30 else "the children were too slow to be caught at work")
+    print("ok" if received >= 30 else f"{received} answers of 30 children")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def main():
     whole = torchshm.empty(figures["limit_bytes"] - (16 << 20), "u1")
     figures = torchshm.stats()
     assert figures["blocks"] - figures["tickets"] <= 2, figures
-    print("ok" if received >= 30 else f"{received} answers of 30 children")
+    print("ok" if received > 30 else "the children were too slow to be caught at work")
 
 
 if __name__ == "__main__":

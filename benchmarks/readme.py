@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.chart import OVERVIEW
@@ -43,16 +44,28 @@ def compose(results: dict[str, Result], picture: str) -> str:
 
 
 def _provenance(results: dict[str, Result]) -> str:
-    newest = max(results.values(), key=lambda result: result.date, default=None)
-    if newest is None:
+    if not results:
         return "Not measured yet: `make bench`."
-    machine, versions = newest.machine, newest.versions
+    dates = sorted(result.date[:10] for result in results.values())
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    machines: dict[str, list[str]] = {}
+    for name, result in results.items():
+        of = result.machine
+        what = f"{of['cores']} cores of {of['cpu']} with {format_bytes(of['memory_bytes'])}"
+        machines.setdefault(what, []).append(name)
+    most, *others = sorted(machines, key=lambda what: -len(machines[what]))
+    also = "".join(f" ({', '.join(machines[what])}: {what})" for what in others)
+    software = [f"Linux {_each(result.machine['kernel'] for result in results.values())}"]
+    for label, key in (("Python", "python"), ("numpy", "numpy"), ("torch", "torch")):
+        software.append(f"{label} {_each(result.versions[key] for result in results.values())}")
     return (
-        f"Medians of interleaved rounds, {newest.date[:10]}, on {machine['cores']} cores of {machine['cpu']} "
-        f"with {format_bytes(machine['memory_bytes'])}, Linux {machine['kernel']}, "
-        f"Python {versions['python']}, numpy {versions['numpy']}, torch {versions['torch']}. "
+        f"Medians of interleaved rounds, {when}, on {most}{also}, {', '.join(software)}. "
         "`make bench` measures again and rewrites this part."
     )
+
+
+def _each(versions: Iterable[str]) -> str:
+    return " and ".join(sorted(set(versions)))
 
 
 def _messages(result: Result) -> str:

@@ -5,6 +5,7 @@
 #include <fstream>
 
 #include "base/failpoint.h"
+#include "base/hex.h"
 #include "os/directory.h"
 #include "os/huge_pages.h"
 #include "os/mapped_file.h"
@@ -30,14 +31,10 @@ Result<uint64_t> random_id() {
   return id;
 }
 
-std::string hex(uint64_t value) {
-  static const char* digits = "0123456789abcdef";
-  std::string text(16, '0');
-  for (int i = 15; i >= 0; --i, value >>= 4) text[static_cast<size_t>(i)] = digits[value & 15];
-  return text;
-}
-
 }  // namespace
+
+std::string control_file_name(uint64_t pool_id) { return "torchshm-" + hex16(pool_id) + "-control"; }
+std::string data_file_name(uint64_t pool_id) { return "torchshm-" + hex16(pool_id) + "-data"; }
 
 Status Arena::map(uint64_t control_size, uint64_t data_size) {
   auto control = os::Mapping::map(os::Mapping::Kind::kShared, control_fd_.get(), control_size, control_at_, !in_file_);
@@ -107,12 +104,12 @@ Result<Arena> Arena::create(uint64_t family, const Limits& limits) {
     Arena arena;
     arena.offsets_ = Offsets::of(chunks);
     arena.chunks_ = static_cast<uint32_t>(chunks);
-    auto control = os::create_memfd("torchshm-" + hex(*id) + "-control", arena.offsets_.total);
+    auto control = os::create_memfd(control_file_name(*id), arena.offsets_.total);
     if (!control) {
       last = std::move(control.status());
       continue;
     }
-    auto data = os::create_memfd("torchshm-" + hex(*id) + "-data", chunks * kChunk, reserved);
+    auto data = os::create_memfd(data_file_name(*id), chunks * kChunk, reserved);
     if (!data) {
       last = std::move(data.status());
       continue;

@@ -32,6 +32,10 @@ struct Regions {
   static Regions of(uint64_t limit, uint64_t at);
 };
 
+// What the memory files of a pool are called, for who looks for them among a process's descriptors.
+std::string control_file_name(uint64_t pool_id);
+std::string data_file_name(uint64_t pool_id);
+
 // After a restart of the machine: the processes that leases were signed by are none of those that have their numbers now.
 // REQUIRES: nobody has joined the pool in these regions of the file.
 Status forget_processes(const Regions& regions, int file);

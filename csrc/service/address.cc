@@ -7,6 +7,7 @@
 #include "os/memfd.h"
 #include "os/process.h"
 #include "os/socket.h"
+#include "pool/arena.h"
 #include "store/catalogue.h"
 
 namespace torchshm::service {
@@ -16,13 +17,6 @@ namespace fs = std::filesystem;
 
 constexpr const char* kSocketEnding = ".sock";
 constexpr const char* kOfRoot = "/run/torchshm";
-
-std::string hex(uint64_t value) {
-  static const char* digits = "0123456789abcdef";
-  std::string text(16, '0');
-  for (size_t i = 16; i-- > 0; value >>= 4) text[i] = digits[value & 15];
-  return text;
-}
 
 // Where in /proc/<pid>/fd a memory file of that name is; empty when the process has none.
 fs::path descriptor_of(const fs::path& process, const std::string& file) {
@@ -91,14 +85,14 @@ Result<Files> find_files(const std::string& name) {
   for (fs::directory_iterator at("/proc", error), end; !error && at != end; at.increment(error)) {
     const std::string entry = at->path().filename().native();
     if (!std::all_of(entry.begin(), entry.end(), [](char c) { return c >= '0' && c <= '9'; })) continue;
-    const fs::path place = descriptor_of(at->path(), "torchshm-" + name + "-catalogue");
+    const fs::path place = descriptor_of(at->path(), store::Catalogue::file_name(name));
     if (place.empty()) continue;
     auto catalogue = os::open_memfd(place);
     if (!catalogue) continue;
     const auto stamp = store::Catalogue::stamp_of(catalogue->get(), name);
     if (!stamp || stamp->place != here || stamp->created <= created) continue;
-    auto control = os::open_memfd(descriptor_of(at->path(), "torchshm-" + hex(stamp->pool_id) + "-control"));
-    auto data = os::open_memfd(descriptor_of(at->path(), "torchshm-" + hex(stamp->pool_id) + "-data"));
+    auto control = os::open_memfd(descriptor_of(at->path(), pool::control_file_name(stamp->pool_id)));
+    auto data = os::open_memfd(descriptor_of(at->path(), pool::data_file_name(stamp->pool_id)));
     if (!control || !data) continue;
     best = Files{data.take(), control.take(), catalogue.take()};
     created = stamp->created;

@@ -31,11 +31,13 @@ Catalogue::Catalogue(pool::Member& member, os::Fd fd, os::FileId id, os::Mapping
 
 Catalogue::~Catalogue() = default;
 
+std::string Catalogue::file_name(const std::string& store) { return "torchshm-" + store + "-catalogue"; }
+
 Result<std::unique_ptr<Catalogue>> Catalogue::create(pool::Member& member, const std::string& name,
                                                      const Settings& settings) {
   if (name.empty() || name.size() >= sizeof(Header::name))
     return Status(Code::kInvalid, "a store's name has 1 to " + std::to_string(sizeof(Header::name) - 1) + " bytes");
-  auto fd = os::create_memfd("torchshm-" + name + "-catalogue", offsets::kTotal);
+  auto fd = os::create_memfd(file_name(name), offsets::kTotal);
   if (!fd) return std::move(fd.status());
   auto catalogue = over(member, fd.take(), 0);
   if (catalogue) (*catalogue)->write_header(name, settings);

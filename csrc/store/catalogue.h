@@ -50,6 +50,8 @@ class Catalogue : public pool::RoomMaker, public std::enable_shared_from_this<Ca
  public:
   static Result<std::unique_ptr<Catalogue>> create(pool::Member& member, const std::string& name,
                                                    const Settings& settings);
+  // What its memory file is called, for who looks for it among a process's descriptors.
+  static std::string file_name(const std::string& store);
   // Of a catalogue that belongs to `member`'s pool.
   static Result<std::unique_ptr<Catalogue>> attach(pool::Member& member, os::Fd fd);
   ~Catalogue() override;

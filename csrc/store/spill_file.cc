@@ -1,9 +1,6 @@
 #include "store/spill_file.h"
 
-#include <algorithm>
 #include <atomic>
-#include <bit>
-#include <cctype>
 #include <cerrno>
 #include <optional>
 #include <utility>
@@ -13,6 +10,7 @@
 #include "os/futex.h"
 #include "os/memory.h"
 #include "os/process.h"
+#include "store/spill_names.h"
 #include "store/spill_transfer.h"
 
 namespace torchshm::store {
@@ -21,21 +19,12 @@ namespace {
 constexpr const char* kAlive = "alive";
 constexpr const char* kPersistent = "persistent";
 constexpr const char* kUnsynced = "unsynced";  // there: files are left to the page cache
-constexpr const char* kSpill = ".spill";
-constexpr const char* kPart = ".part";
-constexpr const char* kSpare = ".spare";
-constexpr size_t kDigits = 16;
-constexpr int kDiscarded = 1'000'000;  // in the name of a part: more than any writer comes to
 constexpr uint32_t kSticky = 01000, kSetgid = 02000, kGroupWrites = 0020, kOthersWrite = 0002;
 // How often something may be swept away under make() before it gives up: arbitrary, twice does not happen by itself.
 constexpr int kTries = 100;
 constexpr uint64_t kLookAgain = 500'000'000;  // ns between looks at how much memory the machine has left
 constexpr uint64_t kToSpare =
     4;  // of what there may be at all, a part: with more than that left the page cache is used
-// Of discarded files, for as long as somebody may soon want to write one: of each octave of sizes, files of so many bytes at most; of all
-// octaves 1.25 GiB.
-constexpr uint64_t kSpareBytes = uint64_t{256} << 20, kMostSpares = 16;
-constexpr uint64_t kSmallestSpare = uint64_t{64} << 10, kLargestSpare = (uint64_t{128} << 20) - 1;
 constexpr uint64_t kKeptSpare = 1'000'000'000;  // ns
 // Files of so many bytes are read by one call, and copied: a call costs some 30 us, the copy 5.
 constexpr uint64_t kAllAtOnce = uint64_t{128} << 10;
@@ -52,77 +41,6 @@ bool memory_to_spare() {
     looked.store(last, std::memory_order_relaxed);
   }
   return (last & 1) != 0;
-}
-
-std::string hex(uint64_t value) {
-  static const char* digits = "0123456789abcdef";
-  std::string text(kDigits, '0');
-  for (size_t i = kDigits; i-- > 0; value >>= 4) text[i] = digits[value & 15];
-  return text;
-}
-
-std::optional<uint64_t> number(const std::string& text, size_t from) {
-  if (text.size() < from + kDigits) return std::nullopt;
-  uint64_t value = 0;
-  for (size_t i = from; i < from + kDigits; ++i) {
-    const char c = text[i];
-    if (!(c >= '0' && c <= '9') && !(c >= 'a' && c <= 'f')) return std::nullopt;
-    value = value << 4 | static_cast<uint64_t>(c <= '9' ? c - '0' : c - 'a' + 10);
-  }
-  return value;
-}
-
-std::string spill_name(uint64_t id) { return hex(id) + kSpill; }
-
-// <id>.part; <id>-2.part and so on while there are others, of writers that died.
-std::string part_name(uint64_t id, int attempt) {
-  std::string name = hex(id);
-  if (attempt > 1) name.append("-").append(std::to_string(attempt));
-  return name + kPart;
-}
-
-// Where spares of about a size may be: as many names as there may be of them, of the same octave.
-struct Shelf {
-  uint64_t octave;
-  uint64_t places;
-  std::string name(uint64_t place) const {
-    return std::to_string(octave).append("-").append(std::to_string(place)) + kSpare;
-  }
-};
-
-constexpr uint64_t kFirstOctave = std::bit_width(kSmallestSpare), kLastOctave = std::bit_width(kLargestSpare);
-
-Shelf shelf(uint64_t octave) {
-  const uint64_t most = uint64_t{1} << octave;  // bytes, that one of them is smaller than
-  return {octave, std::min(kSpareBytes / most, kMostSpares)};
-}
-
-// None for what is too small for it to pay, or so large that it would keep much of the disk from others.
-std::optional<Shelf> shelf_for(uint64_t bytes) {
-  const auto octave = static_cast<uint64_t>(std::bit_width(bytes));
-  if (octave < kFirstOctave || octave > kLastOctave) return std::nullopt;
-  return shelf(octave);
-}
-
-bool is_spare(const std::string& name) { return name.ends_with(kSpare); }
-
-struct Parsed {
-  uint64_t id;
-  bool part;
-};
-
-std::optional<Parsed> parse(const std::string& name) {
-  const auto id = number(name, 0);
-  if (!id) return std::nullopt;
-  std::string rest = name.substr(kDigits);
-  if (rest == kSpill) return Parsed{*id, false};
-  if (rest.starts_with('-')) {
-    size_t end = 1;
-    while (end < rest.size() && std::isdigit(static_cast<unsigned char>(rest[end])) != 0) ++end;
-    rest = rest.substr(end);
-  }
-  if (rest == kPart) return Parsed{*id, true};
-  return std::nullopt;
 }
 
 bool is_missing(const Status& status) { return status.error() == ENOENT; }
@@ -195,7 +113,7 @@ bool remove_all(int place, const std::string& name, int directory) {
   auto names = os::list_names(directory);
   if (!names) return false;
   for (const std::string& file : *names) {
-    if ((parse(file) || is_spare(file)) && !os::remove_file_at(directory, file).ok()) return false;
+    if ((spill::parse(file) || spill::is_spare(file)) && !os::remove_file_at(directory, file).ok()) return false;
     TORCHSHM_POINT("spill.swept");
   }
   if (Status gone = os::remove_file_at(directory, kUnsynced); !gone && !is_missing(gone)) return false;
@@ -243,7 +161,7 @@ Result<std::unique_ptr<SpillDirectory>> SpillDirectory::make(const std::string& 
                                                              std::optional<bool> synced) {
   auto place = open_place(dir, group);
   if (!place) return std::move(place.status());
-  const std::string name = store + "-" + hex(pool_id);
+  const std::string name = spill::directory_name(store, pool_id);
   for (int i = 0; i < kTries; ++i) {
     auto made = os::make_directory_at(place->get(), name, 0700);
     if (!made) return std::move(made.status());
@@ -328,7 +246,7 @@ std::string SpillDirectory::path() const { return os::path_of(fd()); }
 
 // Locked as a part is, before it has the name of one. Another user's is left alone: it would be under his quota.
 std::optional<SpillDirectory::Part> SpillDirectory::take_spare(uint64_t id, uint64_t bytes) {
-  const auto shelf = shelf_for(bytes);
+  const auto shelf = spill::shelf_for(bytes);
   for (uint64_t place = 0; shelf && place < shelf->places; ++place) {
     const std::string spare = shelf->name(place);
     auto info = os::info_at(fd(), spare);
@@ -341,7 +259,7 @@ std::optional<SpillDirectory::Part> SpillDirectory::take_spare(uint64_t id, uint
     Status renamed;
     std::string name;
     for (int attempt = 1; attempt == 1 || renamed.error() == EEXIST; ++attempt) {
-      name = part_name(id, attempt);
+      name = spill::part_name(id, attempt);
       renamed = os::rename_to_new_at(fd(), spare, name);
     }
     if (!renamed) continue;  // it was swept
@@ -358,7 +276,7 @@ std::optional<SpillDirectory::Part> SpillDirectory::take_spare(uint64_t id, uint
 Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {
   const bool past_cache = synced_ || !keeps_room_ || !memory_to_spare();
   for (int attempt = 1;; ++attempt) {
-    std::string name = part_name(id, attempt);
+    std::string name = spill::part_name(id, attempt);
     auto file = os::File::create(fd(), name, file_mode_, past_cache);
     if (!file) {
       if (file.status().error() == EEXIST) continue;
@@ -378,7 +296,7 @@ Result<SpillDirectory::Part> SpillDirectory::make_part(uint64_t id) {
 Status SpillDirectory::fill(const SpillHead& head, const spill::Shape& shape,
                             const std::vector<const std::byte*>& blocks, const Part& part) {
   Status done = write_part(head, shape, blocks, part);
-  if (done) done = os::rename_at(fd(), part.name, spill_name(head.id));
+  if (done) done = os::rename_at(fd(), part.name, spill::spill_name(head.id));
   if (!done) {
     (void)os::remove_file_at(fd(), part.name);
     return done;
@@ -426,10 +344,10 @@ Status SpillDirectory::write(const SpillHead& head, const std::vector<const std:
 Result<SpillReader> SpillDirectory::open(uint64_t id, bool unread) {
   // A synced file has not been in the page cache yet, and most values come back once at most: what reads it again finds it there.
   const bool past_cache = read_past_cache_.load() || (unread && synced_) || !memory_to_spare();
-  auto opened = os::File::open(fd(), spill_name(id), past_cache);
+  auto opened = os::File::open(fd(), spill::spill_name(id), past_cache);
   if (!opened) {
     if (!is_missing(opened.status())) return std::move(opened.status());
-    return Status(Code::kMissing, path() + "/" + spill_name(id) + " is not there", ENOENT);
+    return Status(Code::kMissing, path() + "/" + spill::spill_name(id) + " is not there", ENOENT);
   }
   os::File& file = **opened;
   auto info = os::info_of(file.fd());
@@ -459,25 +377,25 @@ Result<SpillReader> SpillDirectory::open(uint64_t id, bool unread) {
 }
 
 bool SpillDirectory::remove(uint64_t id) {
-  const bool removed = os::remove_file_at(fd(), spill_name(id)).ok();
+  const bool removed = os::remove_file_at(fd(), spill::spill_name(id)).ok();
   TORCHSHM_POINT("spill.removed");
   return removed;
 }
 
 bool SpillDirectory::discard(uint64_t id) {
   if (synced_) {
-    auto info = os::info_at(fd(), spill_name(id));
+    auto info = os::info_at(fd(), spill::spill_name(id));
     if (!info) return false;
-    const auto shelf = shelf_for(info->bytes);
+    const auto shelf = spill::shelf_for(info->bytes);
     for (uint64_t place = 0; shelf && place < shelf->places; ++place) {
-      const Status kept = os::rename_to_new_at(fd(), spill_name(id), shelf->name(place));
+      const Status kept = os::rename_to_new_at(fd(), spill::spill_name(id), shelf->name(place));
       TORCHSHM_POINT("spill.spare_made");
       if (kept) return true;
       if (is_missing(kept)) return false;
       if (kept.error() != EEXIST) break;
     }
   }
-  const bool renamed = os::rename_at(fd(), spill_name(id), part_name(id, kDiscarded)).ok();
+  const bool renamed = os::rename_at(fd(), spill::spill_name(id), spill::discarded_name(id)).ok();
   TORCHSHM_POINT("spill.discarded");
   return renamed;
 }
@@ -487,7 +405,7 @@ std::vector<SpillDirectory::File> SpillDirectory::list() {
   auto names = os::list_names(fd());
   if (!names) return files;
   for (const std::string& name : *names) {
-    const auto parsed = parse(name);
+    const auto parsed = spill::parse(name);
     if (!parsed) continue;
     auto info = os::info_at(fd(), name);
     if (info) files.push_back({parsed->id, parsed->part, info->bytes});
@@ -500,7 +418,7 @@ uint32_t SpillDirectory::sweep_parts() {
   auto names = os::list_names(fd());
   if (!names) return removed;
   for (const std::string& name : *names) {
-    const auto parsed = parse(name);
+    const auto parsed = spill::parse(name);
     if (!parsed || !parsed->part) continue;
     auto part = os::open_lock_file(fd(), name, false);
     if (!part) continue;
@@ -516,8 +434,8 @@ uint32_t SpillDirectory::sweep_parts() {
 // joined when files were still to be with the disk.
 SpillDirectory::Spares SpillDirectory::sweep_spares(bool all) {
   Spares spares;
-  for (uint64_t octave = kFirstOctave; octave <= kLastOctave; ++octave) {
-    const Shelf these = shelf(octave);
+  for (uint64_t octave = spill::kFirstOctave; octave <= spill::kLastOctave; ++octave) {
+    const spill::Shelf these = spill::shelf(octave);
     for (uint64_t place = 0; place < these.places; ++place) {
       const std::string name = these.name(place);
       auto info = os::info_at(fd(), name);
@@ -545,9 +463,7 @@ uint32_t sweep_dead(const std::string& dir) {
   auto names = os::list_names(place->get());
   if (!names) return swept;
   for (const std::string& name : *names) {
-    // <store>-<pool id>
-    if (name.size() < kDigits + 2 || name[name.size() - kDigits - 1] != '-' || !number(name, name.size() - kDigits))
-      continue;
+    if (!spill::is_directory_name(name)) continue;
     swept += sweep_one(place->get(), name) ? 1 : 0;
   }
   return swept;
